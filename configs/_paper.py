@@ -1,0 +1,54 @@
+"""What the paper's 2.9 B runs have in common: their shape, and the recipe of the official PyTorch code.
+
+100,001 AdamW updates of 480 sequences of 2048 tokens (983,040 tokens each, 98.3 B in all) of FineWeb-Edu, in the
+order in which the official code's eight processes read it. `mlra-prepare` writes shards; the official ones do as well.
+"""
+
+from mlra_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+def paper_config(
+    name: str, *, attention: LatentAttentionConfig | GroupedAttentionConfig, d_ff: int
+) -> TrainConfig:
+    """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
+    return TrainConfig(
+        name=name,
+        model=ModelConfig(
+            vocab_size=50304, n_layers=24, d_model=3072, n_heads=24, d_ff=d_ff, attention=attention
+        ),
+        data=DataConfig(
+            path="data/fineweb_edu",
+            tokenizer="gpt2",
+            seq_len=2048,
+            global_batch=480,
+            micro_batch=1,
+            order="official",
+            official_ranks=8,
+        ),
+        optim=OptimConfig(
+            lr=1.6e-4,
+            min_lr=1.6e-5,
+            warmup_steps=2000,
+            decay_steps=100_000,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-8,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=5000),
+        log=LogConfig(every=10, eval_every=1000, eval_sequences=200),
+        steps=100_001,
+        seed=5000,
+    )

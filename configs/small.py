@@ -1,0 +1,46 @@
+"""A 126-million-parameter MLRA-4 with the GPT-2 vocabulary, for one GPU.
+
+    python train.py configs/small.py --data.path DIR
+
+DIR holds shards of GPT-2 tokens, written by `mlra-prepare` or the official FineWeb-Edu ones, whose first 98 this run
+reads: 20,000 steps of 491,520 tokens are 9.8 B.
+
+Hardware    one GPU with 80 GB
+Wall time   not run
+Result      not run
+"""
+
+from mlra_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    LatentAttentionConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> TrainConfig:
+    steps = 20_000
+    return TrainConfig(
+        name="small",
+        model=ModelConfig(
+            vocab_size=50304,
+            n_layers=12,
+            d_model=768,
+            n_heads=12,
+            d_ff=2432,
+            # The proportions of the 2.9 B model: A = D/3, C = H, R = H/2.
+            attention=LatentAttentionConfig(
+                n_latent_heads=4, n_branches=4, q_lora_rank=256, kv_lora_rank=256, d_nope=64, d_rope=32
+            ),
+        ),
+        data=DataConfig(
+            path="data/fineweb_edu", tokenizer="gpt2", seq_len=1024, global_batch=480, micro_batch=16
+        ),
+        optim=OptimConfig(lr=6e-4, min_lr=6e-5, warmup_steps=700, decay_steps=steps - 1),
+        checkpoint=CheckpointConfig(every=1000, keep=2),
+        log=LogConfig(every=10, eval_every=500, eval_sequences=400),
+        steps=steps,
+    )

@@ -1,0 +1,57 @@
+"""The console commands, and what they share: how a user's mistake is reported.
+
+`mlra-train`, `mlra-decode`, `mlra-prepare`, `mlra-plot` and `mlra-convert` are the `main` functions of the modules
+in this package.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MISSING = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+_REFUSED = (ValueError, NotImplementedError, ImportError)
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether `error` says what the user did wrong: a path, or something that this package itself refused.
+
+    A ValueError from deeper down (JAX, NumPy, ...) is a bug of ours, and its traceback is needed.
+    """
+    if isinstance(error, _MISSING):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return isinstance(error, _REFUSED) and _PACKAGE in Path(raised_in).resolve().parents
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
+    """Makes `main(argv)` the entry point of a console command; `argv` None means `sys.argv[1:]`.
+
+    A user's mistake (a `ConfigError` or other ValueError, NotImplementedError or ImportError that this package
+    raised, or a path that is missing or not permitted) becomes `error: ...` on standard error and exit status 2;
+    anything else keeps its traceback. Ctrl-C exits with 130; a closed pipe (`mlra-decode ... | head`) ends quietly.
+    """
+
+    @functools.wraps(main)
+    def entry(argv: Sequence[str] | None = None) -> None:
+        try:
+            main(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+        except BrokenPipeError:
+            # The interpreter flushes standard output once more at exit, which would raise again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        except Exception as error:
+            if not _is_users(error):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+
+    return entry

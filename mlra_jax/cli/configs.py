@@ -1,0 +1,169 @@
+"""Finds and loads configuration files, and parses `CONFIG [--field VALUE ...]`.
+
+A configuration file is Python: it defines `get_config() -> TrainConfig`, and may import its neighbours relatively
+(`from ._paper import paper_config`). Files whose names start with an underscore are such neighbours only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import itertools
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tyro
+
+from mlra_jax import config as config_module
+from mlra_jax.config import ConfigError, TrainConfig
+
+_serial = itertools.count()
+
+
+def config_folders() -> list[Path]:
+    """Where a bare name is looked up, first match wins: `./configs`, then the configurations of the package."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "configs"
+    # In a source checkout they lie beside the package; the wheel moves them into it.
+    return [Path("configs"), installed if installed.is_dir() else package.parent / "configs"]
+
+
+def config_names() -> list[str]:
+    """The names that `load_config` finds, sorted."""
+    files = [f for folder in config_folders() if folder.is_dir() for f in folder.glob("[!_]*.py")]
+    return sorted({f.stem for f in files})
+
+
+def _find(path_or_name: str) -> Path:
+    given = Path(path_or_name)
+    is_name = given.parent == Path() and given.suffix != ".py"
+    places = [folder / f"{given}.py" for folder in config_folders()] if is_name else [given]
+    for place in places:
+        if place.is_file():
+            return place
+    names = config_names()
+    close = difflib.get_close_matches(given.stem, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(
+        [
+            f"No configuration {path_or_name}; {hint}Give the path of a Python file that defines get_config(), "
+            f"or one of: {', '.join(names)}."
+        ]
+    )
+
+
+@contextlib.contextmanager
+def _explaining(path: Path) -> Iterator[None]:
+    """Turns an error raised by the configuration file `path` or its neighbours into one sentence: where and what."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError([f"{error.filename}, line {error.lineno}: {error.msg}."]) from error
+    except Exception as error:
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).resolve().parent == path.resolve().parent
+        ]
+        where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
+        raise ConfigError([f"{where}: {type(error).__name__}: {error}{_suggestion(error)}"]) from error
+
+
+def _suggestion(error: Exception) -> str:
+    """A hint for a misspelt field of a configuration class; empty for any other error."""
+    call = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'$", str(error))
+    cls = getattr(config_module, call[1], None) if call else None
+    if call is None or not dataclasses.is_dataclass(cls):
+        return ""
+    close = difflib.get_close_matches(call[2], [f.name for f in dataclasses.fields(cls)], n=1)
+    return f". Did you mean '{close[0]}'?" if close else ""
+
+
+def _execute(path: Path) -> types.ModuleType:
+    """Runs the file `path` as a module of a package made up for it, so that relative imports find its neighbours."""
+    package = types.ModuleType(f"_mlra_configs_{next(_serial)}")
+    package.__path__ = [str(path.resolve().parent)]
+    spec = importlib.util.spec_from_file_location(f"{package.__name__}.{path.stem}", path.resolve())
+    assert spec is not None  # the suffix is .py,
+    assert spec.loader is not None  # so there is a loader
+    module = importlib.util.module_from_spec(spec)
+    importlib.invalidate_caches()
+    sys.modules |= {package.__name__: package, spec.name: module}
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_config(path_or_name: str) -> TrainConfig:
+    """The configuration that the `get_config()` of a file returns; not yet validated, since overrides may follow.
+
+    Args:
+      path_or_name: path of a `.py` file, or a bare name such as `tiny`, looked up in `config_folders()`.
+
+    Raises:
+      ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`.
+    """
+    path = _find(path_or_name)
+    if path.suffix != ".py":
+        raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
+    with _explaining(path):
+        get_config = getattr(_execute(path), "get_config", None)
+    if not callable(get_config):
+        raise ConfigError([f"{path} defines no function get_config(); it must return the run's TrainConfig."])
+    with _explaining(path):
+        config = get_config()
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            [f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."]
+        )
+    return config
+
+
+def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfig:
+    """The validated configuration of a command line `CONFIG [--field VALUE ...]`.
+
+    `--help` prints every field with its value in CONFIG (its default when there is no CONFIG) and exits with
+    status 0; an unknown or malformed option prints what is allowed and exits with status 2.
+
+    Args:
+      argv: the arguments after the program's name.
+      prog: the program's name in the help; None: as it was called.
+
+    Raises:
+      ConfigError: CONFIG is missing or cannot be loaded, or the resulting configuration is not legal.
+    """
+    prog = prog or Path(sys.argv[0]).name
+    names = ", ".join(config_names())
+    if argv and not argv[0].startswith("-"):
+        chosen, rest = argv[0], argv[1:]
+        default = load_config(chosen)
+    elif {"-h", "--help"} & set(argv):
+        chosen, rest = "CONFIG", argv
+        default = TrainConfig()
+    else:
+        raise ConfigError(
+            [
+                f"The first argument must be a configuration: {prog} CONFIG [--field VALUE ...]. Known: {names}."
+            ]
+        )
+    config = tyro.cli(
+        TrainConfig,
+        args=rest,
+        default=default,
+        prog=f"{prog} {chosen}",
+        description=(
+            "Trains a model. CONFIG is the path of a Python file that defines get_config(), or one of: "
+            f"{names}. Every field below can be set; its value in CONFIG is shown."
+        ),
+        use_underscores=True,
+    )
+    config.validate()
+    return config
