@@ -1,6 +1,8 @@
 """Trains a model: `python train.py CONFIG [--field VALUE ...]`; `--help` lists the fields."""
 
+import sys
+
 from mlra_jax.cli.train import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

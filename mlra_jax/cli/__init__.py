@@ -29,8 +29,8 @@ def _is_users(error: BaseException) -> bool:
     return isinstance(error, _REFUSED) and _PACKAGE in Path(raised_in).resolve().parents
 
 
-def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
-    """Makes `main(argv)` the entry point of a console command; `argv` None means `sys.argv[1:]`.
+def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | None]:
+    """Makes `main(argv)` the entry point of a console command: called without `argv` it takes `sys.argv[1:]`.
 
     A user's mistake (a `ConfigError` or other ValueError, NotImplementedError or ImportError that this package
     raised, or a path that is missing or not permitted) becomes `error: ...` on standard error and exit status 2;
@@ -38,9 +38,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]
     """
 
     @functools.wraps(main)
-    def entry(argv: Sequence[str] | None = None) -> None:
+    def entry(argv: Sequence[str] | None = None) -> int | None:
         try:
-            main(sys.argv[1:] if argv is None else argv)
+            return main(sys.argv[1:] if argv is None else argv)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
