@@ -13,9 +13,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mlra_jax.config import ConfigError
+
 _PACKAGE = Path(__file__).resolve().parents[1]
-_MISSING = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_REFUSED = (ValueError, NotImplementedError, ImportError)
+# A user's mistake wherever it is raised; the second kind only where this package's own code raised it.
+_ALWAYS = (
+    ConfigError,
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+_WHEN_OURS = (ValueError, NotImplementedError, ImportError)
 
 
 def _is_users(error: BaseException) -> bool:
@@ -23,10 +33,10 @@ def _is_users(error: BaseException) -> bool:
 
     A ValueError from deeper down (JAX, NumPy, ...) is a bug of ours, and its traceback is needed.
     """
-    if isinstance(error, _MISSING):
+    if isinstance(error, _ALWAYS):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, _REFUSED) and _PACKAGE in Path(raised_in).resolve().parents
+    return isinstance(error, _WHEN_OURS) and _PACKAGE in Path(raised_in).resolve().parents
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | None]:
