@@ -236,6 +236,7 @@ def raising(error: Exception):
     ("main", "expected"),
     [
         (command(lambda argv: load_config("tinny")), "error: No configuration tinny"),
+        (raising(ConfigError(["It is wrong."])), "error: It is wrong."),
         (raising(FileNotFoundError(2, "No such file", "x.bin")), "error: [Errno 2] No such file: 'x.bin'"),
     ],
 )
