@@ -1,0 +1,90 @@
+"""`mlra-plot RUN [RUN ...] --out losses.png`: loss curves of one or more training runs in one figure."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import tyro
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mlra_jax.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotArgs:
+    """Draws the loss curves of one or more training runs."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Folders (or bucket URLs) of runs, or their metrics files."""
+    out: str = "losses.png"
+    """Figure to write; the suffix says the format."""
+    x: Literal["step", "tokens"] = "step"
+    """What the horizontal axis counts."""
+    smooth: float = 0.0
+    """Weight of the past in a running mean of the training loss, 0 (none) to below 1."""
+
+
+def smoothed(values: Sequence[float], weight: float) -> list[float]:
+    """Exponential running mean of `values`, unbiased from the first one on."""
+    out, mean, total = [], 0.0, 0.0
+    for value in values:
+        mean, total = weight * mean + value, weight * total + 1
+        out.append(mean / total)
+    return out
+
+
+def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
+    """Adds a run to the figure: its training loss as a line, its held-out loss as points on a dashed line.
+
+    Raises:
+      FileNotFoundError: the run has no metrics file.
+      ValueError: the file holds no loss.
+    """
+    records = read_metrics(run)
+    train = [(r[x] if x != "step" else s, r["loss"]) for s, r in records.items() if "loss" in r]
+    held_out = [(r[x] if x != "step" else s, r["eval_loss"]) for s, r in records.items() if "eval_loss" in r]
+    if not train and not held_out:
+        raise ValueError(f"The metrics of {run} hold no loss yet.")
+    name = pathlib.PurePath(run).stem if run.endswith(".jsonl") else pathlib.PurePath(run).name
+    color = None
+    if train:
+        xs, losses = zip(*train, strict=True)
+        (line,) = axes.plot(xs, smoothed(losses, smooth), linewidth=1, label=f"{name}: training")
+        color = line.get_color()
+    if held_out:
+        xs, losses = zip(*held_out, strict=True)
+        axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draws the figure; returns the exit status."""
+    args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
+    try:
+        if not args.runs:
+            raise ValueError("Name at least one run folder: mlra-plot RUN [RUN ...] --out losses.png")
+        if not 0 <= args.smooth < 1:
+            raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for run in args.runs:
+            draw_run(axes, run, args.x, args.smooth)
+        axes.set_xlabel("step" if args.x == "step" else "training tokens")
+        axes.set_ylabel("loss (nats per token)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out, dpi=150)
+    except (FileNotFoundError, ValueError) as e:
+        print(f"mlra-plot: {e}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

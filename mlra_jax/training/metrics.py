@@ -1,0 +1,251 @@
+"""Where measurements go: JSON lines, TensorBoard, Weights & Biases, and a progress bar.
+
+"Step k" means the same in every file of a run: the parameters after k updates. The line of step k holds the loss of
+batch k under those parameters, and what update k (the next one) did; an evaluation and a checkpoint of step k are of
+those parameters too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from etils import epath
+from tqdm import tqdm
+
+from mlra_jax.config import ConfigError, TrainConfig, to_dict
+
+FILE_NAME = "metrics.jsonl"
+_SECONDS_BETWEEN_UPLOADS = 60.0
+
+
+class Sink(Protocol):
+    """Somewhere that metrics are written to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def is_remote(path: str | epath.Path) -> bool:
+    """Whether `path` is in a bucket rather than in a local folder."""
+    return "://" in str(path)
+
+
+class JsonLines:
+    """Appends one JSON object per line to a file: `{"step": 10, "loss": 2.5, ...}`.
+
+    A bucket has no append: there the whole object is written again, at most once a minute and at `flush`.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self._path = epath.Path(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._path.read_text() if self._path.exists() else ""
+        # A killed run may have left half a line; what follows must not be glued to it.
+        repair = "\n" if text and not text.endswith("\n") else ""
+        self._text: str | None = text + repair if is_remote(self._path) else None
+        self._uploaded = time.monotonic()
+        self._file = None if is_remote(self._path) else open(self._path, "a", buffering=1, encoding="utf-8")
+        if self._file is not None:
+            self._file.write(repair)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            return
+        assert self._text is not None
+        self._text += line
+        if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+        elif self._text is not None:
+            self._path.write_text(self._text)
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files in a folder or a bucket."""
+
+    def __init__(self, folder: epath.PathLike, start_step: int):
+        from tensorboardX import SummaryWriter
+
+        # purge_step: what a killed run wrote past the checkpoint is hidden, since these steps are run again.
+        self._writer = SummaryWriter(str(folder), purge_step=start_step or None)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases; one that resumes continues the same run."""
+
+    def __init__(self, config: TrainConfig):
+        import wandb
+
+        self._run = wandb.init(
+            project=config.log.wandb_project,
+            name=config.name,
+            id=config.name.replace("/", "-"),
+            resume="allow",
+            config=to_dict(config),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_sinks(config: TrainConfig) -> None:
+    """Refuses a configuration that asks for a package which is not installed.
+
+    Raises:
+      ConfigError: `log.wandb_project` is set without `wandb`.
+    """
+    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            [
+                f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
+                "pip install 'mlra-jax[wandb]', or leave it empty."
+            ]
+        )
+
+
+def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
+    """The sinks that `config.log` asks for, of a run that starts or resumes at `start_step`."""
+    run_dir = epath.Path(config.run_dir)
+    sinks: list[Sink] = [JsonLines(run_dir / FILE_NAME)]
+    if config.log.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard", start_step))
+    if config.log.wandb_project:
+        sinks.append(WeightsAndBiases(config))
+    return sinks
+
+
+class Metrics:
+    """Writes to all of its sinks; with none (on all processes but the first) it does nothing."""
+
+    def __init__(self, sinks: Sequence[Sink]):
+        self._sinks = sinks
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Records `values` under `step`."""
+        for sink in self._sinks:
+            sink.write(step, values)
+
+    def flush(self) -> None:
+        """Makes what was written durable."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        """Flushes and closes every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
+    """The metrics of a run by step, in order of steps.
+
+    A resumed run may have written a step twice: the later value of each metric counts. A line that was cut short when
+    the run was killed is passed over.
+
+    Args:
+      path: a run's folder, or a metrics file.
+
+    Raises:
+      FileNotFoundError: there is no metrics file.
+    """
+    file = epath.Path(path)
+    if file.suffix != ".jsonl":
+        file /= FILE_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"No metrics in {path}: expected {file}; is it the folder of a training run?")
+    records: dict[int, dict[str, float]] = {}
+    for line in file.read_text().splitlines():
+        try:
+            values = json.loads(line)
+            step = values.pop("step")
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+            continue
+        records.setdefault(step, {}).update(values)
+    return dict(sorted(records.items()))
+
+
+def _shown(value: float) -> str:
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+class Progress:
+    """One line about the run: a bar on a terminal, else a line of text for each report.
+
+    Shows loss, tokens per second, MFU (where the device's peak is known) and the time left.
+    """
+
+    def __init__(self, total: int, start: int, active: bool):
+        self._total, self._start, self._began = total, start, time.monotonic()
+        self._bar: Any = None
+        self._active = active
+        if active and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows the metrics of `step`."""
+        if not self._active:
+            return
+        parts = [f"loss {values['loss']:.4f}"]
+        if "tokens_per_second" in values:
+            parts.append(f"{_shown(values['tokens_per_second'])} tokens/s")
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.1f} %")
+        if self._bar is not None:
+            self._bar.set_postfix_str(" · ".join(parts))  # tqdm itself shows the time left
+            return
+        if "seconds_left" in values:
+            parts.append(f"{tqdm.format_interval(values['seconds_left'])} left")
+        self.say(f"step {step}/{self._total} · " + " · ".join(parts))
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leaves the bar as it is and goes to the next line."""
+        if self._bar is not None:
+            self._bar.close()

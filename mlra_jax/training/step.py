@@ -1,0 +1,117 @@
+"""The training state, and the compiled functions that make, update and evaluate it.
+
+All run under `jax.set_mesh(mesh)` with explicit axes; every array's layout follows from the parameters' logical names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.config import ModelConfig, TrainConfig
+from mlra_jax.models import Transformer, from_params
+from mlra_jax.training.losses import IGNORED, cross_entropy
+from mlra_jax.training.optimizer import learning_rate, make_optimizer
+
+Batch = dict[str, jax.Array]
+"""`inputs` and `targets`, int32 [accumulation, sequences of one micro-batch, T]; targets are `IGNORED` or ids."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes, after `step` updates."""
+
+    params: dict[str, Any]
+    """Nested dictionary of the model's parameters, in the training layout."""
+    opt_state: optax.OptState
+    """Moments, laid out like the parameters, and counts."""
+    step: jax.Array
+    """Updates made: int32 scalar."""
+
+
+def _init(config: TrainConfig) -> TrainState:
+    model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return TrainState(params, make_optimizer(config.optim).init(params), jnp.zeros((), jnp.int32))
+
+
+def init_state(config: TrainConfig) -> TrainState:
+    """The initial state on the current mesh; each device makes only its own part, and the values do not depend on the mesh."""
+    return jax.jit(lambda: _init(config))()
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, types and layouts on `mesh` of what `init_state` returns, without allocating anything."""
+
+    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        return jax.tree.map(concrete, jax.eval_shape(lambda: _init(config)))
+
+
+def _loss_sum(config: ModelConfig, params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return cross_entropy(from_params(config, params)(inputs), targets)
+
+
+def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
+
+    The loss is the mean cross-entropy over all counted tokens of the global batch, in nats. The micro-batches of
+    `batch` are scanned over and their gradients add up in float32. Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `clipped` (1 where
+    the gradient was scaled down), `learning_rate`, `param_norm` (after the update), `momentum_norm`.
+    """
+    optimizer = make_optimizer(config.optim)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        # Dividing each micro-batch's sum by the number of tokens of all of them makes the gradients of the mean just add up.
+        n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
+
+        def loss_share(params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> jax.Array:
+            return _loss_sum(config.model, params, inputs, targets)[0] / n_tokens
+
+        def accumulate(carry: tuple[Any, jax.Array], micro: Batch) -> tuple[tuple[Any, jax.Array], None]:
+            grads, loss = carry
+            share, new = jax.value_and_grad(loss_share)(state.params, micro["inputs"], micro["targets"])
+            return (jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new), loss + share), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+        (grads, loss), _ = jax.lax.scan(accumulate, (zeros, jnp.zeros(())), batch)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        grad_norm = optax.tree.norm(grads)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "clipped": (grad_norm > config.optim.clip_norm).astype(jnp.float32),
+            "learning_rate": learning_rate(config.optim, state.step),
+            "param_norm": optax.tree.norm(params),
+            "momentum_norm": optax.tree.norm(optax.tree.get(opt_state, "mu")),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(config: TrainConfig) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
+    """A compiled function `(params, batch) -> (sum, count)`: the cross-entropies of a batch in nats, and its counted tokens."""
+
+    def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        def add(carry: tuple[jax.Array, jax.Array], micro: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
+            nats, count = _loss_sum(config.model, params, micro["inputs"], micro["targets"])
+            return (carry[0] + nats, carry[1] + count), None
+
+        total, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)
+        return total
+
+    return jax.jit(step)
