@@ -1,0 +1,258 @@
+"""Token shards: the llm.c file layout, written atomically and read from local folders or buckets.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then the tokens as
+little-endian uint16. A data set is a folder of `NAME_val_000000.bin` and `NAME_train_000001.bin`,
+`NAME_train_000002.bin`, ...; the paper's PyTorch code reads the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol
+
+import fsspec
+import numpy as np
+
+Split = Literal["train", "val"]
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 256 * 4
+TOKEN_BYTES = 2
+MAX_ID = 2**16 - 1
+_SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
+_EXTRAS = {"gs": "mlra_jax[gcs]", "gcs": "mlra_jax[gcs]", "s3": "s3fs", "abfs": "adlfs", "az": "adlfs"}
+
+
+class DataError(ValueError):
+    """One or more faults in the data; the message lists all of them."""
+
+    def __init__(self, *faults: str):
+        self.faults = list(faults)
+        many = f"{len(faults)} faults in the data:\n  - " if len(faults) > 1 else ""
+        super().__init__(many + "\n  - ".join(faults))
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Writes a stream of tokens as shards of `shard_tokens` tokens, the last one shorter.
+
+    A shard has its name only once it is whole and on the disk: until then its file ends in `.tmp`. Use as a context
+    manager; an exception inside removes the unfinished file.
+
+    Args:
+      folder: Where the shards go; exists.
+      name: NAME of the data set.
+      split: `train` is numbered from 1, `val` from 0.
+      shard_tokens: Tokens in a full shard.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str, split: Split, shard_tokens: int = 10**8):
+        if not 1 <= shard_tokens < 2**31:
+            raise ValueError(f"{shard_tokens=} must be between 1 and 2^31 - 1.")
+        self.paths: list[Path] = []
+        """The finished shards."""
+        self.n_tokens = 0
+        """Tokens written so far."""
+        self._folder, self._name, self._split = Path(folder), name, split
+        self._shard_tokens = shard_tokens
+        self._file: IO[bytes] | None = None
+        self._in_file = 0
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Appends `tokens`, integers [n] in [0, 65535].
+
+        Raises:
+          DataError: an id does not fit the format's 16 bits.
+        """
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() <= MAX_ID:
+            raise DataError(
+                f"Shards hold 16-bit ids, 0 to {MAX_ID}; got ids from {tokens.min()} to {tokens.max()}. "
+                "Use a tokenizer with a smaller vocabulary."
+            )
+        while tokens.size:
+            if self._file is None:
+                self._file = open(self._next_path().with_suffix(".bin.tmp"), "wb")  # noqa: SIM115 (open between calls)
+                self._file.write(bytes(HEADER_BYTES))  # the real one follows when the count is known
+            part, tokens = np.split(tokens, [self._shard_tokens - self._in_file])
+            self._file.write(part.astype("<u2").tobytes())
+            self._in_file += part.size
+            self.n_tokens += part.size
+            if self._in_file == self._shard_tokens:
+                self._finish()
+
+    def _next_path(self) -> Path:
+        number = len(self.paths) + (self._split == "train")
+        return self._folder / f"{self._name}_{self._split}_{number:06d}.bin"
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, self._in_file
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        path = self._next_path()
+        os.replace(self._file.name, path)
+        self.paths.append(path)
+        self._file, self._in_file = None, 0
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self._finish()
+        elif self._file is not None:
+            self._file.close()
+            os.unlink(self._file.name)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class Shards(Protocol):
+    """Random access to the tokens of an ordered list of shards; safe to use from several threads."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """For messages: where each shard is."""
+
+    @property
+    def n_tokens(self) -> Sequence[int]:
+        """Tokens in each shard."""
+
+    def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+        """Tokens `start` to `start + length` of each span (shard, start), int32 [n_spans, length]."""
+
+
+class ArrayShards:
+    """Shards that are arrays, in memory or memory-mapped."""
+
+    def __init__(self, names: Sequence[str], arrays: Sequence[np.ndarray]):
+        self.names = names
+        self.n_tokens = [len(a) for a in arrays]
+        self._arrays = arrays
+
+    def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+        out = np.empty((len(spans), length), np.int32)
+        for row, (shard, start) in zip(out, spans, strict=True):
+            row[:] = self._arrays[shard][start : start + length]
+        return out
+
+
+class RemoteShards:
+    """Shards in a bucket: every read fetches just the bytes it needs, all spans of it at once where the library can."""
+
+    def __init__(self, fs: Any, paths: Sequence[str], n_tokens: Sequence[int]):
+        self.names = [fs.unstrip_protocol(p) for p in paths]
+        self.n_tokens = n_tokens
+        self._fs, self._paths = fs, paths
+
+    def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
+        paths = [self._paths[shard] for shard, _ in spans]
+        starts = [HEADER_BYTES + TOKEN_BYTES * start for _, start in spans]
+        ends = [start + TOKEN_BYTES * length for start in starts]
+        out = np.empty((len(spans), length), np.int32)
+        chunks = self._fs.cat_ranges(paths, starts, ends)
+        for row, (shard, start), chunk in zip(out, spans, chunks, strict=True):
+            where = f"{self.names[shard]}, tokens {start} to {start + length}"
+            if isinstance(chunk, Exception):
+                raise DataError(f"Reading {where} failed with {type(chunk).__name__}: {chunk}.") from chunk
+            if len(chunk) != TOKEN_BYTES * length:
+                raise DataError(f"{where}: got {len(chunk)} bytes; the shard changed while it was in use.")
+            row[:] = np.frombuffer(chunk, "<u2")
+        return out
+
+
+def header_fault(name: str, header: bytes, size: int) -> str | None:
+    """What is wrong with a shard of `size` bytes that begins with `header`, in one sentence; None if nothing is."""
+    if len(header) < HEADER_BYTES:
+        return f"{name} is broken: {size:,} bytes are too few for the header of {HEADER_BYTES:,}."
+    magic, version, n_tokens = np.frombuffer(header, "<i4", 3).tolist()
+    if magic != MAGIC:
+        return f"{name} is not a token shard: it begins with {magic}, not with {MAGIC}."
+    if version != VERSION:
+        return f"{name} has version {version} of the shard format; only version {VERSION} is known."
+    if n_tokens < 0 or size != HEADER_BYTES + TOKEN_BYTES * n_tokens:
+        kind = "truncated" if size < HEADER_BYTES + TOKEN_BYTES * n_tokens else "broken"
+        promised = HEADER_BYTES + TOKEN_BYTES * n_tokens
+        return f"{name} is {kind}: its header promises {n_tokens:,} tokens, {promised:,} bytes, but it has {size:,}."
+    return None
+
+
+def open_shards(path: str, split: Split) -> Shards:
+    """The shards of one part of a data set, sorted by name, their headers checked.
+
+    Args:
+      path: A local folder (its shards are memory-mapped) or a bucket URL that fsspec knows, such as `gs://bucket/folder`.
+      split: Which shards: `*_train_*.bin` or `*_val_*.bin`.
+
+    Raises:
+      DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken or
+        truncated (all of them listed).
+    """
+    fs, folder = _filesystem(path)
+    try:
+        files = fs.ls(folder, detail=True)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(
+            f"There is no folder {path}; data.path must be a folder of shards, or `embedded`."
+        ) from error
+    except Exception as error:  # network, credentials: whatever the bucket's library raises
+        raise DataError(f"Listing {path} failed with {type(error).__name__}: {error}.") from error
+    sizes = {f["name"]: f["size"] for f in files if f["type"] == "file" and _is_shard(f["name"], split)}
+    paths = sorted(sizes)
+    if not paths:
+        raise DataError(
+            f"{path} holds no *_{split}_*.bin shard ({len(files)} other files); make shards with mlra-prepare."
+        )
+
+    names = [fs.unstrip_protocol(p) if "://" in path else p for p in paths]
+    headers = fs.cat_ranges(paths, [0] * len(paths), [min(HEADER_BYTES, sizes[p]) for p in paths])
+    faults = []
+    for name, p, header in zip(names, paths, headers, strict=True):
+        if isinstance(header, Exception):
+            faults.append(f"Reading {name} failed with {type(header).__name__}: {header}.")
+        elif fault := header_fault(name, header, sizes[p]):
+            faults.append(fault)
+    if faults:
+        raise DataError(*faults)
+
+    n_tokens = [int(np.frombuffer(h, "<i4", 3)[2]) for h in headers]
+    if not _is_local(fs):
+        return RemoteShards(fs, paths, n_tokens)
+    empty = np.empty(0, "<u2")  # which cannot be memory-mapped
+    maps = [
+        np.memmap(p, "<u2", "r", HEADER_BYTES, n) if n else empty
+        for p, n in zip(paths, n_tokens, strict=True)
+    ]
+    return ArrayShards(names, maps)
+
+
+def _is_shard(path: str, split: Split) -> bool:
+    match = _SHARD_NAME.search(path)
+    return match is not None and match[1] == split
+
+
+def _is_local(fs: Any) -> bool:
+    return "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+
+
+def _filesystem(path: str) -> tuple[Any, str]:
+    protocol = path.split("://")[0] if "://" in path else "file"
+    try:
+        return fsspec.core.url_to_fs(path if "://" in path else os.path.expanduser(path))
+    except ImportError as error:
+        package = _EXTRAS.get(protocol, f"what fsspec asks for: {error}")
+        raise DataError(f"Reading {path} needs another library: pip install '{package}'.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: fsspec knows no storage called {protocol}://.") from error
