@@ -12,6 +12,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from mlra_jax.cli import command
 from mlra_jax.training.metrics import read_metrics
 
 
@@ -61,28 +62,26 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
         axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draws the figure; returns the exit status."""
+@command
+def main(argv: Sequence[str]) -> int:
+    """Draws the figure and prints its path."""
     args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
-    try:
-        if not args.runs:
-            raise ValueError("Name at least one run folder: mlra-plot RUN [RUN ...] --out losses.png")
-        if not 0 <= args.smooth < 1:
-            raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        for run in args.runs:
-            draw_run(axes, run, args.x, args.smooth)
-        axes.set_xlabel("step" if args.x == "step" else "training tokens")
-        axes.set_ylabel("loss (nats per token)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        pathlib.Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, dpi=150)
-    except (FileNotFoundError, ValueError) as e:
-        print(f"mlra-plot: {e}", file=sys.stderr)
-        return 2
-    print(args.out)
+    if not args.runs:
+        raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
+    if not 0 <= args.smooth < 1:
+        raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for run in args.runs:
+        draw_run(axes, run, args.x, args.smooth)
+    axes.set_xlabel("step" if args.x == "step" else "training tokens")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    print(out)
     return 0
 
 

@@ -99,8 +99,12 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     handler = ocp.PyTreeCheckpointHandler()
     stored = {k: tuple(v.shape) for k, v in _flat(handler.metadata(step_dir / item).tree).items()}
     wanted = {k: tuple(v.shape) for k, v in _flat(abstract).items()}
-    faults = [f"{k}: not in the checkpoint, the model has {wanted[k]}" for k in sorted(wanted.keys() - stored)]
-    faults += [f"{k}: {stored[k]} in the checkpoint, not in the model" for k in sorted(stored.keys() - wanted)]
+    faults = [
+        f"{k}: not in the checkpoint, the model has {wanted[k]}" for k in sorted(wanted.keys() - stored)
+    ]
+    faults += [
+        f"{k}: {stored[k]} in the checkpoint, not in the model" for k in sorted(stored.keys() - wanted)
+    ]
     faults += [
         f"{k}: {stored[k]} in the checkpoint, {wanted[k]} in the model"
         for k in sorted(wanted.keys() & stored)
@@ -136,7 +140,9 @@ def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
     a, b = _flat(to_dict(stored)), _flat(to_dict(current))
     absent = "(none)"
     return [
-        f"{k}: {a.get(k, absent)} -> {b.get(k, absent)}" for k in {**a, **b} if a.get(k, absent) != b.get(k, absent)
+        f"{k}: {a.get(k, absent)} -> {b.get(k, absent)}"
+        for k in {**a, **b}
+        if a.get(k, absent) != b.get(k, absent)
     ]
 
 
@@ -195,7 +201,9 @@ class Checkpoints:
           CheckpointError: the model is another one; every field that differs is named.
         """
         differences = config_differences(load_config(self.directory, self.latest_step()), config)
-        refused = [d for d in differences if d.startswith("model.") and d.split(":")[0] not in _FREE_MODEL_FIELDS]
+        refused = [
+            d for d in differences if d.startswith("model.") and d.split(":")[0] not in _FREE_MODEL_FIELDS
+        ]
         if refused:
             raise CheckpointError(
                 f"{self.directory} holds a run of another model; give this one another --name or --out, or take back:"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-IGNORED = -1
-"""Target of a position that does not count."""
+from mlra_jax.data.pipeline import IGNORED
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

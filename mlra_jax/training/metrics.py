@@ -47,36 +47,35 @@ class JsonLines:
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._remote = is_remote(self._path)
         text = self._path.read_text() if self._path.exists() else ""
         # A killed run may have left half a line; what follows must not be glued to it.
         repair = "\n" if text and not text.endswith("\n") else ""
-        self._text: str | None = text + repair if is_remote(self._path) else None
+        self._text = text + repair if self._remote else ""
         self._uploaded = time.monotonic()
-        self._file = None if is_remote(self._path) else open(self._path, "a", buffering=1, encoding="utf-8")
-        if self._file is not None:
-            self._file.write(repair)
+        if repair and not self._remote:
+            self._append(repair)
+
+    def _append(self, text: str) -> None:
+        with self._path.open("a") as file:
+            file.write(text)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         line = json.dumps({"step": step, **values}) + "\n"
-        if self._file is not None:
-            self._file.write(line)
+        if not self._remote:
+            self._append(line)
             return
-        assert self._text is not None
         self._text += line
         if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
     def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-        elif self._text is not None:
+        if self._remote:
             self._path.write_text(self._text)
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
         self.flush()
-        if self._file is not None:
-            self._file.close()
 
 
 class TensorBoard:
@@ -199,7 +198,8 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     return dict(sorted(records.items()))
 
 
-def _shown(value: float) -> str:
+def shown(value: float) -> str:
+    """Three digits of `value`, with k, M or G."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
@@ -230,7 +230,7 @@ class Progress:
             return
         parts = [f"loss {values['loss']:.4f}"]
         if "tokens_per_second" in values:
-            parts.append(f"{_shown(values['tokens_per_second'])} tokens/s")
+            parts.append(f"{shown(values['tokens_per_second'])} tokens/s")
         if "mfu" in values:
             parts.append(f"MFU {100 * values['mfu']:.1f} %")
         if self._bar is not None:

@@ -32,7 +32,9 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     PyTorch's `clip_grad_norm_`, which the paper uses; optax's own has no 1e-6.
     """
 
-    def update(updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None):
+    def update(
+        updates: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.EmptyState]:
         del params
         scale = jnp.minimum(1.0, max_norm / (optax.tree.norm(updates) + 1e-6))
         return jax.tree.map(lambda g: g * scale, updates), state

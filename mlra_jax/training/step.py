@@ -16,12 +16,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ModelConfig, TrainConfig
+from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, from_params
-from mlra_jax.training.losses import IGNORED, cross_entropy
+from mlra_jax.training.losses import cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
-
-Batch = dict[str, jax.Array]
-"""`inputs` and `targets`, int32 [accumulation, sequences of one micro-batch, T]; targets are `IGNORED` or ids."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +42,7 @@ def _init(config: TrainConfig) -> TrainState:
 
 
 def init_state(config: TrainConfig) -> TrainState:
-    """The initial state on the current mesh; each device makes only its own part, and the values do not depend on the mesh."""
+    """The initial state on the current mesh: each device makes its own part, and the values depend on no mesh."""
     return jax.jit(lambda: _init(config))()
 
 
@@ -59,21 +57,26 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
         return jax.tree.map(concrete, jax.eval_shape(lambda: _init(config)))
 
 
-def _loss_sum(config: ModelConfig, params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _loss_sum(
+    config: ModelConfig, params: dict[str, Any], inputs: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     return cross_entropy(from_params(config, params)(inputs), targets)
 
 
-def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(
+    config: TrainConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
 
-    The loss is the mean cross-entropy over all counted tokens of the global batch, in nats. The micro-batches of
-    `batch` are scanned over and their gradients add up in float32. Metrics are float32 scalars: `loss`, `grad_norm` (before clipping), `clipped` (1 where
-    the gradient was scaled down), `learning_rate`, `param_norm` (after the update), `momentum_norm`.
+    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over and their gradients
+    add up in float32. The loss is the mean cross-entropy over all counted tokens of all of them, in nats. Metrics are
+    float32 scalars: `loss`, `grad_norm` (before clipping), `clipped` (1 where the gradient was scaled down),
+    `learning_rate`, `param_norm` and `momentum_norm` (after the update).
     """
     optimizer = make_optimizer(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Dividing each micro-batch's sum by the number of tokens of all of them makes the gradients of the mean just add up.
+        # Each micro-batch's sum is divided by the tokens of all of them, so that the gradients of the mean just add up.
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         def loss_share(params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -104,14 +107,16 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
 
 
 def make_eval_step(config: TrainConfig) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
-    """A compiled function `(params, batch) -> (sum, count)`: the cross-entropies of a batch in nats, and its counted tokens."""
+    """A compiled function `(params, batch) -> (sum, count)`: cross-entropies in nats, and counted tokens.
+
+    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over.
+    """
 
     def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         def add(carry: tuple[jax.Array, jax.Array], micro: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
             nats, count = _loss_sum(config.model, params, micro["inputs"], micro["targets"])
             return (carry[0] + nats, carry[1] + count), None
 
-        total, _ = jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)
-        return total
+        return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)[0]
 
     return jax.jit(step)

@@ -1,0 +1,131 @@
+"""Several processes as one program, and stopping all of them together.
+
+Every host of a cluster runs the same command. `initialize` makes their processes find one another; `StopSignal` turns a
+SIGTERM on any one of them into one step after which all of them stop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import jax
+import tyro
+from jax.experimental import multihost_utils
+
+from mlra_jax.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How this process finds the others; it differs from process to process and is no part of a run's configuration."""
+
+    auto: bool = False
+    """Ask JAX to find the cluster (a TPU pod, Slurm, Open MPI, Kubernetes); the default under `srun` and `mpirun`."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, the same on every process, for a cluster that JAX does not know."""
+    processes: int = 0
+    """Number of processes, with `coordinator`."""
+    process_id: int = -1
+    """Which of them this one is, from 0, with `coordinator`."""
+
+    def faults(self) -> list[str]:
+        """One sentence for each fault."""
+        at = "distributed."
+        given = bool(self.coordinator), self.processes != 0, self.process_id != -1
+        if any(given) and not all(given):
+            return [f"{at}coordinator, {at}processes and {at}process_id go together; give all three."]
+        if any(given) and self.auto:
+            return [f"{at}auto finds the cluster itself; leave out {at}coordinator."]
+        if any(given) and not 0 <= self.process_id < self.processes:
+            return [
+                f"{at}process_id={self.process_id} must be from 0 to {at}processes - 1 = {self.processes - 1}."
+            ]
+        if self.coordinator and not self.coordinator.rpartition(":")[2].isdigit():
+            return [f"{at}coordinator={self.coordinator} must be HOST:PORT."]
+        return []
+
+
+def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
+    """Splits the options `--distributed.FIELD VALUE` off a command line.
+
+    Returns:
+      What they say, and the other arguments.
+    """
+    mine: list[str] = []
+    others: list[str] = []
+    rest = iter(argv)
+    for arg in rest:
+        if not arg.startswith("--distributed."):
+            others.append(arg)
+            continue
+        mine.append("--" + arg.removeprefix("--distributed."))
+        if "=" not in arg and not arg.endswith((".auto", ".no-auto")):
+            mine += [value for value in [next(rest, None)] if value is not None]
+    return tyro.cli(DistributedConfig, args=mine, prog="--distributed", use_underscores=True), others
+
+
+def _launched_as_one_of_several() -> bool:
+    """Whether `srun` or `mpirun` started this process beside others."""
+    sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def initialize(config: DistributedConfig) -> None:
+    """Joins this process with the others of its cluster, if there are any; call before JAX touches a device.
+
+    Raises:
+      ConfigError: `config` is not legal, or there are other processes of which it says nothing.
+    """
+    if faults := config.faults():
+        raise ConfigError(faults)
+    if config.coordinator:
+        jax.distributed.initialize(
+            config.coordinator, config.processes, config.process_id, cluster_detection_method="deactivate"
+        )
+    elif config.auto or _launched_as_one_of_several():
+        jax.distributed.initialize()
+    elif jax.process_count() > 1:
+        raise ConfigError(
+            [
+                f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
+            ]
+        )
+
+
+class StopSignal:
+    """Whether SIGTERM asks to stop, as a context manager.
+
+    One process: a flag that the signal sets. Several: JAX's preemption service, which passes a signal that any one of
+    them got on to the others and picks a step that none of them has passed.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        self._previous: Any = None
+        self._installed = False
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self._received = True
+
+    def __enter__(self) -> StopSignal:
+        # Python can set handlers in the main thread only. With several processes JAX has set its own.
+        if not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop after `step`; every process must ask after every step."""
+        if jax.distributed.is_initialized():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received

@@ -1,0 +1,260 @@
+"""The training loop: config, mesh, data, model and optimizer, restore, loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import NamedSharding
+
+from mlra_jax.config import TrainConfig, to_dict
+from mlra_jax.data.pipeline import EvalBatches, TrainBatches
+from mlra_jax.distributed import StopSignal
+from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
+from mlra_jax.training.checkpoints import Checkpoints
+from mlra_jax.training.flops import peak_flops, train_flops_per_token
+from mlra_jax.training.metrics import Metrics, Progress, check_sinks, is_remote, open_sinks, shown
+from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
+
+
+class DivergedError(RuntimeError):
+    """A loss or norm is NaN or infinite; the message names the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    state: TrainState
+    """The final state."""
+    step: int
+    """Updates made, those of earlier processes included."""
+    eval_loss: float | None
+    """The last held-out loss of this process, nats per token; None if there was no evaluation."""
+    interrupted: bool
+    """Whether a SIGTERM ended it before the last step."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains, or continues, the run that `config` describes; every process of a cluster calls it.
+
+    What is found in `config.run_dir` is continued from its latest complete checkpoint, on whatever mesh. SIGTERM on any
+    process saves and returns.
+
+    Raises:
+      ConfigError: the configuration is illegal, or does not fit the devices.
+      DataError: the data cannot be used.
+      CheckpointError: the run's folder holds a run of another model.
+      DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
+    """
+    # Everything that can be refused is refused here, before anything is compiled or allocated.
+    config.validate()
+    check_sinks(config)
+    mesh_config = config.mesh.resolve(jax.device_count())
+    check_train_layout(config, mesh_config)
+    n_data_shards = mesh_config.data * mesh_config.fsdp
+    accumulation = config.data.accumulation(n_data_shards)
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+
+    with contextlib.ExitStack() as stack:
+        mesh = make_mesh(config.mesh)
+        stack.enter_context(jax.set_mesh(mesh))
+
+        train_data = TrainBatches(config.data, config.model.vocab_size, config.seed)
+        eval_data = EvalBatches(config.data, config.model.vocab_size, config.log.eval_sequences)
+
+        abstract = abstract_state(config, mesh)
+        train_step, eval_step = make_train_step(config), make_eval_step(config)
+
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)))
+        start = checkpoints.latest_step() or 0
+        changes = checkpoints.check_config(config) if start else []
+        state = checkpoints.restore(abstract) if start else init_state(config)
+
+        monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, start, changes)))
+        stop = stack.enter_context(StopSignal())
+        profiler = stack.enter_context(contextlib.closing(_Profiler(config, start)))
+        sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+        batches = stack.enter_context(train_data.device_batches(sharding, accumulation, start))
+
+        def evaluate(params: Any) -> float:
+            micro_batch = config.data.micro_batch * n_data_shards
+            n_micro = math.ceil(eval_data.n_sequences / micro_batch)
+            (batch,) = eval_data.device_batches(sharding, n_micro, micro_batch)
+            nats, count = jax.device_get(eval_step(params, batch))
+            return float(nats / count)
+
+        eval_loss, step, interrupted = None, start, False
+        while step < config.steps and not interrupted:
+            profiler.before(step)
+            state, metrics = train_step(state, next(batches))
+            monitor.started(step, metrics)
+            step += 1
+            interrupted = stop.reached(step) and step < config.steps
+            profiler.after(step, metrics)
+
+            last = step == config.steps
+            save = last or interrupted or step % config.checkpoint.every == 0
+            measure = not interrupted and (last or step % config.log.eval_every == 0)
+            if save or measure:
+                monitor.finish()  # raises if this step is bad, before it can get into a checkpoint
+                if save:
+                    checkpoints.save(step, state, config)
+                if measure:
+                    eval_loss = evaluate(state.params)
+                    monitor.evaluated(step, eval_loss)
+                monitor.resume()
+        checkpoints.wait()
+        monitor.ended(step, interrupted)
+        return TrainResult(state, step, eval_loss, interrupted)
+
+
+class _Monitor:
+    """Fetches each step's metrics while the next one runs, checks them, and reports every `log.every` steps."""
+
+    def __init__(self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str]):
+        self._config, self._start = config, start
+        first = jax.process_index() == 0
+        self._metrics = Metrics(open_sinks(config, start) if first else [])
+        self._progress = Progress(config.steps, start, active=first)
+        self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self._tokens_per_step = config.data.global_batch * config.data.seq_len
+
+        n_params = sum(math.prod(p.shape) for p in jax.tree.leaves(abstract.params))
+        flops_per_token = train_flops_per_token(config.model, n_params, config.data.seq_len)
+        device = jax.devices()[0]
+        peak = peak_flops(device.device_kind)
+        self._mfu_per_rate = flops_per_token / (peak * jax.device_count()) if peak else None
+
+        # Since the last report: when it was (None: before the first step is done, compilation is not measured), time
+        # in evaluation and saving, steps, and how many of them were clipped.
+        self._since: float | None = None
+        self._paused_at = self._paused = 0.0
+        self._steps = self._clipped = 0.0
+
+        if first:
+            folder = epath.Path(config.run_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        if start < config.steps:
+            self._progress.say(
+                f"{'Continuing' if start else 'Training'} {config.name} in {config.run_dir} from step {start}: "
+                f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
+                f"{self._tokens_per_step} tokens per step."
+            )
+        for change in changes:
+            self._progress.say(f"  changed since the checkpoint: {change}")
+
+    def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Step `step` is on the device; the one before it is looked at meanwhile."""
+        self._look()
+        self._pending = step, metrics
+
+    def finish(self) -> None:
+        """Waits for the step that runs, looks at it, and stops the clock."""
+        self._look()
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        """Starts the clock again."""
+        self._paused += time.perf_counter() - self._paused_at
+
+    def _look(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+            raise DivergedError(
+                f"Step {step} diverged: {', '.join(bad)}. Nothing of it was saved; {self._config.run_dir} holds the "
+                "checkpoints before it. Try a lower --optim.lr, more --optim.warmup_steps or another --seed."
+            )
+        self._progress.advance()
+        self._steps += 1
+        self._clipped += values.pop("clipped")
+        now = time.perf_counter()
+        if step % self._config.log.every == 0 or step == self._config.steps - 1:
+            self._report(step, values, now)
+        elif self._since is None:
+            self._reset(now)
+
+    def _reset(self, now: float) -> None:
+        self._since, self._paused, self._steps, self._clipped = now, 0.0, 0.0, 0.0
+
+    def _report(self, step: int, values: dict[str, float], now: float) -> None:
+        values["tokens"] = (step + 1) * self._tokens_per_step
+        values["clip_rate"] = self._clipped / self._steps
+        if self._since is not None:
+            rate = self._steps * self._tokens_per_step / (now - self._since - self._paused)
+            values["tokens_per_second"] = rate
+            if self._mfu_per_rate is not None:
+                values["mfu"] = rate * self._mfu_per_rate
+            values["seconds_left"] = (self._config.steps - step - 1) * self._tokens_per_step / rate
+        self._metrics.write(step, values)
+        self._progress.report(step, values)
+        self._reset(now)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Records the held-out loss after `step` updates."""
+        self._metrics.write(step, {"eval_loss": loss, "tokens": step * self._tokens_per_step})
+        self._metrics.flush()
+        self._progress.say(f"step {step}/{self._config.steps} · held-out loss {loss:.4f} nats per token")
+
+    def ended(self, step: int, interrupted: bool) -> None:
+        """Says how it ended."""
+        if interrupted:
+            self._progress.say(f"Stopped by SIGTERM after step {step}, saved; the same command continues.")
+        elif step == self._start:
+            self._progress.say(f"{self._config.run_dir} has all of its {step} steps; nothing to do.")
+
+    def close(self) -> None:
+        """Closes files and the progress bar."""
+        self._metrics.close()
+        self._progress.close()
+
+
+class _Profiler:
+    """Records a window of steps into `profile/` of the run, for TensorBoard or Perfetto."""
+
+    def __init__(self, config: TrainConfig, start: int):
+        self._first = start + config.log.profile_start
+        self._last = min(self._first + config.log.profile_steps, config.steps)
+        self._folder = epath.Path(config.run_dir) / "profile"
+        self._local: str | None = None
+
+    def before(self, step: int) -> None:
+        """Starts recording if `step` is the first of the window."""
+        if step == self._first < self._last:
+            # The profiler writes local files only.
+            self._local = tempfile.mkdtemp() if is_remote(self._folder) else os.fspath(self._folder)
+            jax.profiler.start_trace(self._local)
+
+    def after(self, step: int, result: Any) -> None:
+        """Stops after the window's last step, when `result` is there."""
+        if self._local is not None and step == self._last:
+            jax.block_until_ready(result)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was recorded."""
+        if self._local is None:
+            return
+        local, self._local = self._local, None
+        jax.profiler.stop_trace()
+        if is_remote(self._folder):
+            for file in epath.Path(local).rglob("*"):
+                if file.is_file():
+                    target = self._folder / file.relative_to(local)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
