@@ -166,7 +166,9 @@ class TrainBatches:
             num_threads=min(config.read_threads, config.prefetch), prefetch_buffer_size=config.prefetch
         )
         dataset = steps.map(lambda step: self.rows(step, place.sequences)).to_iter_dataset(options)
-        return BatchIterator(iter(dataset), place)
+        rows = iter(dataset)
+        rows.start_prefetch()  # the first batches are read while the step is compiled
+        return BatchIterator(rows, place)
 
 
 class BatchIterator(Iterator[Batch]):

@@ -36,7 +36,7 @@ def speeches(markdown: str) -> str:
     blocks: list[tuple[str, list[str]]] = []
     for line in (line.strip() for line in text.splitlines()):
         if speaker := re.fullmatch(r"\*\*(.+)\*\*", line):
-            blocks.append((speaker[1].upper(), []))
+            blocks.append((speaker[1].replace(":", "").upper(), []))
         elif line and not line.startswith("#"):
             if not blocks:
                 raise ValueError(f"A line without a speaker: {line!r}")

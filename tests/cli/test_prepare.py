@@ -1,0 +1,214 @@
+"""mlra-prepare: text in, the same text out of the shards; and what goes wrong is said before anything is written."""
+
+import itertools
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_jax.cli import prepare
+from mlra_jax.config import DataConfig
+from mlra_jax.data import EvalBatches, TrainBatches
+from mlra_jax.data.shards import open_shards
+from mlra_jax.data.tokenizers import ByteTokenizer
+
+
+def read_back(folder, split):
+    """The documents of one part, from the tokens on the disk."""
+    shards = open_shards(str(folder), split)
+    ids = np.concatenate([shards.read([(i, 0)], n)[0] for i, n in enumerate(shards.n_tokens)])
+    assert ids[0] == 256  # end of text comes first
+    ends = [*np.flatnonzero(ids == 256), len(ids)]
+    return [ByteTokenizer().decode(ids[a + 1 : b]) for a, b in itertools.pairwise(ends)]
+
+
+def run(*argv):
+    return prepare.main([str(a) for a in argv])
+
+
+def fault(capsys, *argv):
+    """The message of a run that is refused."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three files in two folders: documents a, b, c, d, e in the order of the paths."""
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "1.md").write_text("# a\r\nnaïve 🙂\n")
+    rows = [{"text": "b\n", "id": 1}, {"text": " \n"}, {"text": "c"}]
+    (folder / "2.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (folder / "sub" / "3.txt").write_bytes(b"d\n" * 50)
+    (folder / "ignored.py").write_text("not text")
+    return folder
+
+
+CONTENT = ["# a\r\nnaïve 🙂\n", "b\n", "c", "d\n" * 50]
+
+
+def test_shards_read_back_as_the_documents_in_order_of_path(texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(texts, "--out", out, "--val-fraction", 0, "--shard-tokens", 16, "--name", "n") == 0
+    assert read_back(out, "train") == CONTENT
+    n_tokens = sum(len(text.encode()) + 1 for text in CONTENT)
+    assert f"{n_tokens} tokens for training, 0 held out" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        f"n_train_{i + 1:06d}.bin" for i in range(-(-n_tokens // 16))
+    ]
+    assert [p.name for p in tmp_path.iterdir() if p != texts] == ["out"]
+
+
+def test_tails_hold_out_the_end_of_every_document_and_lose_nothing(texts, tmp_path):
+    run(texts, "--out", tmp_path / "out", "--val-fraction", 0.25)
+    train, val = (read_back(tmp_path / "out", split) for split in ("train", "val"))
+    assert train[-1] + val[-1] == CONTENT[-1]
+    assert val[-1] == "d\n" * 13  # the cut falls on a line break
+    assert "".join(sorted("".join(train + val))) == "".join(sorted("".join(CONTENT)))
+
+
+def test_a_hundred_documents_are_held_out_whole_whatever_their_order(tmp_path):
+    rows = [json.dumps({"body": f"document {i}"}) for i in range(300)]
+    parts = []
+    for i, lines in enumerate((rows, rows[::-1])):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text("\n".join(lines))
+        run(path, "--out", tmp_path / f"out{i}", "--text-field", "body", "--val-fraction", 0.2)
+        parts.append({split: read_back(tmp_path / f"out{i}", split) for split in ("train", "val")})
+    assert sorted(parts[0]["train"] + parts[0]["val"]) == sorted(f"document {i}" for i in range(300))
+    assert 30 < len(parts[0]["val"]) < 90
+    assert set(parts[0]["val"]) == set(parts[1]["val"])
+
+
+@given(
+    text=st.text(min_size=1),
+    holdout=st.sampled_from(["documents", "tails"]),
+    fraction=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=200)
+def test_splitting_a_document_loses_nothing(text, holdout, fraction):
+    train, val = prepare.split_document(text, holdout, fraction)
+    assert train + val == text
+    if holdout == "documents":
+        assert not train or not val
+    if not fraction:
+        assert not val
+
+
+def test_what_is_prepared_is_what_training_reads(texts, tmp_path):
+    run(texts, "--out", tmp_path / "out")
+    config = DataConfig(path=str(tmp_path / "out"), seq_len=8, global_batch=2, order="sequential")
+    rows = TrainBatches(config, 257, seed=0).rows(0)
+    assert rows[0].tolist() == [256, *CONTENT[0].encode()][:9]
+    assert EvalBatches(config, 257, 100).n_sequences >= 1
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(texts, "--out", out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "--overwrite" in fault(capsys, texts / "2.jsonl", "--out", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert run(texts / "2.jsonl", "--out", out, "--overwrite", "--val-fraction", 0) == 0
+    assert read_back(out, "train") == ["b\n", "c"]
+    (out / "thesis.tex").write_text("precious")
+    assert "holds more than shards" in fault(capsys, texts, "--out", out, "--overwrite")
+    assert (out / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_nothing_behind(texts, tmp_path, monkeypatch, error):
+    def interrupted(*_):
+        raise error
+
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", interrupted)
+    with pytest.raises((error, SystemExit)):
+        run(texts, "--out", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["texts"]
+
+
+def test_what_a_killed_run_left_is_not_taken_for_shards(texts, tmp_path):
+    left = tmp_path / "out.partial"
+    left.mkdir()
+    (left / "old_train_000001.bin").write_bytes(b"half")
+    run(texts, "--out", tmp_path / "out", "--val-fraction", 0)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["text_train_000001.bin"]
+    assert not left.exists()
+
+
+def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
+    (texts / "latin.txt").write_bytes(b"caf\xe9")
+    (texts / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (texts / "other.jsonl").write_text('{"body": "elsewhere"}\n')
+    (texts / "list.jsonl").write_text("[1]\n")
+    message = fault(capsys, texts, "--out", tmp_path / "out")
+    assert "latin.txt is not UTF-8 text: unexpected end of data at byte 3" in message
+    assert "broken.jsonl, line 2 is not JSON" in message
+    assert "other.jsonl, line 1: no text in the field 'text'; name another with --text-field" in message
+    assert "list.jsonl, line 1: no text" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "Name either text files and folders, or one --hf-dataset."),
+        (["{tmp}/nowhere"], "There is no file or folder {tmp}/nowhere."),
+        (["{tmp}/empty"], "empty holds no .txt, .md, .jsonl file."),
+        (["{tmp}/blank.txt"], "hold no text."),
+        (
+            ["{tmp}/blank.txt", "--val-fraction", "1"],
+            "--val-fraction 1.0 must be at least 0 and less than 1.",
+        ),
+        (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens 0 must be"),
+        (["{tmp}/blank.txt", "--name", "a/b"], "--name 'a/b' must be a part of a file name."),
+        (["{tmp}/blank.txt", "--out", "gs://b/x"], "written to a local folder"),
+        (["{tmp}/blank.txt", "--tokenizer", "gpt9"], "Unknown tokenizer 'gpt9'"),
+        (
+            ["{tmp}/one.txt", "--holdout", "documents"],
+            "Nothing is left for validation with --holdout documents",
+        ),
+    ],
+)
+def test_user_errors_are_one_sentence_and_write_nothing(tmp_path, capsys, argv, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "one.txt").write_text("one document")
+    before = sorted(tmp_path.iterdir())
+    argv = [a.format(tmp=tmp_path) for a in argv]
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "out")]
+    assert words.format(tmp=tmp_path) in fault(capsys, *argv)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_vocabulary_beyond_16_bits_is_refused_before_reading(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "n_vocab", 100_000)
+    assert "has 100,000 ids; shards hold 16-bit ids" in fault(capsys, texts, "--out", tmp_path / "out")
+
+
+def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch, capsys):
+    asked = {}
+
+    def load_dataset(*args, **kwargs):
+        asked.update(kwargs, args=args)
+        return iter([{"text": "one"}, {"text": ""}, {"text": "two"}])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    argv = ("--hf-dataset", "a/b", "--hf-config", "c", "--val-fraction", 0)
+    run(*argv, "--out", tmp_path / "out")
+    assert asked == {"args": ("a/b", "c"), "split": "train", "streaming": True}
+    assert read_back(tmp_path / "out", "train") == ["one", "two"]
+    assert "a/b has no text in the field 'body'; it has ['text']" in fault(
+        capsys, *argv, "--text-field", "body", "--out", tmp_path / "out2"
+    )
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install datasets" in fault(capsys, *argv, "--out", tmp_path / "out2")
+    assert not (tmp_path / "out2").exists()
