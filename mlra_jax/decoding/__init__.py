@@ -1,0 +1,1 @@
+"""Generation: the KV cache, the engine (prefill and step), sampling."""

@@ -1,0 +1,173 @@
+"""The KV cache: create, append, attend, bytes. Its array layout is known here and nowhere else.
+
+A layer's cache holds arrays by cached head, [B, U, S, W] with U slots (`models.attention.slots`), and arrays shared by
+all heads, [B, S, W]. Slots of heads are split over `tensor`, sequences over `data`, and the S token slots over
+`context`, striped by page: page p of the tokens lies on device p mod n, so that short sequences spread too.
+
+`append` and `attend` run inside `shard_map`, on each device's own part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.config import LatentAttentionConfig, ModelConfig
+from mlra_jax.models.attention.slots import Slots
+from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention
+from mlra_jax.sharding import AxisRules
+
+if TYPE_CHECKING:
+    from mlra_jax.models.transformer import Transformer
+
+PAGE_SIZE = 64
+"""Tokens in a page."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one attention layer has cached."""
+
+    arrays: dict[str, Any]
+    rules: AxisRules = dataclasses.field(metadata={"static": True})
+    page_size: int = dataclasses.field(metadata={"static": True})
+
+    def specs(self) -> Self:
+        """This cache with `PartitionSpec`s for arrays."""
+        by_ndim = {
+            4: self.rules.spec("batch", "latent_slots", "cache_length", None),
+            3: self.rules.spec("batch", "cache_length", None),
+        }
+        return dataclasses.replace(self, arrays={k: by_ndim[v.ndim] for k, v in self.arrays.items()})
+
+    # Inside `shard_map`:
+
+    def append(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
+        """The cache with the tokens `new` (by head [B, T, U, W], shared [B, T, W]) at positions from `start_B` on.
+
+        Of row b the first `n_new_B[b]` tokens are written; tokens past the end of the cache are dropped.
+        """
+        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
+        arrays = {}
+        for name, array in self.arrays.items():
+            b, t = new[name].shape[:2]
+            offset_T = jnp.arange(t)
+            position_BT = start_B[:, None] + offset_T
+            page_BT = position_BT // self.page_size
+            slot_BT = page_BT // n * self.page_size + position_BT % self.page_size
+            mine_BT = (page_BT % n == me) & (offset_T < n_new_B[:, None])
+            slot_BT = jnp.where(mine_BT, slot_BT, array.shape[-2])  # past the end: dropped
+            row_B1 = jnp.arange(b)[:, None]
+            at = array.at[row_B1, :, slot_BT] if array.ndim == 4 else array.at[row_B1, slot_BT]
+            arrays[name] = at.set(new[name].astype(array.dtype), mode="drop")
+        return dataclasses.replace(self, arrays=arrays)
+
+    def _visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
+        """How many of this device's leading slots each of the T new queries sees, [B, T]."""
+        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
+        seen_BT = start_B[:, None] + jnp.minimum(jnp.arange(t) + 1, n_new_B[:, None])
+        pages_BT, rest_BT = seen_BT // self.page_size, seen_BT % self.page_size
+        whole_BT = (pages_BT - me + n - 1) // n * self.page_size
+        return (whole_BT + jnp.where(pages_BT % n == me, rest_BT, 0)).astype(jnp.int32)
+
+    def _merge(self, out: jax.Array, lse: jax.Array) -> jax.Array:
+        """Attention over all tokens, from what each device gives for its own."""
+        if self.rules.size("cache_length") == 1:
+            return self.rules.psum(out, "cache_length")
+        top = self.rules.pmax(lse, "cache_length")
+        share = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))
+        total = self.rules.psum(share, "cache_length")
+        summed = self.rules.psum(out.astype(jnp.float32) * share[..., None], "cache_length")
+        return (summed / jnp.where(total > 0, total, 1.0)[..., None]).astype(out.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LatentCache(LayerCache):
+    """`kv_latent` [B, U, S, C] and `k_rope` [B, S, R]."""
+
+    def attend(
+        self, q_nope: jax.Array, q_rope: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float
+    ) -> jax.Array:
+        """Absorbed attention of the new queries [B, T, U, M, C and R] over the cache; z [B, T, U, M, C]."""
+        seen = self._visible(start_B, n_new_B, q_nope.shape[1])
+        a = self.arrays
+        return self._merge(*latent_decode_attention(q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupedCache(LayerCache):
+    """`k` and `v` [B, U, S, H]."""
+
+    def attend(self, q: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float) -> jax.Array:
+        """Attention of the new queries [B, T, U, M, H] over the cache; [B, T, U, M, H]."""
+        seen = self._visible(start_B, n_new_B, q.shape[1])
+        return self._merge(*grouped_decode_attention(q, self.arrays["k"], self.arrays["v"], seen, scale=scale))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The caches of all layers, and how many tokens each row of the batch holds."""
+
+    layers: tuple[LatentCache | GroupedCache, ...]
+    lengths: Any  # int32 [B]
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, rules: AxisRules, batch: int, max_len: int, *, page_size: int = PAGE_SIZE
+    ) -> Cache:
+        """An empty cache for `batch` rows of at least `max_len` tokens, laid out over the current mesh.
+
+        Args:
+          config: of the model.
+          rules: the decoding table.
+          batch: rows; a multiple of the mesh axes that split `batch`.
+          max_len: tokens; rounded up to whole pages on every device.
+          page_size: tokens in a page.
+        """
+        stripe = page_size * rules.size("cache_length")
+        length = -(-max_len // stripe) * stripe
+        dtype = jnp.dtype(config.compute_dtype)
+        a = config.attention
+        if isinstance(a, LatentAttentionConfig):
+            u = Slots(rules, config.n_heads, a.n_latent_heads, a.n_branches).count
+            kind: type[LatentCache | GroupedCache] = LatentCache
+            shapes = {"kv_latent": (batch, u, length, a.d_latent), "k_rope": (batch, length, a.d_rope)}
+        else:
+            u = Slots(rules, config.n_heads, a.n_kv_heads, 1).count
+            kind = GroupedCache
+            shapes = dict.fromkeys(("k", "v"), (batch, u, length, a.d_head))
+
+        def layer() -> LatentCache | GroupedCache:
+            empty = kind({k: jnp.zeros(s, dtype) for k, s in shapes.items()}, rules, page_size)
+            names = {
+                4: ("batch", "latent_slots", "cache_length", None),
+                3: ("batch", "cache_length", None),
+            }
+            laid_out = {k: rules.constrain(v, *names[v.ndim]) for k, v in empty.arrays.items()}
+            return dataclasses.replace(empty, arrays=laid_out)
+
+        lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
+        return cls(tuple(layer() for _ in range(config.n_layers)), lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        first = self.layers[0]
+        return next(iter(first.arrays.values())).shape[-2]
+
+    def bytes_per_device(self) -> int:
+        """Bytes of keys, values or latents that the fullest device holds, read off the arrays' shards."""
+        held: dict[Any, int] = {}
+        for layer in self.layers:
+            for array in layer.arrays.values():
+                for shard in array.addressable_shards:
+                    held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+        return max(held.values())

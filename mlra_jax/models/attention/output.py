@@ -1,0 +1,64 @@
+"""The end of every attention: the gate, the output projection, and the exchange between devices when decoding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlra_jax.config import ModelConfig
+from mlra_jax.models.attention.slots import Slots
+from mlra_jax.models.layers import normal, output_init, parameter, weight
+from mlra_jax.sharding import AxisRules
+
+
+class Output(nnx.Module):
+    """W_o (gate * y), with gate = sigmoid(W_g x) or nothing."""
+
+    def __init__(self, config: ModelConfig, d_value: int, *, rngs: nnx.Rngs, rules: AxisRules):
+        d, n, dtype = config.d_model, config.n_heads, config.param_dtype
+        self.rules = rules
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        self.w_o = parameter(rngs, rules, (n, d_value, d), ("heads", None, "embed"), output_init(config), dtype)
+        self.w_gate = (
+            parameter(rngs, rules, (d, n, d_value), ("embed", "heads", None), normal(config), dtype)
+            if config.gated_attention
+            else None
+        )
+
+    def gate(self, x_BTD: jax.Array) -> jax.Array | None:
+        """sigmoid(W_g x) as [B, T, N, H], or None without a gate."""
+        if self.w_gate is None:
+            return None
+        w_DNH = weight(self.rules, self.w_gate, self.compute_dtype)
+        names = ("batch", "length", "heads", None)
+        return jax.nn.sigmoid(self.rules.einsum("BTD,DNH->BTNH", x_BTD, w_DNH, out=names))
+
+    def __call__(self, x_BTD: jax.Array, y_BTNH: jax.Array) -> jax.Array:
+        """The block's output [B, T, D] from its input and the heads' output, both in the compute type."""
+        gate_BTNH = self.gate(x_BTD)
+        if gate_BTNH is not None:
+            y_BTNH = y_BTNH * gate_BTNH
+        w_NHD = weight(self.rules, self.w_o, self.compute_dtype)
+        # N is split over `tensor`: the product over it all-reduces.
+        return self.rules.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, out=("batch", "length", None))
+
+    def from_slots(
+        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_NHD: jax.Array
+    ) -> jax.Array:
+        """Inside `shard_map`: sums what the local slots give, over slots and devices.
+
+        With the query heads split, the result is this device's part of y [B, T, N, H]: nothing moves if the slots are
+        aligned, else it is a reduce-scatter, and `__call__` goes on from there. With the query heads whole
+        (`slots.projected`), the gate and W_o are applied first, and the one all-reduce gives the output [B, T, D].
+        """
+        y_BTNH = slots.scatter(y_BTUMH)
+        if not slots.projected:
+            if not slots.aligned:
+                y_BTNH = self.rules.psum_scatter(y_BTNH, "heads", axis=2)
+            return y_BTNH.astype(self.compute_dtype)
+        y_BTNH = y_BTNH.astype(self.compute_dtype)
+        if gate_BTNH is not None:
+            y_BTNH = y_BTNH * gate_BTNH
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, preferred_element_type=jnp.float32)
+        return self.rules.psum(out_BTD, "latent_slots").astype(self.compute_dtype)

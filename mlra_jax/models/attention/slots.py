@@ -1,0 +1,101 @@
+"""How query heads meet the cached heads when decoding is split over devices.
+
+A *slot* is what one device needs one cached head for. With no more devices than cached heads (L), slots are the heads.
+With r times as many, every head is held r times, and each copy serves an r-th of its M query heads. Slot
+u = (j*G + g)*r + i holds head j*G + g and serves the query heads gM + i*M/r onwards, M/r of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.sharding import AxisRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """The assignment of N query heads to L cached heads of J branches, under a decoding table."""
+
+    rules: AxisRules
+    n_heads: int
+    n_cached: int
+    n_branches: int
+
+    @property
+    def copies(self) -> int:
+        """r: devices that hold the same cached head."""
+        return max(1, self.rules.size("latent_slots") // self.n_cached)
+
+    @property
+    def count(self) -> int:
+        """U = L * r: slots over all devices."""
+        return self.n_cached * self.copies
+
+    @property
+    def group_size(self) -> int:
+        """M: query heads that read one cached head."""
+        return self.n_heads * self.n_branches // self.n_cached
+
+    @property
+    def rows(self) -> int:
+        """M / r: query heads that one slot serves."""
+        return self.group_size // self.copies
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a device's own part of the split query heads is just what its slots serve, so nothing moves."""
+        return self.n_branches == 1 and self.rules.mesh_axes("heads") == self.rules.mesh_axes("latent_slots")
+
+    @property
+    def query_axis(self) -> str | None:
+        """Logical name of the head axis of the queries that enter attention: split only if aligned."""
+        return "heads" if self.aligned else None
+
+    @property
+    def projected(self) -> bool:
+        """Whether the output projection is applied to each device's summands, before they are summed."""
+        return not self.aligned and not self.rules.mesh_axes("heads")
+
+    def to_slots(self, w_LX: jax.Array, axis: int) -> jax.Array:
+        """Repeats the L cached heads along `axis` for each copy: [..., L, ...] to [..., U, ...]."""
+        return jnp.repeat(w_LX, self.copies, axis=axis)
+
+    def heads_to_slots(self, w_JNX: jax.Array) -> jax.Array:
+        """Lays per-head weights of each branch out by slot: [J, N, ...] to [U, M / r, ...]."""
+        return w_JNX.reshape(self.count, self.rows, *w_JNX.shape[2:])
+
+    # Inside `shard_map`:
+
+    def _first_heads(self, n_local: int) -> list[jax.Array | int]:
+        """The first query head of each local slot, counted in the heads that this device sees."""
+        if self.aligned:
+            return [k * self.rows for k in range(n_local)]
+        first_slot = self.rules.axis_index("latent_slots") * n_local
+        groups = self.n_cached // self.n_branches
+        slots = [first_slot + k for k in range(n_local)]
+        return [u // self.copies % groups * self.group_size + u % self.copies * self.rows for u in slots]
+
+    def gather(self, q_BTNH: jax.Array, n_local: int) -> jax.Array:
+        """The queries that each local slot serves: [B, T, N, H] to [B, T, U, M / r, H]."""
+        if self.rows == q_BTNH.shape[2]:
+            parts = [q_BTNH] * n_local
+        else:
+            cut = lambda first: jax.lax.dynamic_slice_in_dim(q_BTNH, first, self.rows, axis=2)
+            parts = [cut(first) for first in self._first_heads(n_local)]
+        return jnp.stack(parts, axis=2)
+
+    def scatter(self, y_BTUMH: jax.Array) -> jax.Array:
+        """Sums the outputs of the local slots by query head: [B, T, U, M / r, H] to [B, T, N, H], or N's own part."""
+        b, t, n_local, rows, h = y_BTUMH.shape
+        if self.aligned:
+            return y_BTUMH.reshape(b, t, n_local * rows, h)
+        if rows == self.n_heads:
+            return y_BTUMH.sum(axis=2)
+        total = jnp.zeros((b, t, self.n_heads, h), y_BTUMH.dtype)
+        for k, first in enumerate(self._first_heads(n_local)):
+            place = jnp.zeros_like(total)
+            total = total + jax.lax.dynamic_update_slice_in_dim(place, y_BTUMH[:, :, k], first, axis=2)
+        return total

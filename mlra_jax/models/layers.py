@@ -1,0 +1,153 @@
+"""The layers around attention: parameters, RMSNorm, SwiGLU, rotary positions, the tied embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlra_jax.config import ModelConfig
+from mlra_jax.sharding import AxisRules
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+
+STORAGE_AXES = ("embed", "rank")
+"""Logical axes along which parameters are stored in parts but used whole."""
+
+
+def parameter(
+    rngs: nnx.Rngs, rules: AxisRules, shape: tuple[int, ...], names: tuple[str | None, ...], init: Initializer, dtype: str
+) -> nnx.Param:
+    """A parameter with logical axis names, born split over the current mesh, if there is one.
+
+    The names are stored as Flax's `out_sharding` metadata. Flax's own eager sharding is off because it refuses to
+    work without a mesh.
+    """
+    value = rules.constrain(init(rngs.params(), shape, jnp.dtype(dtype)), *names)
+    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+
+
+def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """The parameter as a product takes it: cast, then gathered where only its storage is split (FSDP)."""
+    value = param[...]
+    names = param.get_metadata("out_sharding")[-value.ndim :]  # without the leading "layers" of a stacked parameter
+    return rules.constrain(value.astype(dtype), *(None if name in STORAGE_AXES else name for name in names))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis, with one gain for each element of the `shape` last axes.
+
+    Statistics are float32; the normalised input is rounded to its own type before the gain, and the product with the
+    float32 gain is float32, as in the official code.
+    """
+
+    def __init__(
+        self, config: ModelConfig, shape: tuple[int, ...], names: tuple[str | None, ...], *, rngs: nnx.Rngs, rules: AxisRules
+    ):
+        self.eps = config.norm_eps
+        self.rules = rules
+        ones = lambda key, shape, dtype: jnp.ones(shape, dtype)
+        self.gain = parameter(rngs, rules, shape, names, ones, config.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [..., *shape]; returns float32."""
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype).astype(jnp.float32) * weight(self.rules, self.gain, jnp.float32)
+
+
+def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+    """Rotary position embedding, half-split: element i pairs with i + R/2 at frequency base**(-2i/R).
+
+    Args:
+      x: [B, T, ..., R].
+      positions: [B, T] or [T], integers.
+      base: of the frequencies.
+
+    Returns:
+      The rotated array in the type of `x`; the tables are computed in float32 and rounded to it.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency  # [(B,) T, R/2]
+    if positions.ndim == 1:
+        angle = angle[None]
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def normal(config: ModelConfig) -> Initializer:
+    """N(0, init_std**2)."""
+    return lambda key, shape, dtype: config.init_std * jax.random.normal(key, shape, dtype)
+
+
+def output_init(config: ModelConfig) -> Initializer:
+    """Of the output projections of attention and MLP: zeros in the paper, normal in its ablation."""
+    zeros: Initializer = lambda key, shape, dtype: jnp.zeros(shape, dtype)
+    return zeros if config.output_init == "zeros" else normal(config)
+
+
+class SwiGLU(nnx.Module):
+    """W_down (silu(W_gate x) * (W_up x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules):
+        d, f, dtype = config.d_model, config.d_ff, config.param_dtype
+        self.rules = rules
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        self.w_gate = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
+        self.w_up = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
+        self.w_down = parameter(rngs, rules, (f, d), ("mlp", "embed"), output_init(config), dtype)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D] in the compute type."""
+        rules, dtype = self.rules, self.compute_dtype
+        x_BTD = x_BTD.astype(dtype)
+        hidden = ("batch", "length", "mlp")
+        gate_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_gate, dtype), out=hidden)
+        up_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_up, dtype), out=hidden)
+        # F is split over `tensor`: the product over it all-reduces.
+        return rules.einsum(
+            "BTF,FD->BTD",
+            jax.nn.silu(gate_BTF) * up_BTF,
+            weight(rules, self.w_down, dtype),
+            out=("batch", "length", None),
+        )
+
+
+class Embedding(nnx.Module):
+    """The token matrix, tied: rows embed tokens, and their products with the last hidden state are the logits."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules):
+        self.rules = rules
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        shape = (config.vocab_size, config.d_model)
+        self.table = parameter(rngs, rules, shape, ("vocab", "embed"), normal(config), config.param_dtype)
+
+    def encode(self, tokens_BT: jax.Array) -> jax.Array:
+        """Rows of the token ids [B, T], as float32 [B, T, D]; ids must be in [0, vocab_size)."""
+        rules = self.rules
+
+        def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+            # Each device looks up the ids whose rows it holds. A gather from a split table would move the table.
+            if not rules.mesh_axes("vocab"):
+                return table_VD[tokens_BT]
+            rows = table_VD.shape[0]
+            local_BT = tokens_BT - rules.axis_index("vocab") * rows
+            held_BT = (local_BT >= 0) & (local_BT < rows)
+            x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
+            return rules.psum(x_BTD, "vocab")
+
+        token_names = ("batch", "length")
+        mapped = rules.shard_map(lookup, (("vocab", None), token_names), (*token_names, None))
+        return mapped(weight(rules, self.table, jnp.float32), tokens_BT)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of the hidden states [B, T, D]."""
+        table = weight(self.rules, self.table, self.compute_dtype)
+        names = ("batch", "length", "vocab")
+        x = x.astype(self.compute_dtype)
+        return self.rules.einsum("BTD,VD->BTV", x, table, out=names, preferred_element_type=jnp.float32)

@@ -1,0 +1,170 @@
+"""The paper's decoder-only transformer around any of the attentions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mlra_jax.config import LatentAttentionConfig, ModelConfig
+from mlra_jax.models.attention import GroupedAttention, LatentAttention
+from mlra_jax.models.attention.latent import Layout
+from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU
+from mlra_jax.sharding import TRAIN_RULES, AxisRules
+
+if TYPE_CHECKING:
+    from mlra_jax.decoding.cache import Cache
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass keeps of a layer: everything, the products with weights, or its input alone."""
+
+
+def attention_class(config: ModelConfig) -> type[LatentAttention | GroupedAttention]:
+    """The module that `config.attention` describes."""
+    return LatentAttention if isinstance(config.attention, LatentAttentionConfig) else GroupedAttention
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); the residual stream is float32."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules, layout: Layout):
+        norm = lambda: RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
+        self.attention_norm = norm()
+        self.attention = attention_class(config)(config, rngs=rngs, rules=rules, layout=layout)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(config, rngs=rngs, rules=rules)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """Whole sequences, [B, T, D] to [B, T, D]."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+    def decode(
+        self, x_BTD: jax.Array, cache: Any, start_B: jax.Array, n_new_B: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """T new tokens of each row, with and into the layer's cache."""
+        y_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), cache, start_B, n_new_B)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+
+
+class Transformer(nnx.Module):
+    """Tied embedding, layers, final norm.
+
+    In the training layout the layers' parameters are stacked on a leading axis and scanned; in the decode layout they
+    are a list, so that no step slices or copies them.
+
+    Args:
+      config: sizes and options; refused here if illegal.
+      rngs: for the initial parameters.
+      rules: table of logical axis names. Without a mesh nothing is split.
+      layout: `train`, or `decode` for cached decoding; `to_decode` turns the first into the second.
+
+    Raises:
+      ConfigError: lists every fault of `config`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
+    ):
+        config.validate()
+        self.config, self.rules, self.layout = config, rules, layout
+        self.embedding = Embedding(config, rngs=rngs, rules=rules)
+        make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout)
+        if layout == "train":
+            stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
+            self.layers = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
+        else:
+            self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
+        self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
+
+    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
+        """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
+        graph, stacked = nnx.split(self.layers)
+
+        def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, state)(x_BTD), None
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(layer, self.embedding.encode(tokens_BT), stacked)
+        return self.final_norm(x_BTD)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
+        return self.embedding.decode(self.hidden(tokens_BT))
+
+    def decode(
+        self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: Literal["all", "last"] = "all"
+    ) -> tuple[jax.Array, Cache]:
+        """Runs T new tokens of each row against the cache, in the decode layout.
+
+        Args:
+          tokens_BT: ids; row b's first `n_new_B[b]` count, the rest is padding.
+          cache: donate it to the compiled function; it comes back with the new tokens.
+          n_new_B: new tokens of each row, 0 to T; `cache.lengths + n_new_B` must not exceed `cache.capacity`.
+          logits: after every token [B, T, V], or after each row's last new one [B, 1, V].
+
+        Returns:
+          Float32 logits, meaningless where there is no token, and the cache.
+        """
+        start_B = cache.lengths
+        x_BTD = self.embedding.encode(tokens_BT)
+        layers = []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_BTD, layer_cache = layer.decode(x_BTD, layer_cache, start_B, n_new_B)
+            layers.append(layer_cache)
+        if logits == "last":
+            x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
+        logits_BTV = self.embedding.decode(self.final_norm(x_BTD))
+        return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
+
+
+def from_params(
+    config: ModelConfig, params: dict[str, Any], *, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
+) -> Transformer:
+    """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`."""
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout))
+    graph, state = nnx.split(abstract)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> Transformer:
+    """The decode-layout model on the current mesh, from the parameter tree of the training layout.
+
+    Layers are unstacked, W_UK, W_UV and what makes the latents are laid out by slot, and everything is split as `rules`
+    say: once, at load. Leaf by leaf, so that no more than one leaf exists twice; `params` are left as they are.
+
+    Args:
+      config: of the model.
+      params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
+      rules: the decoding table.
+    """
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
+    graph, state = nnx.split(abstract)
+    flat = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
+
+    def lay_out(path: tuple[str, ...], value: jax.Array) -> dict[tuple[Any, ...], jax.Array]:
+        if path[0] != "layers":
+            return {path: rules.constrain(value, *flat[path])}
+        relayout = attention_class(config).to_decode_layout
+        leaves = {}
+        for i in range(config.n_layers):
+            leaf, at = value[i], ("layers", i, *path[1:])
+            if path[1] == "attention":
+                leaf = relayout(config, rules, ".".join(path[2:]), leaf)
+            leaves[at] = rules.constrain(leaf, *flat[at])
+        return leaves
+
+    leaves: dict[tuple[Any, ...], jax.Array] = {}
+    for path, value in nnx.traversals.flatten_mapping(params).items():
+        leaves |= jax.jit(lay_out, static_argnums=0)(path, value)
+    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(leaves))
+    return nnx.merge(graph, state)

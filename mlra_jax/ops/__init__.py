@@ -1,0 +1,5 @@
+"""Attention kernels: arrays in, arrays out; no module, configuration or mesh is known here.
+
+One folder per kernel family: `api.py` (the public function and its dispatch), `reference.py` (the specification) and
+one file per back end.
+"""

@@ -1,0 +1,31 @@
+"""Causal attention in plain XLA with bounded memory: a block of queries at a time, recomputed in the backward pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.ops.attention import reference
+
+BLOCK_ELEMENTS = 1 << 26
+"""Most scores held at a time: 256 MiB of float32."""
+
+
+def causal_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKV: jax.Array, *, scale: float, q_start: jax.Array | int
+) -> jax.Array:
+    """See `mlra_jax.ops.attention.causal_attention`."""
+    b, t, n, _ = q_BTNH.shape
+    s = k_BSKH.shape[1]
+    block = max(1, min(t, BLOCK_ELEMENTS // (b * n * s)))
+    block = next(d for d in range(block, 0, -1) if t % d == 0)
+    if block == t:
+        return reference.causal_attention(q_BTNH, k_BSKH, v_BSKV, scale=scale, q_start=q_start)
+
+    @jax.checkpoint
+    def one_block(i: jax.Array) -> jax.Array:
+        q = jax.lax.dynamic_slice_in_dim(q_BTNH, i * block, block, axis=1)
+        return reference.causal_attention(q, k_BSKH, v_BSKV, scale=scale, q_start=q_start + i * block)
+
+    blocks = jax.lax.map(one_block, jnp.arange(t // block))  # [T / block, B, block, N, V]
+    return blocks.swapaxes(0, 1).reshape(b, t, n, -1)

@@ -1,0 +1,256 @@
+"""The device mesh, and the tables that map logical axis names to its axes.
+
+Parameters and activations are described by logical names ("batch", "heads", "latent_slots"...). An `AxisRules` table
+says which mesh axes each name is split over. Training and decoding run the same modules under two tables: training
+splits the query heads, decoding the latent heads (docs/sharding.md).
+
+Everything works without a mesh too (nothing is split), on a mesh with Auto axes (the table becomes constraints for
+the partitioner), and on a mesh with other axis names under a table of the caller's; names that the table or the mesh
+lacks are not split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+
+from mlra_jax.config import (
+    ConfigError,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+Names = tuple[str | None, ...]
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the explicit axes `data`, `fsdp`, `tensor` and `context` over `devices` (default: all).
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.resolve(len(devices))
+    shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh of the enclosing `jax.set_mesh`, or None outside one and inside `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """A table from logical axis names to the mesh axes that split them.
+
+    Frozen and hashable, so that a module that holds one is a static part of a compiled function's signature.
+    """
+
+    table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    @classmethod
+    def of(cls, **rules: str | tuple[str, ...] | None) -> AxisRules:
+        """`AxisRules.of(batch=("data", "fsdp"), heads="tensor", mlp=None)`."""
+        as_tuple = {k: (v,) if isinstance(v, str) else v or () for k, v in rules.items()}
+        return cls(tuple(sorted(as_tuple.items())))
+
+    def mesh_axes(self, name: str | None) -> tuple[str, ...]:
+        """Axes of the current mesh that split the logical axis `name`."""
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or name is None:
+            return ()
+        return tuple(axis for axis in dict(self.table).get(name, ()) if axis in mesh.axis_names)
+
+    def spec(self, *names: str | None) -> PartitionSpec:
+        """The `PartitionSpec` of an array whose axes have these logical names (None: not split)."""
+        axes = [self.mesh_axes(name) for name in names]
+        return PartitionSpec(*(a[0] if len(a) == 1 else a or None for a in axes))
+
+    def size(self, name: str) -> int:
+        """Number of parts that the current mesh splits `name` into."""
+        mesh = jax.sharding.get_abstract_mesh()
+        return math.prod(mesh.shape[axis] for axis in self.mesh_axes(name))
+
+    def fitting(self, name: str, size: int) -> str | None:
+        """`name` if its mesh axes divide `size`, else None: for axes that are better whole than refused."""
+        return name if size % self.size(name) == 0 else None
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x` laid out by the table: resharded on an explicit mesh, constrained on an Auto one, else as it is."""
+        mesh = current_mesh()
+        if mesh is None:
+            return x
+        if mesh.are_all_axes_explicit:
+            return jax.sharding.reshard(x, self.spec(*names))
+        return jax.lax.with_sharding_constraint(x, self.spec(*names))
+
+    def einsum(self, equation: str, *operands: jax.Array, out: Names, **kwargs: Any) -> jax.Array:
+        """`jnp.einsum` whose result has the logical axes `out`.
+
+        Where a contracted axis is split, this is the line at which the all-reduce (or scatter) happens.
+        """
+        mesh = current_mesh()
+        if mesh is not None and mesh.are_all_axes_explicit:
+            return jnp.einsum(equation, *operands, out_sharding=self.spec(*out), **kwargs)
+        return self.constrain(jnp.einsum(equation, *operands, **kwargs), *out)
+
+    def shard_map(self, f: Callable, in_names: Any, out_names: Any, **kwargs: Any) -> Callable:
+        """`f` run on each device's own part of its arguments; without a mesh, `f` itself.
+
+        Args:
+          f: works on local arrays; uses `axis_index`, `psum` and the like of this table for what crosses devices.
+          in_names: for each argument a tuple of logical names, or a pytree of `PartitionSpec`s.
+          out_names: the same for the result.
+        """
+        if current_mesh() is None:
+            return f
+
+        def to_specs(tree: Any) -> Any:
+            is_names = lambda x: isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+            is_leaf = lambda x: isinstance(x, PartitionSpec) or is_names(x)
+            as_spec = lambda x: x if isinstance(x, PartitionSpec) else self.spec(*x)
+            return jax.tree.map(as_spec, tree, is_leaf=is_leaf)
+
+        in_specs, out_specs = to_specs(in_names), to_specs(out_names)
+        mapped = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, **kwargs)
+
+        def call(*args: Any) -> Any:
+            mesh = current_mesh()
+            if mesh is not None and mesh.are_all_axes_explicit:
+                args = jax.sharding.reshard(args, in_specs)
+            return mapped(*args)
+
+        return call
+
+    # Inside `shard_map`:
+
+    def axis_index(self, name: str) -> jax.Array | int:
+        """Which part of the logical axis this device holds; 0 where it is not split."""
+        axes = self.mesh_axes(name)
+        return jax.lax.axis_index(axes) if axes else 0
+
+    def psum(self, x: Any, name: str) -> Any:
+        """Sum over the devices that split `name`."""
+        axes = self.mesh_axes(name)
+        return jax.lax.psum(x, axes) if axes else x
+
+    def psum_scatter(self, x: jax.Array, name: str, axis: int) -> jax.Array:
+        """Sum over the devices that split `name`, each keeping its own part of `axis`."""
+        axes = self.mesh_axes(name)
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if axes else x
+
+    def pmax(self, x: Any, name: str) -> Any:
+        """Maximum over the devices that split `name`."""
+        axes = self.mesh_axes(name)
+        return jax.lax.pmax(x, axes) if axes else x
+
+
+TRAIN_RULES = AxisRules.of(
+    batch=("data", "fsdp"),
+    length="context",
+    embed="fsdp",
+    rank="fsdp",
+    mlp="tensor",
+    vocab="tensor",
+    heads="tensor",
+    kv_heads="tensor",
+)
+"""Training: sequences over data and fsdp, tokens over context, query heads, MLP and vocabulary over tensor."""
+
+
+def decode_rules(split_heads: bool = True) -> AxisRules:
+    """The decoding table: latent heads over `tensor`, the cache's tokens over `context`, sequences over `data`.
+
+    Args:
+      split_heads: whether the query heads of W_qb and W_o are split over `tensor` as well. Split, a device reads fewer
+        weights; not split, MLRA-4 needs one exchange between devices per attention layer and not three.
+    """
+    return AxisRules.of(
+        batch="data",
+        cache_length="context",
+        mlp="tensor",
+        vocab="tensor",
+        heads="tensor" if split_heads else None,
+        latent_slots="tensor",
+    )
+
+
+def latent_heads(config: ModelConfig) -> int:
+    """Heads in the KV cache: L for latent attention, the number of KV heads for grouped attention."""
+    a = config.attention
+    return a.n_latent_heads if isinstance(a, LatentAttentionConfig) else a.n_kv_heads
+
+
+def _divides(what: str, size: int, axis: str, by: int, hint: str = "") -> list[str]:
+    if size % by == 0:
+        return []
+    sizes = [str(d) for d in range(1, size + 1) if size % d == 0 and d <= 64]
+    return [f"{what}={size} is not divisible by mesh axis {axis}={by}; use --mesh.{axis} {', '.join(sizes)}{hint}."]
+
+
+def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
+    """Refuses a resolved mesh on which the model or the batch cannot be laid out, before anything is allocated.
+
+    Raises:
+      ConfigError: lists every size that does not divide.
+    """
+    m, faults = config.model, []
+    faults += _divides("model.n_heads", m.n_heads, "tensor", mesh.tensor)
+    faults += _divides("model.d_ff", m.d_ff, "tensor", mesh.tensor)
+    faults += _divides("model.vocab_size", m.vocab_size, "tensor", mesh.tensor)
+    faults += _divides("model.d_model", m.d_model, "fsdp", mesh.fsdp)
+    faults += _divides("data.seq_len", config.data.seq_len, "context", mesh.context)
+    try:
+        config.data.accumulation(mesh.data * mesh.fsdp)
+    except ConfigError as e:
+        faults += e.faults
+    if faults:
+        raise ConfigError(faults)
+
+
+def check_decode_layout(config: ModelConfig, mesh: MeshConfig, split_heads: bool = True) -> None:
+    """Refuses a resolved mesh on which the model cannot decode, before anything is allocated.
+
+    `tensor` must divide the number of latent (or KV) heads, or be a multiple of it that shares out their query heads.
+
+    Raises:
+      ConfigError: lists every size that does not fit.
+    """
+    heads, per_latent = latent_heads(config), config.heads_per_latent
+    name = "n_latent_heads" if isinstance(config.attention, LatentAttentionConfig) else "n_kv_heads"
+    faults = []
+    t = mesh.tensor
+    fits = heads % t == 0 or (t % heads == 0 and per_latent % (t // heads) == 0)
+    if not fits:
+        legal = [
+            d
+            for d in range(1, heads * per_latent + 1)
+            if heads % d == 0 or (d % heads == 0 and per_latent % (d // heads) == 0)
+        ]
+        faults.append(
+            f"model.attention.{name}={heads} (each read by {per_latent} query heads) cannot be laid out on mesh axis "
+            f"tensor={t}; use --mesh.tensor {', '.join(map(str, legal))} and --mesh.context for more devices."
+        )
+    if split_heads:
+        faults += _divides("model.n_heads", config.n_heads, "tensor", t)
+    faults += _divides("model.d_ff", config.d_ff, "tensor", t)
+    faults += _divides("model.vocab_size", config.vocab_size, "tensor", t)
+    if mesh.fsdp != 1:
+        faults.append(
+            f"mesh.fsdp={mesh.fsdp}: decoding does not split parameters over fsdp; use --mesh.data, --mesh.tensor or "
+            "--mesh.context."
+        )
+    if faults:
+        raise ConfigError(faults)

@@ -1,0 +1,19 @@
+"""Set before JAX starts: the CPU, eight simulated devices, and several processes with the TPU compiler."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("MLRA_TEST_PLATFORM", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """Root of the checkout."""
+    return pathlib.Path(__file__).parent.parent
