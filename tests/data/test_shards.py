@@ -143,11 +143,11 @@ def test_a_bucket_shard_that_changes_or_vanishes_is_named(tmp_path, bucket):
     shards = open_shards(bucket([path]), "train")
     path.write_bytes(path.read_bytes()[:-50])
     bucket([path])
-    with pytest.raises(DataError, match="text_train_000001.bin, tokens 60 to 100: got 30 bytes"):
+    with pytest.raises(DataError, match=r"text_train_000001.bin, tokens 60 to 100: got 30 bytes"):
         shards.read([(0, 60)], 40)
     fsspec.filesystem("memory").rm("/shards/text_train_000001.bin")
     with pytest.raises(
-        DataError, match="text_train_000001.bin, tokens 0 to 40 failed with FileNotFoundError"
+        DataError, match=r"text_train_000001.bin, tokens 0 to 40 failed with FileNotFoundError"
     ):
         shards.read([(0, 0)], 40)
 
