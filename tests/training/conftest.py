@@ -1,0 +1,116 @@
+"""A model small enough to train in a second, and processes that train it."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mlra_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    LatentAttentionConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from mlra_jax.sharding import TRAIN_RULES, make_mesh
+
+CONFIG = TrainConfig(
+    name="tiny",
+    model=ModelConfig(
+        vocab_size=264,
+        n_layers=2,
+        d_model=32,
+        n_heads=4,
+        d_ff=64,
+        attention=LatentAttentionConfig(
+            n_latent_heads=4, n_branches=4, q_lora_rank=16, kv_lora_rank=32, d_nope=8, d_rope=8
+        ),
+        compute_dtype="float32",
+        remat="none",
+    ),
+    data=DataConfig(seq_len=16, global_batch=8, micro_batch=1),
+    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
+    checkpoint=CheckpointConfig(every=4),
+    log=LogConfig(every=1, eval_every=100, eval_sequences=8, tensorboard=False),
+    steps=8,
+    compilation_cache="",
+)
+
+
+@pytest.fixture(scope="session")
+def base_config() -> TrainConfig:
+    """A run of eight steps, whose folder is still to be named."""
+    return CONFIG
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    """A run of eight steps, in a folder of its own."""
+    return dataclasses.replace(CONFIG, out=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def mesh_of() -> Callable[..., jax.sharding.Mesh]:
+    """`mesh_of(data, fsdp, tensor, context)` over the first so many simulated devices."""
+
+    def make(*sizes: int) -> jax.sharding.Mesh:
+        return make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def place() -> Callable[..., dict[str, jax.Array]]:
+    """`place(mesh, windows [B, T + 1], accumulation)`: the batch that the train step takes."""
+
+    def put(mesh: jax.sharding.Mesh, windows: np.ndarray, accumulation: int) -> dict[str, jax.Array]:
+        with jax.set_mesh(mesh):
+            sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+        split = windows.reshape(accumulation, -1, windows.shape[-1])
+        return {
+            "inputs": jax.device_put(split[..., :-1], sharding),
+            "targets": jax.device_put(split[..., 1:], sharding),
+        }
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def start_training(repository, tmp_path_factory) -> Callable[..., subprocess.Popen]:
+    """Starts `python train.py` on the tiny configuration in a new process; options as on the command line."""
+    folder = tmp_path_factory.mktemp("processes")
+    config_file = folder / "tiny.py"
+    config_file.write_text(
+        "from mlra_jax.config import from_dict\n"
+        f"get_config = lambda: from_dict({dataclasses.asdict(CONFIG)!r})\n"
+    )
+
+    def start(out: Path, *options: str, devices: int = 8, log: Path | None = None) -> subprocess.Popen:
+        flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+        environment = os.environ | {
+            "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # as in this process
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        cache = folder / f"xla_{devices}"
+        command = [sys.executable, "train.py", str(config_file), "--out", str(out)]
+        return subprocess.Popen(
+            [*command, "--compilation_cache", str(cache), *options],
+            cwd=repository,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,194 @@
+"""What is saved comes back bit for bit, on any mesh; what does not fit is named."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from mlra_jax.config import CheckpointConfig, GroupedAttentionConfig
+from mlra_jax.data.pipeline import TrainBatches
+from mlra_jax.sharding import TRAIN_RULES
+from mlra_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    config_differences,
+    find_step,
+    load_config,
+    load_params,
+)
+from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
+
+
+def same(a, b):
+    return all(map(np.array_equal, jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b))))
+
+
+def batches(config, mesh, accumulation, start):
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+    return TrainBatches(config.data, config.model.vocab_size, config.seed).device_batches(
+        sharding, accumulation, start
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(base_config, tmp_path_factory, mesh_of):
+    """A run on a 2 x 4 mesh, saved after updates 1 to 4 while training goes on: its configuration, the host copies of
+    the states by step, and the batch and the loss of step 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = dataclasses.replace(
+        base_config, out=str(folder), checkpoint=CheckpointConfig(every=1, keep=2, keep_every=2)
+    )
+    mesh, states = mesh_of(2, 2, 2, 1), {}
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint)
+    with jax.set_mesh(mesh), batches(config, mesh, config.data.accumulation(4), 0) as data:
+        state, step = init_state(config), make_train_step(config)
+        for n in range(1, 5):
+            state, _ = step(state, next(data))
+            states[n] = jax.tree.map(np.array, state)
+            checkpoints.save(n, state, config)
+        batch = next(data)
+        _, metrics = step(state, batch)
+    checkpoints.close()
+    return config, states, jax.device_get(batch), float(metrics["loss"])
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("sizes", [(1, 4, 2, 1), (1, 1, 2, 2), (8, 1, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_a_checkpoint_is_restored_on_another_mesh_with_the_same_next_batch_and_loss(sizes, trained, mesh_of):
+    config, states, expected_batch, expected_loss = trained
+    mesh, accumulation = mesh_of(*sizes), config.data.accumulation(sizes[0] * sizes[1])
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint)
+    wanted = abstract_state(config, mesh)
+    state = checkpoints.restore(wanted)
+    assert same(state, states[4])
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert x.sharding == y.sharding
+    start = int(state.step)
+    with jax.set_mesh(mesh), batches(config, mesh, accumulation, start) as data:
+        batch = next(data)
+        for name, tokens in expected_batch.items():
+            shape = (-1, config.data.seq_len)
+            assert np.array_equal(np.asarray(batch[name]).reshape(shape), tokens.reshape(shape))
+        nats, count = make_eval_step(config)(state.params, batch)
+    assert float(nats / count) == pytest.approx(expected_loss, rel=1e-5)
+    checkpoints.close()
+
+
+def test_a_save_holds_the_state_of_its_step_though_the_next_step_reuses_its_memory(trained):
+    config, states, _, _ = trained
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[2].params)
+    assert same(load_params(config.run_dir, abstract, step=2), states[2].params)
+    assert same(load_params(config.run_dir, abstract, step=3), states[3].params)
+
+
+def test_the_latest_and_the_marked_checkpoints_are_kept_and_no_others(trained):
+    config, _, _, _ = trained
+    assert sorted(p.name for p in find_step(config.run_dir).parent.iterdir()) == ["2", "3", "4"]
+
+
+def test_configuration_comes_back_equal(trained):
+    config, _, _, _ = trained
+    assert load_config(config.run_dir) == config
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoints", "checkpoints/4"])
+def test_a_checkpoint_is_found_from_the_run_the_folder_of_checkpoints_or_the_step_itself(inner, trained):
+    config, _, _, _ = trained
+    assert find_step(f"{config.run_dir}/{inner}").name == "4"
+    assert find_step(f"{config.run_dir}/{inner}", 2).name == "2"
+    with pytest.raises(CheckpointError, match=r"No checkpoint of step 7 .*\[2, 3, 4\]"):
+        find_step(f"{config.run_dir}/{inner}", 7)
+
+
+def test_parameters_load_for_decoding_onto_any_mesh_in_any_type_without_the_optimizer(
+    trained, mesh_of, tmp_path
+):
+    config, states, _, _ = trained
+    shutil.copytree(config.run_dir, tmp_path / "copy")
+    for folder in (tmp_path / "copy" / "checkpoints").glob("*/optimizer"):
+        shutil.rmtree(folder)
+    mesh = mesh_of(1, 1, 4, 2)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding),
+        abstract_state(config, mesh).params,
+    )
+    params = load_params(tmp_path / "copy", abstract)
+    assert same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[4].params))
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
+        assert x.sharding == y.sharding
+
+
+def test_every_missing_extra_and_misshapen_parameter_is_listed_with_both_shapes(trained, mesh_of):
+    config, _, _, _ = trained
+    other = dataclasses.replace(
+        config.model, attention=GroupedAttentionConfig(n_kv_heads=2, d_head=8), d_ff=48
+    )
+    wanted = abstract_state(dataclasses.replace(config, model=other), mesh_of(1, 1, 1, 1)).params
+    with pytest.raises(CheckpointError) as error:
+        load_params(config.run_dir, wanted)
+    message = str(error.value)
+    assert "layers.attention.w_q: not in the checkpoint, the model has (2, 32, 4, 8)" in message
+    assert "layers.attention.w_kva: (2, 32, 4, 8) in the checkpoint, not in the model" in message
+    assert "layers.mlp.w_up: (2, 32, 64) in the checkpoint, (2, 32, 48) in the model" in message
+    assert "final_norm" not in message
+
+
+def test_another_model_is_refused_by_the_names_of_its_fields_and_harmless_changes_are_reported(trained):
+    config, _, _, _ = trained
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint)
+    attention = dataclasses.replace(config.model.attention, n_branches=2, form="absorbed")
+    model = dataclasses.replace(config.model, attention=attention, d_ff=48, remat="full")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.check_config(dataclasses.replace(config, model=model))
+    assert "model.attention.n_branches: 4 -> 2" in str(error.value)
+    assert "model.d_ff: 64 -> 48" in str(error.value)
+    assert "remat" not in str(error.value)
+    assert "form" not in str(error.value)
+
+    harmless = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"), steps=99)
+    assert checkpoints.check_config(harmless) == ["model.remat: none -> full", "steps: 8 -> 99"]
+    checkpoints.close()
+
+
+def test_another_kind_of_attention_differs_in_its_fields(base_config):
+    model = dataclasses.replace(base_config.model, attention=GroupedAttentionConfig(n_kv_heads=2))
+    differences = config_differences(base_config, dataclasses.replace(base_config, model=model))
+    assert "model.attention.n_branches: 4 -> (none)" in differences
+    assert "model.attention.n_kv_heads: (none) -> 2" in differences
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_does_not_hinder_the_next_save(trained, tmp_path):
+    config, states, _, _ = trained
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(find_step(config.run_dir), folder / "4")
+    shutil.copytree(folder / "4", folder / "5.orbax-checkpoint-tmp")
+    (folder / "5.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    assert find_step(tmp_path).name == "4"
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    assert checkpoints.latest_step() == 4
+    checkpoints.save(5, states[3], config)
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "5"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[3].params)
+    assert same(load_params(tmp_path, abstract), states[3].params)
+
+
+def test_a_folder_without_checkpoints_says_so(tmp_path):
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="No complete checkpoint"):
+        load_config(tmp_path)
+
+
+def test_saving_a_step_twice_is_harmless(trained, mesh_of):
+    config, states, _, _ = trained
+    checkpoints = Checkpoints(config.run_dir, config.checkpoint)
+    checkpoints.save(4, jax.tree.map(jnp.zeros_like, states[4]), config)
+    checkpoints.close()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[4].params)
+    assert same(load_params(config.run_dir, abstract), states[4].params)

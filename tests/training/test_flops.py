@@ -1,0 +1,52 @@
+import pytest
+
+from mlra_jax.cli.configs import load_config
+from mlra_jax.training.flops import peak_flops, train_flops_per_token
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params", "total"),
+    [
+        ("mlra_4", 2.8732e9, 21.8e9),
+        ("mla", 2.8721e9, 18.4e9),
+        ("gqa", 2.8726e9, 18.1e9),
+        ("mha", 2.8726e9, 18.1e9),
+    ],
+)
+def test_flops_per_token_of_the_papers_models_are_those_published(name, n_params, total):
+    flops = train_flops_per_token(load_config(name).model, int(n_params), 2048)
+    assert flops == pytest.approx(total, rel=3e-3)
+
+
+def test_attention_counts_each_branch_over_the_exact_causal_triangle():
+    model = load_config("mlra_4").model
+    # 24 layers, 24 heads, 4 branches, keys of 192 and values of 128, 1.5 keys on average, forward and backward.
+    assert train_flops_per_token(model, 0, 2) == 24 * 24 * 4 * 2 * (192 + 128) * 1.5 * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L4", 121),
+        ("Tesla T4", 65),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v5", 459),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("TPU v6e", 918),
+        ("TPU7x", 1153.5),
+    ],
+)
+def test_peak_of_a_known_device_is_found_by_its_kind(kind, tflops):
+    assert peak_flops(kind) == tflops * 1e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "TPU v4 lite", "TPU v9"])
+def test_unknown_device_has_no_peak(kind):
+    assert peak_flops(kind) is None

@@ -1,0 +1,268 @@
+"""Whole runs: interrupted, killed, diverged, refused, and on several processes."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mlra_jax.cli.train import main
+from mlra_jax.config import ConfigError, MeshConfig, to_dict
+from mlra_jax.training import loop
+from mlra_jax.training.checkpoints import CheckpointError, find_step, load_config, load_params
+from mlra_jax.training.loop import DivergedError, train
+from mlra_jax.training.metrics import FILE_NAME, read_metrics
+from mlra_jax.training.step import make_train_step
+
+TIMEOUT = 240
+
+
+def saved_params(config, out, step=None):
+    """Parameters of a checkpoint on the host."""
+    abstract = jax.eval_shape(lambda: loop.init_state(config)).params
+    unsplit = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), abstract)
+    return jax.device_get(load_params(out, unsplit, step))
+
+
+def assert_same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def at_batch(monkeypatch, n, act):
+    """Calls `act` just before the n-th batch of the next run is handed out."""
+    real = loop.TrainBatches.device_batches
+
+    def device_batches(self, *args, **kwargs):
+        batches = real(self, *args, **kwargs)
+        next_batch, count = batches.__next__, iter(range(10**6))
+
+        class Counting(type(batches)):
+            def __next__(self):
+                if next(count) == n:
+                    act()
+                return next_batch()
+
+        batches.__class__ = Counting
+        return batches
+
+    monkeypatch.setattr(loop.TrainBatches, "device_batches", device_batches)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base_config, tmp_path_factory):
+    """A finished run of eight steps on eight devices (data 2, fsdp 2, tensor 2)."""
+    config = dataclasses.replace(
+        base_config, out=str(tmp_path_factory.mktemp("uninterrupted")), mesh=MeshConfig(2, 2, 2, 1)
+    )
+    return config, train(config)
+
+
+@pytest.mark.smoke
+def test_a_run_leaves_metrics_checkpoints_and_its_configuration(uninterrupted):
+    config, result = uninterrupted
+    assert (result.step, result.interrupted) == (8, False)
+    records = read_metrics(config.out)
+    assert list(records) == [*range(8), 8]
+    assert {"loss", "grad_norm", "learning_rate", "param_norm", "clip_rate", "tokens"} <= set(records[0])
+    assert records[0]["learning_rate"] == 0
+    assert records[7]["tokens"] == 8 * config.data.global_batch * config.data.seq_len
+    assert records[7]["loss"] < records[0]["loss"]
+    assert records[7]["tokens_per_second"] > 0
+    assert "mfu" not in records[7], "the CPU's peak is not known"
+    assert records[8]["eval_loss"] == result.eval_loss
+    assert find_step(config.out).name == "8"
+    assert load_config(config.out) == config
+    with open(f"{config.out}/config.json") as file:
+        assert json.load(file) == json.loads(json.dumps(to_dict(config)))
+
+
+def test_a_finished_run_started_again_does_nothing(uninterrupted):
+    config, result = uninterrupted
+    before = os.stat(find_step(config.out)).st_mtime_ns
+    again = train(config)
+    assert (again.step, again.interrupted, again.eval_loss) == (8, False, None)
+    assert_same_bits(again.state, result.state)
+    assert os.stat(find_step(config.out)).st_mtime_ns == before
+
+
+def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on_to_the_same_bits(
+    uninterrupted, config, monkeypatch, capsys
+):
+    reference, finished = uninterrupted
+    with monkeypatch.context() as patch:
+        at_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(
+            "mlra_jax.cli.configs.parse_train_args",
+            lambda argv: dataclasses.replace(reference, out=config.out),
+        )
+        assert main([]) == 0
+    assert "Stopped by SIGTERM after step 3, saved" in capsys.readouterr().err
+    assert find_step(config.out).name == "3"
+    result = train(dataclasses.replace(reference, out=config.out))
+    assert (result.step, result.interrupted) == (8, False)
+    assert_same_bits(result.state, finished.state)
+
+
+def test_nan_stops_with_the_step_s_number_and_leaves_the_last_good_checkpoint(
+    uninterrupted, config, monkeypatch, capsys
+):
+    reference, _ = uninterrupted
+    config = dataclasses.replace(
+        reference, out=config.out, checkpoint=dataclasses.replace(config.checkpoint, every=2)
+    )
+
+    def poisoned(config):
+        step, count = make_train_step(config), iter(range(100))
+
+        def poison(state, batch):
+            if next(count) == 3:  # the step whose result would be saved next
+                state = dataclasses.replace(state, params=jax.tree.map(lambda p: p * np.nan, state.params))
+            return step(state, batch)
+
+        return poison
+
+    monkeypatch.setattr(loop, "make_train_step", poisoned)
+    with pytest.raises(DivergedError, match=r"Step 3 diverged: .*loss = nan"):
+        train(config)
+    assert find_step(config.out).name == "2"
+    assert all(np.isfinite(p).all() for p in jax.tree.leaves(saved_params(config, config.out)))
+    monkeypatch.setattr("mlra_jax.cli.configs.parse_train_args", lambda argv: config)
+    assert main([]) == 1
+    assert "error: Step 5 diverged" in capsys.readouterr().err
+
+
+def test_another_model_in_the_same_folder_is_refused_before_anything_is_written(uninterrupted):
+    config, _ = uninterrupted
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=48), steps=20)
+    before = sorted(os.listdir(config.out)), read_metrics(config.out)
+    with pytest.raises(CheckpointError, match=r"model\.d_ff: 64 -> 48"):
+        train(other)
+    assert (sorted(os.listdir(config.out)), read_metrics(config.out)) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mesh": MeshConfig(3, 1, 1, 1)}, "cannot be laid out on 8 device"),
+        ({"mesh": MeshConfig(1, 1, 8, 1)}, r"n_heads=4 is not divisible by mesh axis tensor=8"),
+        ({"steps": 0}, "steps=0 must be at least 1"),
+    ],
+)
+def test_a_run_that_cannot_be_laid_out_is_refused_and_leaves_no_folder(config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        train(dataclasses.replace(config, **change))
+    assert not os.path.exists(config.out)
+
+
+def test_profile_records_the_window_of_steps(uninterrupted, config):
+    reference, _ = uninterrupted
+    log = dataclasses.replace(reference.log, profile_start=1, profile_steps=1)
+    train(dataclasses.replace(reference, out=config.out, log=log, steps=3))
+    traces = [f for _, _, files in os.walk(f"{config.out}/profile") for f in files]
+    assert any(f.endswith(".xplane.pb") for f in traces)
+
+
+# Processes ------------------------------------------------------------------------------------------------------------
+
+
+def wait_for(process, out, n_lines):
+    """Waits until the run has written `n_lines` lines of metrics; fails if it ends before."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if (out / FILE_NAME).exists() and len((out / FILE_NAME).read_text().splitlines()) >= n_lines:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    raise TimeoutError("no metrics")
+
+
+def finish(process):
+    """Output of a process that must end well."""
+    output, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, output
+    return output
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_interrupted(
+    uninterrupted, start_training, tmp_path
+):
+    config, finished = uninterrupted
+    out, seed = tmp_path / "killed", random.randrange(2**32)
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+    options = [*mesh, "--checkpoint.every", "1"]
+    rng, lines = random.Random(seed), 0
+    for _ in range(2):
+        process = start_training(out, *options, "--steps", "8")
+        try:
+            wait_for(process, out, lines + 1)
+            time.sleep(rng.uniform(0, 0.4))
+        finally:
+            process.kill()
+            process.communicate()
+        lines = len((out / FILE_NAME).read_text().splitlines())
+    finish(start_training(out, *options, "--steps", "8"))
+    print(f"{seed=}")
+    assert_same_bits(saved_params(config, out), jax.device_get(finished.state.params))
+    losses = {s: r["loss"] for s, r in read_metrics(out).items() if "loss" in r}
+    assert losses == {s: r["loss"] for s, r in read_metrics(config.out).items() if "loss" in r}
+
+
+@pytest.fixture(scope="module")
+def two_processes(start_training, tmp_path_factory):
+    """A run of two processes of four devices each: SIGTERM to the second only, then both started again."""
+    out = tmp_path_factory.mktemp("two")
+    mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
+
+    def start(steps):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        cluster = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
+        return [
+            start_training(
+                out, *mesh, *cluster, "--distributed.process_id", str(i), "--steps", str(steps), devices=4
+            )
+            for i in range(2)
+        ]
+
+    processes = start(10_000)
+    try:
+        wait_for(processes[0], out, 3)
+        processes[1].send_signal(signal.SIGTERM)
+        stopped = [finish(p) for p in processes]
+        step = int(find_step(out).name)
+        processes = start(step + 2)
+        resumed = [finish(p) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return out, step, stopped, resumed
+
+
+def test_sigterm_to_one_of_two_processes_saves_and_stops_both_at_one_step_and_both_go_on(two_processes):
+    out, step, stopped, resumed = two_processes
+    assert f"Stopped by SIGTERM after step {step}, saved" in stopped[0]
+    assert re.search(rf"from step {step}:", resumed[0])
+    assert find_step(out).name == str(step + 2)
+
+
+def test_two_processes_of_four_devices_give_the_losses_of_one_process_of_eight(
+    two_processes, uninterrupted, config
+):
+    out, step, _, _ = two_processes
+    reference, _ = uninterrupted
+    train(dataclasses.replace(reference, out=config.out, steps=step + 2))
+    records, expected = read_metrics(out), read_metrics(config.out)
+    assert list(records) == list(expected)
+    for s in expected:
+        for name in {"loss", "eval_loss", "grad_norm"} & expected[s].keys():
+            assert records[s][name] == pytest.approx(expected[s][name], rel=1e-5), (s, name)

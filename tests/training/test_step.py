@@ -1,0 +1,112 @@
+"""The compiled step: the same training whatever the mesh and however the batch is cut up."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from mlra_jax.data.pipeline import IGNORED
+from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
+
+STEPS = 4
+
+
+def windows(config, n=STEPS):
+    """`n` global batches of random tokens, in which some targets do not count."""
+    rng = np.random.default_rng(0)
+    shape = (n, config.data.global_batch, config.data.seq_len + 1)
+    return rng.integers(0, config.model.vocab_size, shape).astype(np.int32)
+
+
+@functools.cache
+def train(config, mesh, place, accumulation):
+    """The final state and the metrics of each step."""
+    with jax.set_mesh(mesh):
+        state, step = init_state(config), make_train_step(config)
+        history = []
+        for tokens in windows(config):
+            state, metrics = step(state, place(mesh, tokens, accumulation))
+            history.append({k: float(v) for k, v in metrics.items()})
+        assert step._cache_size() == 1, (
+            "the step's result has another type than its argument: it compiles twice"
+        )
+    return state, history
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (8, 1, 1, 1), (1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
+def test_training_on_any_mesh_equals_training_on_one_device(sizes, config, mesh_of, place):
+    config = dataclasses.replace(config, out="")  # the same for all cases, so that one device trains once
+    mesh = mesh_of(*sizes)
+    _, history = train(config, mesh, place, config.data.accumulation(sizes[0] * sizes[1]))
+    _, expected = train(config, mesh_of(1, 1, 1, 1), place, config.data.accumulation(1))
+    for metrics, reference in zip(history, expected, strict=True):
+        assert metrics == pytest.approx(reference, rel=1e-5)
+    assert len({m["loss"] for m in expected}) == STEPS
+
+
+def test_accumulation_equals_one_big_batch(config, mesh_of, place):
+    mesh = mesh_of(1, 1, 1, 1)
+    config = dataclasses.replace(config, out="")
+    state, history = train(config, mesh, place, 8)
+    expected_state, expected = train(config, mesh, place, 1)
+    for metrics, reference in zip(history, expected, strict=True):
+        assert metrics == pytest.approx(reference, rel=1e-5)
+    for p, q in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
+        # Adam divides by a small root, which magnifies rounding: a hundredth of one update.
+        np.testing.assert_allclose(p, q, atol=1e-2 * config.optim.lr)
+
+
+def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_unequally(config, mesh_of, place):
+    mesh = mesh_of(1, 1, 1, 1)
+    tokens = windows(config, 1)[0]
+    batch = place(mesh, tokens, 2)
+    n_counted = 5
+    targets = np.full_like(batch["targets"], IGNORED)
+    targets[0, 0, :4], targets[1, 3, 7] = tokens[0, 1:5], tokens[7, 8]
+    with jax.set_mesh(mesh):
+        state = init_state(config)
+        batch["targets"] = jax.device_put(targets, batch["inputs"].sharding)
+        total, count = make_eval_step(config)(state.params, batch)
+        assert count == n_counted
+        _, metrics = make_train_step(config)(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(total) / n_counted, rel=1e-6)
+
+
+def test_first_update_moves_no_parameter_but_fills_the_moments(config, mesh_of, place):
+    mesh = mesh_of(1, 1, 1, 1)
+    with jax.set_mesh(mesh):
+        state = init_state(config)
+        before = jax.tree.map(np.array, state.params)
+        after, metrics = make_train_step(config)(state, place(mesh, windows(config, 1)[0], 8))
+    assert metrics["learning_rate"] == 0
+    assert metrics["momentum_norm"] > 0
+    assert after.step == 1
+    assert all(map(np.array_equal, jax.tree.leaves(before), jax.tree.leaves(after.params)))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params)), "the old state still takes memory"
+
+
+def test_every_array_of_the_state_is_born_split_as_its_abstract_description_says(config, mesh_of):
+    mesh = mesh_of(1, 2, 2, 2)
+    with jax.set_mesh(mesh):
+        state = init_state(config)
+    wanted = abstract_state(config, mesh)
+    assert jax.tree.structure(state) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    # Weights are split four ways (fsdp x tensor) and so are their moments: only gains and low-rank parts are less.
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    assert held < 3 * parameter_bytes / 3
+
+
+def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_of, place):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+    mesh = mesh_of(1, 1, 1, 1)
+    with jax.set_mesh(mesh):
+        step = make_train_step(config)
+        text = str(step.trace(abstract_state(config, mesh), place(mesh, windows(config, 1)[0], 8)).jaxpr)
+    assert "f32[264,32]" in text
