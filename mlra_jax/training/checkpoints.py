@@ -218,11 +218,13 @@ class Checkpoints:
           abstract_state: `TrainState` of `jax.ShapeDtypeStruct` with concrete shardings.
 
         Raises:
-          CheckpointError: names or shapes of parameters differ (all are listed).
+          CheckpointError: names or shapes of parameters differ (all are listed), or there is no optimizer state.
         """
         step = self.latest_step()
         step_dir = find_step(self.directory, step)
         _check_tree(step_dir, "params", abstract_state.params)
+        if not (step_dir / "optimizer").exists():
+            raise CheckpointError(f"{step_dir} holds parameters alone; training cannot continue from it.")
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -242,6 +244,24 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then releases the threads."""
         self._manager.close()
+
+
+def save_params(run_dir: epath.PathLike, params: Any, config: TrainConfig) -> None:
+    """Writes step 0 of a run with parameters and configuration alone; decoding reads it like any other.
+
+    Args:
+      run_dir: must hold no checkpoint yet.
+      params: nested dictionary of JAX or NumPy arrays, in the training layout.
+      config: stored as JSON.
+    """
+    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
+    with ocp.CheckpointManager(_absolute(run_dir) / FOLDER, options=options) as manager:
+        manager.save(
+            0,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(to_dict(config))
+            ),
+        )
 
 
 def state_bytes(abstract: Any) -> int:
