@@ -11,8 +11,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, current_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,12 @@ class Slots:
 
     def heads_to_slots(self, w_JNX: jax.Array) -> jax.Array:
         """Lays per-head weights of each branch out by slot: [J, N, ...] to [U, M / r, ...]."""
-        return w_JNX.reshape(self.count, self.rows, *w_JNX.shape[2:])
+        shape = (self.count, self.rows, *w_JNX.shape[2:])
+        mesh = current_mesh()
+        if mesh is None or not mesh.are_all_axes_explicit:
+            return w_JNX.reshape(shape)
+        kept = jax.typeof(w_JNX).sharding.spec[2:]  # J and N become whole; how the rest is split stays
+        return jax.lax.reshape(w_JNX, shape, out_sharding=PartitionSpec(None, None, *kept))
 
     # Inside `shard_map`:
 

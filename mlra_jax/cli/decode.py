@@ -1,0 +1,184 @@
+"""`mlra-decode --checkpoint DIR --prompt TEXT`: generates text from a training run's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import jax
+import tyro
+
+from mlra_jax.cli import command
+from mlra_jax.config import ConfigError, MeshConfig
+from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator
+from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype
+from mlra_jax.distributed import initialize, take_args
+from mlra_jax.training.checkpoints import load_config
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeArgs:
+    """Generates text from a training run's checkpoint, on one device or split over several.
+
+    Configuration and tokenizer are the checkpoint's. Text goes to standard output, statistics to standard error.
+    """
+
+    checkpoint: str
+    """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Text to continue; repeat it for several."""
+    prompts_file: str = ""
+    """File with one prompt on each line, `-` for standard input; lines of a .jsonl file are JSON strings, or objects
+    with the field `prompt`."""
+    step: int | None = None
+    """Checkpoint after so many updates; default: the latest."""
+    mesh: MeshConfig = ONE_DEVICE
+    """The devices: their number is the product of the sizes. tensor splits the weights and the latent heads of the
+    cache, context the tokens of the cache, data the rows."""
+    split_heads: bool = True
+    """Split the query heads of W_qb and W_o over tensor too; without it they are whole on every device, and MLRA-4
+    exchanges once in an attention layer instead of three times."""
+    param_dtype: ParamDtype = "auto"
+    """Type in which weights are held. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
+    tokenizer: str = ""
+    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    generation: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = DEFAULTS
+    """What to generate."""
+    stream: bool = True
+    """Make and print a single completion token by token. Without it, and always for several completions or JSON, tokens
+    are made in compiled loops of many steps, which is faster on accelerators."""
+    json: bool = False
+    """Print a line of JSON for each completion: text, tokens, finish reason, speed, bytes of the cache."""
+    compilation_cache: str | None = None
+    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+
+
+def read_prompts(file: str) -> list[str]:
+    """The prompts in a file, one a line; `-` is standard input. Empty lines are skipped.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ConfigError: it is not UTF-8, or a line of a .jsonl file is no prompt.
+    """
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{file} is not UTF-8 text: {error.reason} at byte {error.start}."]) from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not file.endswith(".jsonl"):
+        return [line.removesuffix("\r") for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError([f"{file}, line {number} is not JSON: {error}."]) from error
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                [f"{file}, line {number} is neither a string nor an object with the field prompt."]
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _prompts(args: DecodeArgs) -> list[str]:
+    prompts = list(args.prompt)
+    if args.prompts_file == "-" and jax.process_count() > 1:
+        raise ConfigError(
+            ["Standard input reaches only one of several processes; give each of them --prompts-file FILE."]
+        )
+    if args.prompts_file:
+        prompts += read_prompts(args.prompts_file)
+    if not prompts:
+        raise ConfigError(
+            ["There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."]
+        )
+    return prompts
+
+
+class _Printer:
+    """Prints what is generated, and at the end how it went; on the first process only."""
+
+    def __init__(self, args: DecodeArgs, prompts: Sequence[str]):
+        self._active = jax.process_index() == 0
+        self._json = args.json
+        self._single = len(prompts) * args.generation.n == 1
+        self._completions: list[Completion] = []
+        if self._single and not self._json:
+            self._print(prompts[0], end="")
+
+    def _print(self, text: str, end: str = "\n", file: TextIO | None = None) -> None:
+        if self._active:
+            print(text, end=end, file=file, flush=True)
+
+    def show(self, event: Delta | Completion) -> None:
+        """Prints a single completion as it comes, several under a line each that names them, or a line of JSON."""
+        if isinstance(event, Completion):
+            self._completions.append(event)
+        if self._json:
+            if isinstance(event, Completion):
+                record = dataclasses.asdict(event)
+                self._print(json.dumps(record | record.pop("stats")))
+        elif self._single:
+            self._print(event.text if isinstance(event, Delta) else "\n", end="")
+        elif isinstance(event, Completion):
+            self._print(f"=== prompt {event.prompt_index}, sample {event.sample}\n{event.prompt}{event.text}")
+
+    def report(self, trained_len: int) -> None:
+        """One line for each batch on standard error, and a remark if a text is longer than what was trained on."""
+        batches = {id(c.stats): c.stats for c in self._completions}
+        for key, s in batches.items():
+            tokens = sum(len(c.tokens) for c in self._completions if id(c.stats) == key)
+            speed = "" if s.tokens_per_second is None else f", then {s.tokens_per_second:.1f} tokens/s"
+            self._print(
+                f"{s.rows} completion(s), {tokens} tokens: the first after {s.seconds_to_first_token:.3f} s{speed} "
+                f"(compiling: {s.compile_seconds:.1f} s); KV cache {s.cache_bytes_per_device:,} bytes on each of "
+                f"{s.devices} device(s), {s.cache_tokens_per_row} tokens a row",
+                file=sys.stderr,
+            )
+        longest = max(c.prompt_tokens + len(c.tokens) for c in self._completions)
+        if longest > trained_len:
+            self._print(
+                f"note: texts of up to {longest} tokens; the model was trained on {trained_len}.",
+                file=sys.stderr,
+            )
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Generates and prints; returns the exit status."""
+    distributed, argv = take_args(argv)
+    args = tyro.cli(DecodeArgs, args=argv, prog="mlra-decode")
+    initialize(distributed)
+    args.generation.validate()
+    prompts = _prompts(args)
+    config = load_config(args.checkpoint, args.step)
+    cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+
+    generator = Generator.from_checkpoint(
+        args.checkpoint,
+        mesh=args.mesh,
+        split_heads=args.split_heads,
+        param_dtype=args.param_dtype,
+        step=args.step,
+        tokenizer=args.tokenizer,
+    )
+    every_token = args.stream and not args.json and len(prompts) * args.generation.n == 1
+    events = generator.stream(prompts, args.generation, every_token=every_token)
+    printer = _Printer(args, prompts)
+    for event in events:
+        printer.show(event)
+    printer.report(config.data.seq_len)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

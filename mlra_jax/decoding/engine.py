@@ -1,0 +1,362 @@
+"""Generation on the device: prompts fill the cache in padded chunks, then one compiled step makes a token for each row.
+
+The step runs one call at a time (`Rows.step`, to show each token as it comes) or many times inside one compiled
+`lax.while_loop` (`Rows.run`). The cache is donated from call to call, so there is one of it. What the host decides
+with (tokens) is the same on every process of a cluster.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mlra_jax.config import ConfigError
+from mlra_jax.decoding.cache import Cache
+from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
+from mlra_jax.models import Transformer
+from mlra_jax.sharding import AxisRules
+
+NO_TOKEN = -1
+"""Stands in the output of a step for a row that is done."""
+
+SMALLEST_BUCKET = 16
+LARGEST_BUCKET = 512
+"""Prompts are run in chunks of this many tokens of each row at most; shorter ones are padded to a power of two."""
+PREFILL_TOKENS = 8192
+"""Tokens of all rows of one device in one chunk at most (if each row gets `SMALLEST_BUCKET`): bounds the memory."""
+STEPS_PER_RUN = 64
+"""Most steps of one compiled loop."""
+LENGTH_UNIT = 256
+"""Cache lengths that are not asked for are multiples of it, so that a little longer prompt does not recompile."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a step takes and gives. All but the cache is whole on every device."""
+
+    cache: Cache
+    token_B: Any
+    """The last token of each row, not in the cache yet: int32."""
+    left_B: Any
+    """How many more tokens each row gets; 0: it is done. int32."""
+    sample_B: Any
+    """Which of its prompt's samples each row is: int32."""
+    seed: Any
+    """uint32 scalar."""
+    eos: Any
+    """Id that ends a row, or `NO_TOKEN`: int32 scalar."""
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not less than `n`."""
+    return -(-n // multiple) * multiple
+
+
+def chunk_sizes(longest: int, rows_per_device: int) -> list[int]:
+    """Padded sizes of the chunks in which prompts of at most `longest` tokens are run: powers of two, none wasteful."""
+    largest = LARGEST_BUCKET
+    while largest > SMALLEST_BUCKET and largest * rows_per_device > PREFILL_TOKENS:
+        largest //= 2
+    whole, rest = divmod(longest, largest)
+    bucket = SMALLEST_BUCKET
+    while bucket < rest:
+        bucket *= 2
+    return [largest] * whole + ([bucket] if rest else [])
+
+
+def prefill(
+    model: Transformer, cache: Cache, logits_BV: jax.Array, tokens_BT: jax.Array, n_new_B: jax.Array
+) -> tuple[Cache, jax.Array]:
+    """Runs one chunk of the prompts; `logits_BV` are those after each row's last token so far, before and after it."""
+    new_B1V, cache = model.decode(tokens_BT, cache, n_new_B, logits="last")
+    return cache, jnp.where(n_new_B[:, None] > 0, new_B1V[:, 0], logits_BV)
+
+
+def begin(
+    rules: AxisRules,
+    sampling: Sampling,
+    n_vocab: int,
+    n: int,
+    cache: Cache,
+    logits_BV: jax.Array,
+    left_B: jax.Array,
+    sample_B: jax.Array,
+    seed: jax.Array,
+    eos: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Makes `n` rows of each row of the cache and draws their first tokens: the state, and the tokens [B]."""
+    if n > 1:
+        cache, logits_BV = repeat_rows(rules, n, cache, logits_BV)
+    state = State(cache, jnp.full_like(left_B, NO_TOKEN), left_B, sample_B, seed, eos)
+    state = _with_next(rules, sampling, n_vocab, state, logits_BV)
+    return state, state.token_B
+
+
+def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> tuple[State, jax.Array]:
+    """One more token for each row that is not done: the new state, and the tokens [B] (`NO_TOKEN` for done rows)."""
+    rules = model.rules
+    active_B = state.left_B > 0
+    n_new_B = rules.constrain(active_B.astype(jnp.int32), "batch")
+    tokens_B1 = rules.constrain(jnp.maximum(state.token_B, 0)[:, None], "batch", None)
+    logits_B1V, cache = model.decode(tokens_B1, state.cache, n_new_B, logits="last")
+    state = dataclasses.replace(state, cache=cache)
+    state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0])
+    return state, jnp.where(active_B, state.token_B, NO_TOKEN)
+
+
+def run(
+    model: Transformer, sampling: Sampling, n_vocab: int, state: State, n_steps: jax.Array
+) -> tuple[State, jax.Array]:
+    """Up to `n_steps` steps, fewer if all rows are done: the new state, and the tokens [STEPS_PER_RUN, B]."""
+
+    def go_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        return (carry[0] < n_steps) & jnp.any(carry[1].left_B > 0)
+
+    def one(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        i, state, out = carry
+        state, token_B = step(model, sampling, n_vocab, state)
+        return i + 1, state, jax.lax.dynamic_update_index_in_dim(out, token_B, i, axis=0)
+
+    out = jnp.full((STEPS_PER_RUN, *state.token_B.shape), NO_TOKEN)
+    _, state, out = jax.lax.while_loop(go_on, one, (jnp.int32(0), state, out))
+    return state, out
+
+
+def _with_next(
+    rules: AxisRules, sampling: Sampling, n_vocab: int, state: State, logits_BV: jax.Array
+) -> State:
+    """The state with a token drawn for each row that is not done."""
+
+    def draw(logits_BV: jax.Array, seed: jax.Array, sample_B: jax.Array, position_B: jax.Array) -> jax.Array:
+        return sample(logits_BV, sampling, n_vocab, seed=seed, sample_B=sample_B, position_B=position_B)
+
+    row = ("batch",)
+    # Each device draws for its rows: the logits are gathered over the vocabulary, B x V float32 in all.
+    drawn = rules.shard_map(draw, ((*row, None), (), row, row), row)
+    token_B = rules.constrain(drawn(logits_BV, state.seed, state.sample_B, state.cache.lengths), None)
+    active_B = state.left_B > 0
+    token_B = jnp.where(active_B, token_B, state.token_B)
+    left_B = jnp.where(active_B & (token_B != state.eos), state.left_B - 1, 0)
+    return dataclasses.replace(state, token_B=token_B, left_B=left_B)
+
+
+def repeat_rows(rules: AxisRules, n: int, cache: Cache, logits_BV: jax.Array) -> tuple[Cache, jax.Array]:
+    """Every row `n` times in a row. A row's copies stay on the devices that hold it, so that nothing moves."""
+    specs = (
+        Cache(tuple(layer.specs() for layer in cache.layers), rules.spec("batch")),
+        rules.spec("batch", "vocab"),
+    )
+    repeat = lambda *trees: jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), trees)
+    return rules.shard_map(repeat, specs, specs)(cache, logits_BV)
+
+
+class Engine:
+    """Compiled generation with one model on one mesh.
+
+    Args:
+      model: in the decode layout (`mlra_jax.models.to_decode`), on `mesh`.
+      mesh: with explicit axes.
+      n_vocab: ids that the tokenizer knows; the rows of the embedding after them are padding and never generated.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, n_vocab: int):
+        self.config, self.rules, self.mesh, self.n_vocab = model.config, model.rules, mesh, n_vocab
+        # Flat, because a call with a module would flatten it in Python at every step.
+        self.leaves, self._treedef = jax.tree.flatten(model)
+        self._programs: dict[Hashable, Callable[..., Any]] = {}
+        self.compile_seconds = 0.0
+        """Time that compiling has taken so far."""
+
+    def model(self, leaves: list[jax.Array]) -> Transformer:
+        """The model whose parameters are `leaves`, inside a compiled function that takes them."""
+        return jax.tree.unflatten(self._treedef, leaves)
+
+    def call(
+        self, key: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """`function(*args)`, compiled at the first call with this key, which must tell all shapes apart."""
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - start
+        return self._programs[key](*args)
+
+    def put(self, value: Any, *names: str | None) -> jax.Array:
+        """A NumPy array or scalar, the same on every process, laid out on the mesh."""
+        sharding = NamedSharding(self.mesh, self.rules.spec(*names))
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: np.asarray(value)[index])
+
+    def _create(self, rows: int, max_len: int) -> tuple[Cache, jax.Array]:
+        cache = Cache.create(self.config, self.rules, rows, max_len)
+        logits = jnp.zeros((rows, self.config.vocab_size), jnp.float32)
+        return cache, self.rules.constrain(logits, "batch", "vocab")
+
+    def cache_bytes(self, rows: int, max_len: int) -> int:
+        """Bytes of keys, values or latents that each device will hold for so many rows; nothing is allocated."""
+        with jax.set_mesh(self.mesh):
+            cache, _ = jax.eval_shape(functools.partial(self._create, self.padded(rows), max_len))
+        layers = jax.tree.leaves(cache.layers)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in layers)
+
+    def check_memory(self, batch: int, n: int, max_len: int) -> None:
+        """Refuses a cache that does not fit into what the devices have free, where they say it.
+
+        Args:
+          batch: prompts.
+          n: samples of each.
+          max_len: tokens of each row.
+
+        Raises:
+          ConfigError: says what is needed and what there is.
+        """
+        needed = self.cache_bytes(batch * n, max_len) + (self.cache_bytes(batch, max_len) if n > 1 else 0)
+        for device in self.mesh.local_devices:
+            stats = device.memory_stats() or {}
+            free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+            if needed > free:
+                raise ConfigError(
+                    [
+                        f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {needed / 2**30:.2f} GiB on "
+                        f"each device, and {device} has {free / 2**30:.2f} GiB free; generate fewer rows at a time, or "
+                        "shorter ones, or use a larger mesh (tensor, data or context)."
+                    ]
+                )
+
+    def padded(self, rows: int) -> int:
+        """`rows` rounded up so that every device of the `data` axis gets the same number."""
+        with jax.set_mesh(self.mesh):
+            parts = self.rules.size("batch")
+        return round_up(rows, parts)
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: Sequence[int],
+        *,
+        n: int = 1,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        eos_id: int | None = None,
+        max_len: int | None = None,
+        batch: int = 0,
+    ) -> Rows:
+        """Fills a cache with the prompts and draws the first token of each row.
+
+        Args:
+          prompts: token ids, at least one each.
+          max_new_tokens: of each prompt, at least 1.
+          n: samples of each prompt: rows n*p to n*p + n - 1 are those of prompt p.
+          sampling: how tokens are drawn.
+          seed: of the drawing.
+          eos_id: id after which a row is done.
+          max_len: tokens that the cache holds for each row; None: what is needed, rounded up to `LENGTH_UNIT`.
+          batch: fewer prompts than this are padded, so that a last smaller batch does not recompile.
+
+        Raises:
+          ValueError: a prompt is empty, or does not fit together with its new tokens.
+        """
+        needed = max(len(p) + new for p, new in zip(prompts, max_new_tokens, strict=True))
+        if min(map(len, prompts)) < 1 or min(max_new_tokens) < 1:
+            raise ValueError("Every prompt must have at least one token, and get at least one.")
+        max_len = round_up(needed, LENGTH_UNIT) if max_len is None else max_len
+        if needed > max_len:
+            raise ValueError(f"A prompt and its new tokens are {needed} tokens; the cache holds {max_len}.")
+        sample_B = np.tile(np.arange(n, dtype=np.int32), len(prompts))
+        left_B = np.repeat(np.array(max_new_tokens, np.int32), n)
+        batch = max(batch, len(prompts))
+        if self.padded(batch) != batch:
+            # Each padded prompt would become n rows: the samples are run as prompts of their own instead.
+            prompts, batch, n = [p for p in prompts for _ in range(n)], batch * n, 1
+        batch = self.padded(batch)
+        padding = [(0, batch * n - len(left_B))]  # these rows are done from the start
+        sample_B, left_B = np.pad(sample_B, padding), np.pad(left_B, padding)
+
+        with jax.set_mesh(self.mesh):
+            shape = (batch, max_len)
+            cache, logits_BV = self._fill(prompts, *shape)
+            first = functools.partial(begin, self.rules, sampling, self.n_vocab, n)
+            scalars = np.uint32(seed % 2**32), np.int32(NO_TOKEN if eos_id is None else eos_id)
+            args = cache, logits_BV, *(self.put(x) for x in (left_B, sample_B, *scalars))
+            # The cache of n rows for each prompt is another one: it has no use for the memory of the first.
+            donate = (0, 2, 3, 4, 5) if n == 1 else (2, 3, 4, 5)
+            state, token_B = self.call(("begin", shape, n, sampling), first, *args, donate=donate)
+        return Rows(self, state, token_B, sampling, max_len)
+
+    def _fill(self, prompts: Sequence[Sequence[int]], batch: int, max_len: int) -> tuple[Cache, jax.Array]:
+        """A cache that holds the prompts, and the logits [B, V] after each."""
+        length_B = np.array([len(p) for p in prompts] + [0] * (batch - len(prompts)), np.int32)
+        create = functools.partial(self._create, batch, max_len)
+        cache, logits_BV = self.call(("create", batch, max_len), create)
+        chunk = lambda leaves, *args: prefill(self.model(leaves), *args)
+        done = 0
+        for size in chunk_sizes(int(length_B.max()), batch // self.rules.size("batch")):
+            tokens_BT = np.zeros((batch, size), np.int32)
+            for row, prompt in zip(tokens_BT, prompts, strict=False):
+                part = prompt[done : done + size]
+                row[: len(part)] = part
+            n_new_B = np.clip(length_B - done, 0, size).astype(np.int32)
+            args = cache, logits_BV, self.put(tokens_BT, "batch"), self.put(n_new_B, "batch")
+            key = ("prefill", batch, max_len, size)
+            cache, logits_BV = self.call(key, chunk, self.leaves, *args, donate=(1, 2))
+            done += size
+        return cache, logits_BV
+
+
+class Rows:
+    """A batch in generation.
+
+    Args:
+      engine: that started it.
+      state: donated by every call and replaced.
+      first_B: the first token of each row.
+      sampling: how tokens are drawn.
+      max_len: tokens that the cache was asked to hold for each row.
+    """
+
+    def __init__(self, engine: Engine, state: State, first_B: jax.Array, sampling: Sampling, max_len: int):
+        self.first_B, self.state = first_B, state
+        self.cache_bytes_per_device = state.cache.bytes_per_device()
+        self._engine, self._sampling = engine, sampling
+        self._key = (len(first_B), max_len, sampling)
+
+    def step(self) -> jax.Array:
+        """One more token of each row, [B], `NO_TOKEN` where a row is done. Returns before the device is ready."""
+        engine = self._engine
+
+        def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
+            return step(engine.model(leaves), self._sampling, engine.n_vocab, state)
+
+        with jax.set_mesh(engine.mesh):
+            args = engine.leaves, self.state
+            self.state, token_B = engine.call(("step", *self._key), one, *args, donate=(1,))
+        return token_B
+
+    def run(self, n_steps: int = STEPS_PER_RUN) -> jax.Array:
+        """Up to `n_steps` more tokens of each row, [STEPS_PER_RUN, B], `NO_TOKEN` where there is none."""
+        engine = self._engine
+
+        def many(leaves: list[jax.Array], state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
+            return run(engine.model(leaves), self._sampling, engine.n_vocab, state, n_steps)
+
+        with jax.set_mesh(engine.mesh):
+            args = engine.leaves, self.state, engine.put(np.int32(min(n_steps, STEPS_PER_RUN)))
+            self.state, out = engine.call(("run", *self._key), many, *args, donate=(1,))
+        return out
+
+    def stop(self, rows: Sequence[int]) -> None:
+        """No more tokens for these rows."""
+        keep_B = np.ones(len(self.first_B), np.int32)
+        keep_B[list(rows)] = 0
+        with jax.set_mesh(self._engine.mesh):
+            left_B = self.state.left_B * self._engine.put(keep_B)
+        self.state = dataclasses.replace(self.state, left_B=left_B)

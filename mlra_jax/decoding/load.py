@@ -1,0 +1,142 @@
+"""From a checkpoint to a model that decodes on a mesh: its parameters are read straight into their places there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.models import Transformer, to_decode
+from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh
+from mlra_jax.training.checkpoints import load_config, load_params
+
+ParamDtype = Literal["auto", "float32", "bfloat16"]
+
+ONE_DEVICE = MeshConfig(data=1)
+
+
+def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
+    """The devices that a mesh of these sizes takes: the first so many, all if a size is -1.
+
+    Raises:
+      ConfigError: there are fewer devices; or several processes, some of which would have none.
+    """
+    mesh.validate()
+    sizes = dataclasses.asdict(mesh)
+    devices = jax.devices()
+    if -1 in sizes.values():
+        return devices
+    n = math.prod(sizes.values())
+    shown = " x ".join(f"{k}={v}" for k, v in sizes.items() if v > 1) or "one device"
+    if n > len(devices):
+        platform = devices[0].platform
+        hint = (
+            f"; simulate them with XLA_FLAGS=--xla_force_host_platform_device_count={n} in the environment"
+            if platform == "cpu"
+            else ""
+        )
+        raise ConfigError(
+            [f"A mesh of {shown} needs {n} devices; JAX sees {len(devices)} ({platform}){hint}."]
+        )
+    if jax.process_count() > 1 and n != len(devices):
+        raise ConfigError(
+            [
+                f"A mesh of {shown} uses {n} of {len(devices)} devices; with {jax.process_count()} processes it must "
+                "use all of them."
+            ]
+        )
+    return devices[:n]
+
+
+def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
+    """Shapes of the stored parameters (the training layout), and how they are split over `mesh` while they are read.
+
+    What the decoding table does not split yet, because it becomes slots only afterwards, is split over the same mesh
+    axes along its longest axis that divides: no device reads more than its share. Norm gains stay float32.
+    """
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+        axes, parts = rules.mesh_axes("latent_slots"), rules.size("latent_slots")
+
+    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        name, spec = path[-1].key, x.sharding.spec
+        by_branch = name in ("w_uk", "w_uv")  # [layers, J, N, C, H]: J and N are regrouped into slots
+        fitting = [i for i in range(3 if by_branch else 0, x.ndim) if x.shape[i] % parts == 0]
+        if by_branch or all(axis is None for axis in spec):
+            longest = max(fitting, key=lambda i: x.shape[i], default=None)
+            spec = PartitionSpec() if longest is None else PartitionSpec(*[None] * longest, axes)
+        dtype = "float32" if name == "gain" else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(leaf, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """A checkpoint's model, ready to decode."""
+
+    config: TrainConfig
+    """Of the run that wrote the checkpoint."""
+    tokenizer: Tokenizer
+    """Of the model."""
+    mesh: Mesh
+    """With explicit axes; the model is laid out over it."""
+    model: Transformer
+    """In the decode layout."""
+
+
+def load_model(
+    checkpoint: str,
+    mesh: MeshConfig,
+    *,
+    split_heads: bool = True,
+    param_dtype: ParamDtype = "auto",
+    step: int | None = None,
+    tokenizer: str = "",
+) -> Loaded:
+    """Reads a checkpoint onto a mesh, in the decode layout.
+
+    Args:
+      checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
+      mesh: sizes; see `decode_devices`.
+      split_heads: see `mlra_jax.sharding.decode_rules`.
+      param_dtype: type in which weights are held. auto: bfloat16 on accelerators if the model computes in it (its
+        products take the weights in that type anyway), else as they are stored.
+      step: updates made by the checkpoint; None: the latest.
+      tokenizer: see `get_tokenizer`; empty: the one that the run was trained with.
+
+    Raises:
+      ConfigError: mesh, devices, model and tokenizer do not fit together; nothing has been allocated then.
+      CheckpointError: there is no such checkpoint, or its parameters are not those of its configuration.
+      ValueError: the tokenizer is not available here.
+    """
+    config = load_config(checkpoint, step)
+    model_config = config.model
+    devices = decode_devices(mesh)
+    sizes = mesh.resolve(len(devices))
+    check_decode_layout(model_config, sizes, split_heads)
+    found = get_tokenizer(tokenizer or config.data.tokenizer)
+    if found.n_vocab > model_config.vocab_size:
+        raise ConfigError(
+            [
+                f"The tokenizer {tokenizer or config.data.tokenizer} has {found.n_vocab} ids, the model's vocabulary "
+                f"{model_config.vocab_size}; name the tokenizer that the model was trained with."
+            ]
+        )
+
+    if param_dtype == "auto":
+        computes_in_bfloat16 = model_config.compute_dtype == "bfloat16"
+        on_accelerator = devices[0].platform != "cpu"
+        param_dtype = "bfloat16" if computes_in_bfloat16 and on_accelerator else model_config.param_dtype
+    model_config = dataclasses.replace(model_config, param_dtype=param_dtype)
+    rules = decode_rules(split_heads)
+    device_mesh = make_mesh(sizes, devices)
+    params = load_params(checkpoint, abstract_params(model_config, rules, device_mesh), step)
+    with jax.set_mesh(device_mesh):
+        return Loaded(config, found, device_mesh, to_decode(model_config, params, rules))

@@ -1,0 +1,117 @@
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p, min-p."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.config import ConfigError
+
+_COLDEST = 1e-6  # a lower temperature would overflow
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; the filters apply in the order of the fields, each to what the one before has left.
+
+    Tokens whose logits tie with the last one that a filter keeps are kept too.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most probable token (greedy)."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0: all."""
+    top_p: float = 1.0
+    """Keep the most probable tokens, as few as have this probability together; 1: all."""
+    min_p: float = 0.0
+    """Keep the tokens that have at least this share of the most probable one's probability; 0: all."""
+
+    def faults(self) -> list[str]:
+        """One sentence for each value that is not legal."""
+        faults = []
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            faults.append(
+                f"temperature={self.temperature} must be 0 (greedy), or finite and at least {_COLDEST}."
+            )
+        if self.top_k < 0:
+            faults.append(f"top_k={self.top_k} must not be negative (0: all tokens).")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top_p={self.top_p} must be more than 0 and at most 1 (1: all tokens).")
+        if not 0 <= self.min_p <= 1:
+            faults.append(f"min_p={self.min_p} must be from 0 (all tokens) to 1.")
+        filters = {k: v for k, v in dataclasses.asdict(self).items() if k != "temperature"}
+        if self.temperature == 0 and filters != {"top_k": 0, "top_p": 1.0, "min_p": 0.0}:
+            faults.append(
+                "top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."
+            )
+        return faults
+
+    def validate(self) -> None:
+        """Raises `ConfigError` that lists all faults."""
+        if faults := self.faults():
+            raise ConfigError(faults)
+
+
+GREEDY = Sampling()
+
+
+def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.Array:
+    """Logits [..., V] of the distribution that is drawn from: divided by the temperature, -inf where excluded.
+
+    Args:
+      logits: of the model, float32 [..., V].
+      sampling: with a temperature above 0.
+      n_vocab: ids from here on are padding of the vocabulary, and excluded.
+    """
+    logits = without_padding(logits, n_vocab) / sampling.temperature
+    keep_from = lambda logits, lowest: jnp.where(logits >= lowest, logits, -jnp.inf)
+    if 0 < sampling.top_k < n_vocab:
+        logits = keep_from(logits, jax.lax.top_k(logits, sampling.top_k)[0][..., -1:])
+    if sampling.top_p < 1:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        needed = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # those before it do not suffice
+        logits = keep_from(logits, jnp.where(needed, descending, jnp.inf).min(axis=-1, keepdims=True))
+    if sampling.min_p > 0:
+        logits = keep_from(logits, logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
+    return logits
+
+
+def without_padding(logits: jax.Array, n_vocab: int) -> jax.Array:
+    """`logits` [..., V] with -inf for the ids from `n_vocab` on, which no token of the tokenizer has."""
+    return jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
+
+
+def sample(
+    logits_BV: jax.Array,
+    sampling: Sampling,
+    n_vocab: int,
+    *,
+    seed: jax.Array,
+    sample_B: jax.Array,
+    position_B: jax.Array,
+) -> jax.Array:
+    """The next token of each row, int32 [B].
+
+    What is drawn for a row depends on its logits, on `seed` and on the row's `sample` and `position`, and not on the
+    other rows, nor on the mesh: each row has a key of its own. Whole rows of logits must be on the device.
+
+    Args:
+      logits_BV: of the model, float32.
+      sampling: what to draw from.
+      n_vocab: ids from here on are padding of the vocabulary, and never drawn.
+      seed: uint32 scalar.
+      sample_B: which of its prompt's samples a row is.
+      position_B: where in its sequence the drawn token goes.
+    """
+    if sampling.temperature == 0:
+        return without_padding(logits_BV, n_vocab).argmax(axis=-1).astype(jnp.int32)
+
+    def draw(logits_V: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
+        return jax.random.categorical(key, logits_V).astype(jnp.int32)
+
+    return jax.vmap(draw)(filtered_logits(logits_BV, sampling, n_vocab), sample_B, position_B)
