@@ -36,7 +36,7 @@ def train(config, mesh, place, accumulation):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (8, 1, 1, 1), (1, 2, 2, 2), (1, 1, 4, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 2, 2, 1), (8, 1, 1, 1), (1, 1, 4, 2)], ids=str)
 def test_training_on_any_mesh_equals_training_on_one_device(sizes, config, mesh_of, place):
     config = dataclasses.replace(config, out="")  # the same for all cases, so that one device trains once
     mesh = mesh_of(*sizes)
@@ -62,10 +62,10 @@ def test_accumulation_equals_one_big_batch(config, mesh_of, place):
 def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_unequally(config, mesh_of, place):
     mesh = mesh_of(1, 1, 1, 1)
     tokens = windows(config, 1)[0]
-    batch = place(mesh, tokens, 2)
+    batch = place(mesh, tokens, 8)
     n_counted = 5
     targets = np.full_like(batch["targets"], IGNORED)
-    targets[0, 0, :4], targets[1, 3, 7] = tokens[0, 1:5], tokens[7, 8]
+    targets[0, 0, :4], targets[7, 0, 7] = tokens[0, 1:5], tokens[7, 8]
     with jax.set_mesh(mesh):
         state = init_state(config)
         batch["targets"] = jax.device_put(targets, batch["inputs"].sharding)
