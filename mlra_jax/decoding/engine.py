@@ -17,9 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
 from mlra_jax.models import Transformer
@@ -136,14 +137,16 @@ def _with_next(
     rules: AxisRules, sampling: Sampling, n_vocab: int, state: State, logits_BV: jax.Array
 ) -> State:
     """The state with a token drawn for each row that is not done."""
-
-    def draw(logits_BV: jax.Array, seed: jax.Array, sample_B: jax.Array, position_B: jax.Array) -> jax.Array:
-        return sample(logits_BV, sampling, n_vocab, seed=seed, sample_B=sample_B, position_B=position_B)
-
-    row = ("batch",)
-    # Each device draws for its rows: the logits are gathered over the vocabulary, B x V float32 in all.
-    drawn = rules.shard_map(draw, ((*row, None), (), row, row), row)
-    token_B = rules.constrain(drawn(logits_BV, state.seed, state.sample_B, state.cache.lengths), None)
+    drawn_B = sample(
+        rules,
+        logits_BV,
+        sampling,
+        n_vocab,
+        seed=state.seed,
+        sample_B=state.sample_B,
+        position_B=state.cache.lengths,
+    )
+    token_B = rules.constrain(drawn_B, None)
     active_B = state.left_B > 0
     token_B = jnp.where(active_B, token_B, state.token_B)
     left_B = jnp.where(active_B & (token_B != state.eos), state.left_B - 1, 0)
@@ -158,6 +161,42 @@ def repeat_rows(rules: AxisRules, n: int, cache: Cache, logits_BV: jax.Array) ->
     )
     repeat = lambda *trees: jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), trees)
     return rules.shard_map(repeat, specs, specs)(cache, logits_BV)
+
+
+def compile_step(
+    config: ModelConfig,
+    rules: AxisRules,
+    mesh: Mesh,
+    *,
+    batch: int,
+    max_len: int,
+    sampling: Sampling = GREEDY,
+) -> jax.stages.Compiled:
+    """The decode step compiled for a mesh ahead of time: nothing is allocated, and the devices need not be there.
+
+    Args:
+      config: of the model.
+      rules: the decoding table.
+      mesh: with explicit axes.
+      batch: rows.
+      max_len: tokens that the cache holds for each row.
+      sampling: how tokens are drawn.
+    """
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
+        cache = jax.eval_shape(lambda: Cache.create(config, rules, batch, max_len))
+        leaves, treedef = jax.tree.flatten(model)
+        by_row, scalar = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+        state = State(cache, by_row, by_row, by_row, scalar, scalar)
+
+        def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
+            return step(jax.tree.unflatten(treedef, leaves), sampling, config.vocab_size, state)
+
+        return jax.jit(one, donate_argnums=1).lower(*jax.tree.map(place, (leaves, state))).compile()
 
 
 class Engine:

@@ -302,7 +302,7 @@ class Generator:
             clock.read()
             stopped = []
             for row, (text, (prompt, sample)) in enumerate(zip(texts, owners, strict=True)):
-                if text.finish_reason is not None:
+                if text.done:
                     continue
                 for token in tokens[:, row]:
                     if token != NO_TOKEN:
@@ -311,7 +311,7 @@ class Generator:
                     stopped.append(row)
                 if new := text.take():
                     yield Delta(prompt.index, sample, new)
-            if all(text.finish_reason is not None for text in texts):
+            if all(text.done for text in texts):
                 break
             if stopped:
                 rows.stop(stopped)

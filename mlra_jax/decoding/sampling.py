@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.config import ConfigError
+from mlra_jax.sharding import AxisRules
 
 _COLDEST = 1e-6  # a lower temperature would overflow
 
@@ -66,7 +67,8 @@ def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.
       sampling: with a temperature above 0.
       n_vocab: ids from here on are padding of the vocabulary, and excluded.
     """
-    logits = without_padding(logits, n_vocab) / sampling.temperature
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     keep_from = lambda logits, lowest: jnp.where(logits >= lowest, logits, -jnp.inf)
     if 0 < sampling.top_k < n_vocab:
         logits = keep_from(logits, jax.lax.top_k(logits, sampling.top_k)[0][..., -1:])
@@ -80,12 +82,24 @@ def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.
     return logits
 
 
-def without_padding(logits: jax.Array, n_vocab: int) -> jax.Array:
-    """`logits` [..., V] with -inf for the ids from `n_vocab` on, which no token of the tokenizer has."""
-    return jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
+def greedy(rules: AxisRules, logits_BV: jax.Array, n_vocab: int) -> jax.Array:
+    """The most probable token of each row, int32 [B]; of equals the first.
+
+    Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
+    """
+
+    def best(logits_BV: jax.Array) -> jax.Array:
+        first = rules.axis_index("vocab") * logits_BV.shape[1]
+        logits_BV = jnp.where(first + jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
+        value_B, id_B = logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)
+        is_best_B = value_B == rules.pmax(value_B, "vocab")
+        return -rules.pmax(jnp.where(is_best_B, -id_B, -n_vocab).astype(jnp.int32), "vocab")
+
+    return rules.shard_map(best, (("batch", "vocab"),), ("batch",))(logits_BV)
 
 
 def sample(
+    rules: AxisRules,
     logits_BV: jax.Array,
     sampling: Sampling,
     n_vocab: int,
@@ -97,9 +111,10 @@ def sample(
     """The next token of each row, int32 [B].
 
     What is drawn for a row depends on its logits, on `seed` and on the row's `sample` and `position`, and not on the
-    other rows, nor on the mesh: each row has a key of its own. Whole rows of logits must be on the device.
+    other rows, nor on the mesh: each row has a key of its own.
 
     Args:
+      rules: the decoding table. Each device draws for its own rows; the logits are gathered over the vocabulary for it.
       logits_BV: of the model, float32.
       sampling: what to draw from.
       n_vocab: ids from here on are padding of the vocabulary, and never drawn.
@@ -108,10 +123,19 @@ def sample(
       position_B: where in its sequence the drawn token goes.
     """
     if sampling.temperature == 0:
-        return without_padding(logits_BV, n_vocab).argmax(axis=-1).astype(jnp.int32)
+        return greedy(rules, logits_BV, n_vocab)
 
-    def draw(logits_V: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
+    def draw(logits_V: jax.Array, seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
         return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
-    return jax.vmap(draw)(filtered_logits(logits_BV, sampling, n_vocab), sample_B, position_B)
+    def draw_rows(
+        logits_BV: jax.Array, seed: jax.Array, sample_B: jax.Array, position_B: jax.Array
+    ) -> jax.Array:
+        logits_BV = filtered_logits(logits_BV, sampling, n_vocab)
+        return jax.vmap(draw, (0, None, 0, 0))(logits_BV, seed, sample_B, position_B)
+
+    row = ("batch",)
+    return rules.shard_map(draw_rows, ((*row, None), (), row, row), row)(
+        logits_BV, seed, sample_B, position_B
+    )

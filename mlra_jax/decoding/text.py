@@ -31,22 +31,27 @@ class RowText:
         self._stop, self._eos_id, self._max = stop, eos_id, max_new_tokens
         self._shown = 0
 
+    @property
+    def done(self) -> bool:
+        """Whether no more tokens are taken."""
+        return self.finish_reason is not None
+
     def push(self, token: int) -> None:
         """Adds a token; does nothing once the text is finished."""
-        if self.finish_reason is not None:
+        if self.done:
             return
         if token == self._eos_id:
             self._finish("eos")
             return
         self.tokens.append(token)
         self._extend(self._stream.push(token))
-        if self.finish_reason is None and len(self.tokens) == self._max:
+        if not self.done and len(self.tokens) == self._max:
             self._finish("length")
 
     def take(self) -> str:
         """What came since the last call and is sure to stay: not what may turn out to begin a stop string."""
         held = 0
-        if self.finish_reason is None:
+        if not self.done:
             longest = max(map(len, self._stop), default=1) - 1
             ends = range(min(longest, len(self.text) - self._shown), 0, -1)
             may_stop = lambda n: any(stop.startswith(self.text[-n:]) for stop in self._stop)
