@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import AvoidSubcommands
+from tyro.conf import AvoidSubcommands, arg
 
 
 class ConfigError(ValueError):
@@ -370,10 +370,10 @@ class LogConfig(_Validated):
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. Needs the `wandb` package."""
-    profile_start: int = 0
-    """First step that `--profile` records, counted from the first step this process runs."""
-    profile_steps: int = 0
-    """Steps recorded by the profiler; 0: off."""
+    profile_start: int = 10
+    """First step that `--profile` records, counted from the first step this process runs (which compiles)."""
+    profile_steps: Annotated[int, arg(aliases=("--profile",))] = 0
+    """Steps that the profiler records into the run's `profile` folder; 0: off."""
 
     def faults(self) -> list[str]:
         faults = _positive(self, "log.", "every", "eval_every", "eval_sequences")

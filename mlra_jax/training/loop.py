@@ -225,11 +225,15 @@ class _Monitor:
 
 
 class _Profiler:
-    """Records a window of steps into `profile/` of the run, for TensorBoard or Perfetto."""
+    """Records a window of steps into `profile/` of the run, for TensorBoard or XProf.
+
+    A run too short for the window records its last steps.
+    """
 
     def __init__(self, config: TrainConfig, start: int):
-        self._first = start + config.log.profile_start
-        self._last = min(self._first + config.log.profile_steps, config.steps)
+        n_steps = config.log.profile_steps
+        self._first = max(start, min(start + config.log.profile_start, config.steps - n_steps))
+        self._last = min(self._first + n_steps, config.steps)
         self._folder = epath.Path(config.run_dir) / "profile"
         self._local: str | None = None
 

@@ -163,9 +163,9 @@ def test_a_run_that_cannot_be_laid_out_is_refused_and_leaves_no_folder(config, c
     assert not os.path.exists(config.out)
 
 
-def test_profile_records_the_window_of_steps(uninterrupted, config):
+def test_profile_records_a_window_of_steps_even_of_a_short_run(uninterrupted, config):
     reference, _ = uninterrupted
-    log = dataclasses.replace(reference.log, profile_start=1, profile_steps=1)
+    log = dataclasses.replace(reference.log, profile_start=10, profile_steps=2)
     train(dataclasses.replace(reference, out=config.out, log=log, steps=3))
     traces = [f for _, _, files in os.walk(f"{config.out}/profile") for f in files]
     assert any(f.endswith(".xplane.pb") for f in traces)

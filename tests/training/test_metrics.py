@@ -1,10 +1,10 @@
 import dataclasses
 import json
+import sys
+import types
 
 import pytest
-from tensorboardX import SummaryWriter  # noqa: F401  (imported lazily by the sink; fail here if it is missing)
-
-from mlra_jax.config import ConfigError
+from mlra_jax.config import ConfigError, to_dict
 from mlra_jax.training import metrics
 from mlra_jax.training.metrics import JsonLines, check_sinks, open_sinks, read_metrics
 
@@ -71,3 +71,28 @@ def test_tensorboard_and_json_hold_the_same_numbers(config, tmp_path):
     assert line == {"step": 3, "loss": 2.5}
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"loss" in events.read_bytes()
+
+
+def test_weights_and_biases_gets_the_configuration_and_the_metrics_of_one_resumable_run(config, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**kwargs):
+        calls.append(kwargs)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, wandb_project="mlra"))
+    for sink in open_sinks(config, start_step=0):
+        sink.write(3, {"loss": 2.5})
+        sink.close()
+    opened, logged, finished = calls
+    assert (opened["project"], opened["name"], opened["resume"]) == ("mlra", "tiny", "allow")
+    assert opened["config"] == to_dict(config)
+    assert (logged, finished) == ((3, {"loss": 2.5}), "finished")
