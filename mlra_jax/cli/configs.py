@@ -161,8 +161,8 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
         prog=f"{prog} {chosen}",
         description=(
             "Trains a model. CONFIG is the path of a Python file that defines get_config(), or one of: "
-            f"{names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to the command "
-            "on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator HOST:PORT, "
+            f"{names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to the "
+            "command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator HOST:PORT, "
             "--distributed.processes N and --distributed.process_id I."
         ),
         use_underscores=True,

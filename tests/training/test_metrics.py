@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+
 from mlra_jax.config import ConfigError, to_dict
 from mlra_jax.training import metrics
 from mlra_jax.training.metrics import JsonLines, check_sinks, open_sinks, read_metrics
