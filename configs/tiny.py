@@ -19,24 +19,24 @@ from mlra_jax.config import (
 
 
 def get_config() -> TrainConfig:
-    steps = 1500
+    steps = 700
     return TrainConfig(
         name="tiny",
         model=ModelConfig(
             vocab_size=384,  # 256 bytes and the end of text, padded to a multiple of 128
-            n_layers=4,
-            d_model=128,
+            n_layers=3,
+            d_model=192,
             n_heads=4,
-            d_ff=344,
+            d_ff=512,
             attention=LatentAttentionConfig(
                 n_latent_heads=4, n_branches=4, q_lora_rank=96, kv_lora_rank=128, d_nope=32, d_rope=16
             ),
             compute_dtype="float32",
             remat="none",
         ),
-        data=DataConfig(path="embedded", tokenizer="byte", seq_len=128, global_batch=16, micro_batch=16),
-        optim=OptimConfig(lr=2e-3, min_lr=2e-4, warmup_steps=100, decay_steps=steps - 1),
-        checkpoint=CheckpointConfig(every=250, keep=2),
-        log=LogConfig(every=10, eval_every=250, eval_sequences=128),
+        data=DataConfig(path="embedded", tokenizer="byte", seq_len=128, global_batch=8, micro_batch=8),
+        optim=OptimConfig(lr=2.5e-3, min_lr=2.5e-4, warmup_steps=70, decay_steps=steps - 1),
+        checkpoint=CheckpointConfig(every=100, keep=2),
+        log=LogConfig(every=10, eval_every=100, eval_sequences=128),
         steps=steps,
     )

@@ -134,16 +134,16 @@ class Embedding(nnx.Module):
         def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
             # Each device looks up the ids whose rows it holds. A gather from a split table would move the table.
             if not rules.mesh_axes("vocab"):
-                return table_VD[tokens_BT]
+                return table_VD[tokens_BT].astype(jnp.float32)
             rows = table_VD.shape[0]
             local_BT = tokens_BT - rules.axis_index("vocab") * rows
             held_BT = (local_BT >= 0) & (local_BT < rows)
             x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
-            return rules.psum(x_BTD, "vocab")
+            return rules.psum(x_BTD, "vocab").astype(jnp.float32)
 
         token_names = ("batch", "length")
         mapped = rules.shard_map(lookup, (("vocab", None), token_names), (*token_names, None))
-        return mapped(weight(rules, self.table, jnp.float32), tokens_BT)
+        return mapped(weight(rules, self.table, self.table.dtype), tokens_BT)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of the hidden states [B, T, D]."""

@@ -1,0 +1,145 @@
+"""TPU slices that are described but not there: the real compiler runs on the CPU and says what a program needs.
+
+Needs `libtpu` (`pip install libtpu`). Nothing is run and nothing is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.sharding import (
+    MESH_AXES,
+    TRAIN_RULES,
+    AxisRules,
+    check_decode_layout,
+    check_train_layout,
+)
+
+GIB = 2**30
+
+HBM_BYTES = {
+    "v4": 32 * GIB,
+    "v5e": 16 * GIB,
+    "v5p": 95 * GIB,
+    "v6e": 32 * GIB,
+    "tpu7x": 96 * GIB,
+}
+"""High-bandwidth memory of one JAX device, from Google Cloud's system architecture pages (a TPU7x chip, 192 GiB, is
+two devices; a v4 or v5p chip is one)."""
+
+
+def topology_mesh(name: str, config: MeshConfig) -> Mesh:
+    """The mesh that `config` describes over the devices of a TPU topology such as `v5e:4x4` or `v5p:2x2x1`.
+
+    Raises:
+      ValueError: no such topology, or no `libtpu`.
+      ConfigError: the mesh does not multiply to its number of devices.
+    """
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as e:  # whatever the plugin raises
+        raise ValueError(
+            f"The TPU topology {name!r} cannot be described: {e}. It needs `pip install libtpu` and a name such as "
+            "v5e:4x4, v5p:2x2x1, v6e:4x4."
+        ) from e
+    sizes = config.resolve(len(devices))
+    shape = [getattr(sizes, axis) for axis in MESH_AXES]
+    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def hbm_bytes(topology: str) -> int:
+    """Memory in bytes of one device of the topology's generation."""
+    return HBM_BYTES[topology.split(":", maxsplit=1)[0]]
+
+
+def compile_train_step(config: TrainConfig, topology: str) -> jax.stages.Compiled:
+    """Compiles the train step of `config` for `topology`, on its `mesh`, without allocating.
+
+    Raises:
+      ConfigError: the model or the batch cannot be laid out on the mesh.
+    """
+    from mlra_jax.training.step import abstract_state, make_train_step
+
+    mesh = topology_mesh(topology, config.mesh)
+    sizes = MeshConfig(**mesh.shape)
+    check_train_layout(config, sizes)
+    n_data = sizes.data * sizes.fsdp
+    accumulation = config.data.accumulation(n_data)
+    with jax.set_mesh(mesh):
+        sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+        shape = (accumulation, config.data.micro_batch * n_data, config.data.seq_len)
+        tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
+        batch = {"inputs": tokens, "targets": tokens}
+        return make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
+
+
+def compile_decode_step(
+    config: ModelConfig, topology: str, mesh_config: MeshConfig, rules: AxisRules, *, batch: int, max_len: int, q_len: int = 1
+) -> jax.stages.Compiled:
+    """Compiles one decode (or, with `q_len` tokens, prefill) step for `topology`, without allocating.
+
+    Args:
+      config: of the model; `param_dtype` is the type in which the weights are held.
+      topology: of the TPU slice.
+      mesh_config: of the decode mesh.
+      rules: the decoding table.
+      batch: rows.
+      max_len: tokens that the cache holds for each row.
+      q_len: new tokens of each row.
+
+    Raises:
+      ConfigError: the model cannot be laid out on the mesh.
+    """
+    from flax import nnx
+
+    from mlra_jax.decoding.cache import Cache
+    from mlra_jax.models import Transformer
+
+    mesh = topology_mesh(topology, mesh_config)
+    check_decode_layout(config, MeshConfig(**mesh.shape), split_heads=bool(dict(rules.table).get("heads")))
+
+    def place(tree: Any) -> Any:
+        concrete = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        return jax.tree.map(concrete, tree)
+
+    with jax.set_mesh(mesh):
+        make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
+        graph, state = nnx.split(nnx.eval_shape(make))
+        cache = jax.eval_shape(lambda: Cache.create(config, rules, batch, max_len))
+        rows = jax.ShapeDtypeStruct((batch,), np.int32, sharding=NamedSharding(mesh, rules.spec("batch")))
+        tokens = jax.ShapeDtypeStruct((batch, q_len), np.int32, sharding=NamedSharding(mesh, rules.spec("batch", None)))
+
+        def step(state: nnx.State, cache: Cache, tokens: jax.Array, n_new: jax.Array) -> Any:
+            return nnx.merge(graph, state).decode(tokens, cache, n_new, logits="last")
+
+        return jax.jit(step, donate_argnums=1).lower(place(state), place(cache), tokens, rows).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device that a compiled program takes."""
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    """Outputs that do not take the place of donated arguments."""
+
+    @classmethod
+    def of(cls, compiled: jax.stages.Compiled) -> Memory:
+        """As the compiler counts them."""
+        m = compiled.memory_analysis()
+        return cls(
+            m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes
+        )
+
+    @property
+    def total(self) -> int:
+        """Peak bytes, at most."""
+        return self.arguments + self.temporaries + self.outputs
