@@ -124,7 +124,8 @@ class AxisRules:
             return jax.tree.map(as_spec, tree, is_leaf=is_leaf)
 
         in_specs, out_specs = to_specs(in_names), to_specs(out_names)
-        mapped = jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, **kwargs)
+        # Outside a compiled function, `shard_map` alone would compile every operation by itself, at every call.
+        mapped = jax.jit(jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, **kwargs))
 
         def call(*args: Any) -> Any:
             mesh = current_mesh()

@@ -126,12 +126,17 @@ class Transformer(nnx.Module):
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
 
 
+def _abstract(config: ModelConfig, rules: AxisRules, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
+    """The split model without its values. `nnx.eval_shape` would take our logical names for axes of an Auto mesh."""
+    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout)
+    return jax.eval_shape(lambda: nnx.split(make()))
+
+
 def from_params(
     config: ModelConfig, params: dict[str, Any], *, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
 ) -> Transformer:
     """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`."""
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout))
-    graph, state = nnx.split(abstract)
+    graph, state = _abstract(config, rules, layout)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 
@@ -147,8 +152,7 @@ def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> 
       params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
       rules: the decoding table.
     """
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
-    graph, state = nnx.split(abstract)
+    graph, state = _abstract(config, rules, "decode")
     flat = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
 
     def lay_out(path: tuple[str, ...], value: jax.Array) -> dict[tuple[Any, ...], jax.Array]:

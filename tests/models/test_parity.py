@@ -13,7 +13,9 @@ from mlra_jax.sharding import decode_rules
 from mlra_jax.training.losses import cross_entropy
 
 VARIANTS = ("mlra_4", "mlra_2", "mla", "gqa", "mha", "mlra_4_gated")
-variants = pytest.mark.parametrize("variant", [pytest.param("mlra_4", marks=pytest.mark.smoke), *VARIANTS[1:]])
+variants = pytest.mark.parametrize(
+    "variant", [pytest.param("mlra_4", marks=pytest.mark.smoke), *VARIANTS[1:]]
+)
 
 
 @variants
@@ -63,7 +65,9 @@ def test_output_of_every_attention_and_layer_equals_the_official_one(parity, var
 
 
 @variants
-def test_cached_decoding_gives_the_official_greedy_ids_and_the_logits_of_the_full_forward_pass(parity, variant):
+def test_cached_decoding_gives_the_official_greedy_ids_and_the_logits_of_the_full_forward_pass(
+    parity, variant
+):
     case = parity(variant)
     expected, config, rules = case.expected, case.config, decode_rules()
     model = to_decode(config, case.params, rules)
