@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from mlra_jax.models.attention.slots import Slots
 from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention
 from mlra_jax.sharding import AxisRules
 
-if TYPE_CHECKING:
-    from mlra_jax.models.transformer import Transformer
-
 PAGE_SIZE = 64
 """Tokens in a page."""
+
+_AXES = {4: ("batch", "latent_slots", "cache_length", None), 3: ("batch", "cache_length", None)}
+"""Logical axes of an array by cached head, and of one shared by all heads."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,11 +39,8 @@ class LayerCache:
 
     def specs(self) -> Self:
         """This cache with `PartitionSpec`s for arrays."""
-        by_ndim = {
-            4: self.rules.spec("batch", "latent_slots", "cache_length", None),
-            3: self.rules.spec("batch", "cache_length", None),
-        }
-        return dataclasses.replace(self, arrays={k: by_ndim[v.ndim] for k, v in self.arrays.items()})
+        specs = {k: self.rules.spec(*_AXES[v.ndim]) for k, v in self.arrays.items()}
+        return dataclasses.replace(self, arrays=specs)
 
     # Inside `shard_map`:
 
@@ -97,7 +94,9 @@ class LatentCache(LayerCache):
         """Absorbed attention of the new queries [B, T, U, M, C and R] over the cache; z [B, T, U, M, C]."""
         seen = self._visible(start_B, n_new_B, q_nope.shape[1])
         a = self.arrays
-        return self._merge(*latent_decode_attention(q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale))
+        return self._merge(
+            *latent_decode_attention(q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale)
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +107,9 @@ class GroupedCache(LayerCache):
     def attend(self, q: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float) -> jax.Array:
         """Attention of the new queries [B, T, U, M, H] over the cache; [B, T, U, M, H]."""
         seen = self._visible(start_B, n_new_B, q.shape[1])
-        return self._merge(*grouped_decode_attention(q, self.arrays["k"], self.arrays["v"], seen, scale=scale))
+        return self._merge(
+            *grouped_decode_attention(q, self.arrays["k"], self.arrays["v"], seen, scale=scale)
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -146,13 +147,8 @@ class Cache:
             shapes = dict.fromkeys(("k", "v"), (batch, u, length, a.d_head))
 
         def layer() -> LatentCache | GroupedCache:
-            empty = kind({k: jnp.zeros(s, dtype) for k, s in shapes.items()}, rules, page_size)
-            names = {
-                4: ("batch", "latent_slots", "cache_length", None),
-                3: ("batch", "cache_length", None),
-            }
-            laid_out = {k: rules.constrain(v, *names[v.ndim]) for k, v in empty.arrays.items()}
-            return dataclasses.replace(empty, arrays=laid_out)
+            zeros = {k: rules.constrain(jnp.zeros(s, dtype), *_AXES[len(s)]) for k, s in shapes.items()}
+            return kind(zeros, rules, page_size)
 
         lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
         return cls(tuple(layer() for _ in range(config.n_layers)), lengths)

@@ -58,6 +58,12 @@ class State:
     """Id that ends a row, or `NO_TOKEN`: int32 scalar."""
 
 
+def free_bytes(device: jax.Device) -> float:
+    """Memory that the device can still give, in bytes; infinite if it does not say."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
+
+
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple that is not less than `n`."""
     return -(-n // multiple) * multiple
@@ -212,7 +218,8 @@ class Engine:
         self.config, self.rules, self.mesh, self.n_vocab = model.config, model.rules, mesh, n_vocab
         # Flat, because a call with a module would flatten it in Python at every step.
         self.leaves, self._treedef = jax.tree.flatten(model)
-        self._programs: dict[Hashable, Callable[..., Any]] = {}
+        self.programs: dict[Hashable, jax.stages.Compiled] = {}
+        """What has been compiled, by key (see `call`)."""
         self.compile_seconds = 0.0
         """Time that compiling has taken so far."""
 
@@ -224,11 +231,11 @@ class Engine:
         self, key: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
     ) -> Any:
         """`function(*args)`, compiled at the first call with this key, which must tell all shapes apart."""
-        if key not in self._programs:
+        if key not in self.programs:
             start = time.perf_counter()
-            self._programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self.programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - start
-        return self._programs[key](*args)
+        return self.programs[key](*args)
 
     def put(self, value: Any, *names: str | None) -> jax.Array:
         """A NumPy array or scalar, the same on every process, laid out on the mesh."""
@@ -260,9 +267,7 @@ class Engine:
         """
         needed = self.cache_bytes(batch * n, max_len) + (self.cache_bytes(batch, max_len) if n > 1 else 0)
         for device in self.mesh.local_devices:
-            stats = device.memory_stats() or {}
-            free = stats.get("bytes_limit", math.inf) - stats.get("bytes_in_use", 0)
-            if needed > free:
+            if needed > (free := free_bytes(device)):
                 raise ConfigError(
                     [
                         f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {needed / 2**30:.2f} GiB on "

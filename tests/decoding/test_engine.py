@@ -1,0 +1,216 @@
+"""The engine makes the tokens that the model's full forward pass would, whatever the mesh, the batch and the way."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
+from mlra_jax.decoding import engine as engine_module
+from mlra_jax.decoding.cache import Cache
+from mlra_jax.decoding.engine import LENGTH_UNIT, chunk_sizes
+from mlra_jax.decoding.sampling import GREEDY, Sampling
+from mlra_jax.sharding import decode_rules, make_mesh
+
+SAMPLING = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.01)
+N_NEW = 12
+
+# (data, tensor, context), and whether the query heads of W_qb and W_o are split.
+LAYOUTS = [
+    ((1, 1, 1), True),
+    ((1, 2, 1), False),
+    ((1, 4, 1), True),
+    ((1, 4, 1), False),
+    ((1, 4, 2), True),
+    ((1, 8, 1), True),
+    ((1, 8, 1), False),
+    ((2, 2, 2), True),
+]
+
+
+@pytest.mark.parametrize(("sizes", "split_heads"), LAYOUTS)
+def test_greedy_tokens_are_those_of_full_forward_passes(
+    sizes, split_heads, engine, rollout, prompts, tokens_of
+):
+    rows = engine("mlra_4", sizes, split_heads).start(prompts, [N_NEW] * 4)
+    expected = rollout("mlra_4", prompts, N_NEW)
+    assert len({tuple(row) for row in expected}) == 4
+    assert min(len(set(row)) for row in expected) > 6  # a model that repeats itself would prove little
+    assert tokens_of(rows, 4) == expected
+
+
+@pytest.mark.parametrize("variant", ["mla", "gla_2", "gqa"])
+def test_fewer_cached_heads_than_devices_are_held_by_several(variant, engine, rollout, prompts, tokens_of):
+    rows = engine(variant, (1, 4, 1)).start(prompts, [N_NEW] * 4)
+    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
+def test_each_row_of_a_ragged_batch_equals_its_own_single_run(sampling, engine, prompts, tokens_of):
+    e, limits = engine("mlra_4", (1, 4, 1)), [5, 3, 12, 1]
+    together = tokens_of(e.start(prompts, limits, sampling=sampling, seed=3), 4)
+    alone = [
+        tokens_of(e.start([prompt], [limit], sampling=sampling, seed=3, max_len=64), 1)[0]
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    assert together == alone
+    assert [len(row) for row in together] == limits
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1)])
+def test_step_by_step_equals_the_compiled_loop(sizes, engine, prompts, tokens_of):
+    start = lambda: engine("mlra_4", sizes).start(prompts, [4, 12, 2, 9], sampling=SAMPLING, seed=1)
+    assert tokens_of(start(), 4, stepwise=True) == tokens_of(start(), 4)
+
+
+def test_drawn_tokens_do_not_depend_on_the_mesh(engine, prompts, tokens_of):
+    drawn = [
+        tokens_of(engine("mlra_4", sizes).start(prompts, [N_NEW] * 4, sampling=SAMPLING, seed=1), 4)
+        for sizes in [(2, 2, 2), (1, 4, 1)]
+    ]
+    assert drawn[0] == drawn[1]
+
+
+def test_samples_are_the_same_whether_the_prompt_is_run_once_or_for_each_of_them(engine, prompts, tokens_of):
+    # On a mesh of data=2 one prompt is run for each sample; of two, the rows of the cache are copied.
+    e = engine("mlra_4", (2, 2, 2))
+    one = tokens_of(e.start(prompts[:1], [6], n=4, sampling=SAMPLING, seed=9), 4)
+    two = tokens_of(e.start(prompts[:2], [6, 6], n=2, sampling=SAMPLING, seed=9), 4)
+    assert two[:2] == one[:2]
+    assert len({tuple(row) for row in one}) == 4
+    assert two[2:] == tokens_of(e.start(prompts[1:2], [6], n=4, sampling=SAMPLING, seed=9), 2)
+
+
+def test_seed_and_limits_change_without_compiling(engine, prompts, tokens_of):
+    e = engine("mlra_4", (1, 4, 1))
+    first = tokens_of(e.start(prompts, [4, 12, 2, 9], sampling=SAMPLING, seed=1), 4)
+    compiled = len(e.programs)
+    second = tokens_of(e.start(prompts, [20] * 4, sampling=SAMPLING, seed=2), 4)
+    assert len(e.programs) == compiled
+    assert [len(row) for row in second] == [20] * 4
+    assert first != [row[: len(other)] for row, other in zip(second, first, strict=True)]
+
+
+def test_rows_end_at_the_end_of_text_id_and_stop_when_told(engine, rollout, prompts, tokens_of):
+    e, expected = engine("mlra_4", (1, 4, 1)), rollout("mlra_4", prompts, N_NEW)
+    eos = expected[1][4]
+    ended = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
+    assert tokens_of(e.start(prompts, [N_NEW] * 4, eos_id=eos), 4) == ended
+
+    rows = e.start(prompts, [N_NEW] * 4)
+    rows.stop([0, 3])
+    assert [len(row) for row in tokens_of(rows, 4)] == [1, N_NEW, N_NEW, 1]
+
+
+def test_long_prompts_in_chunks_give_the_same_tokens(engine, rollout, prompts, tokens_of, monkeypatch):
+    monkeypatch.setattr(engine_module, "LARGEST_BUCKET", 16)
+    e = engine("mlra_4", (2, 2, 2))
+    assert tokens_of(e.start(prompts, [N_NEW] * 4), 4) == rollout("mlra_4", prompts, N_NEW)
+    sizes = [key[-1] for key in e.programs if key[0] == "prefill"]
+    assert 16 in sizes
+
+
+def test_chunks_cover_the_prompt_in_few_sizes_and_bounded_memory():
+    for longest, rows in itertools.product((1, 16, 17, 500, 512, 513, 3000), (1, 16, 64, 1000)):
+        sizes = chunk_sizes(longest, rows)
+        assert sum(sizes) >= longest > sum(sizes[:-1])
+        assert set(sizes) <= {16, 32, 64, 128, 256, 512}
+        assert (
+            max(sizes) * rows <= engine_module.PREFILL_TOKENS or max(sizes) == engine_module.SMALLEST_BUCKET
+        )
+
+
+@pytest.mark.parametrize("tokens", [(0, 1), (1, 0)])
+def test_empty_prompts_and_no_new_tokens_are_refused(tokens, engine):
+    prompt, new = tokens
+    with pytest.raises(ValueError, match="at least one"):
+        engine("mlra_4", (1, 4, 1)).start([[1] * prompt], [new])
+
+
+def test_what_does_not_fit_the_cache_is_refused(engine, tokens_of):
+    e = engine("mlra_4", (1, 4, 1))
+    with pytest.raises(ValueError, match="65 tokens; the cache holds 64"):
+        e.start([[1] * 60], [5], max_len=64)
+
+
+def test_a_row_may_fill_the_cache_to_its_end(engine, rollout, tokens_of):
+    prompt = np.arange(52).tolist()
+    rows = engine("mlra_4", (1, 4, 1)).start([prompt], [N_NEW], max_len=64)
+    assert rows.state.cache.capacity == 64
+    assert tokens_of(rows, 1) == rollout("mlra_4", [prompt], N_NEW)
+
+
+# The cache
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "values"),
+    [
+        ("mlra_4", (1, 1, 1), 64 + 8),
+        ("mlra_4", (1, 4, 1), 64 / 4 + 8),
+        ("mlra_4", (1, 4, 2), 64 / 4 + 8),
+        ("mlra_4", (2, 2, 2), 64 / 2 + 8),
+        ("mlra_2", (1, 4, 1), 64 / 4 + 8),
+        ("gla_2", (1, 4, 1), 64 / 2 + 8),
+        ("mla", (1, 4, 1), 64 + 8),
+        ("gqa", (1, 4, 1), 2 * 16),
+    ],
+)
+def test_each_device_holds_its_share_of_the_cache(variant, sizes, values, config_of):
+    data, tensor, context = sizes
+    devices = jax.devices()[: data * tensor * context]
+    with jax.set_mesh(make_mesh(MeshConfig(data, 1, tensor, context), devices)):
+        cache = Cache.create(config_of(variant), decode_rules(), batch=4, max_len=256)
+    held = values_held(cache)
+    assert held == dict.fromkeys(devices, 2 * (4 // data) * (256 // context) * values)
+    assert cache.bytes_per_device() == 4 * max(held.values())
+
+
+def values_held(cache):
+    """Values on each device, read off the arrays' shards."""
+    held = {}
+    for array in itertools.chain.from_iterable(layer.arrays.values() for layer in cache.layers):
+        for shard in array.addressable_shards:
+            held[shard.device] = held.get(shard.device, 0) + shard.data.size
+    return held
+
+
+def test_the_shares_stay_as_they_are_during_generation(engine, prompts):
+    e = engine("mlra_4", (1, 4, 1))
+    rows = e.start(prompts, [N_NEW] * 4)
+    rows.step()
+    rows.run()
+    assert set(values_held(rows.state.cache).values()) == {2 * 4 * LENGTH_UNIT * (64 / 4 + 8)}
+    assert e.cache_bytes(4, LENGTH_UNIT) == rows.cache_bytes_per_device == 4 * 2 * 4 * LENGTH_UNIT * 24
+
+
+def test_the_2_9b_shape_caches_one_and_a_half_head_widths_per_token_on_each_of_four_devices():
+    config = ModelConfig(n_layers=1)
+    assert config.attention == LatentAttentionConfig(4, 4, 1024, 512, 128, 64)
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])):
+        cache = Cache.create(config, decode_rules(), 1, 64)
+    assert values_held(cache) == dict.fromkeys(jax.devices()[:4], 64 * 192)
+    assert 192 == 1.5 * 128
+
+
+def test_the_cache_is_donated_and_never_copied(engine, prompts):
+    e = engine("mlra_4", (1, 4, 1))
+    rows = e.start(prompts, [N_NEW] * 4)
+    for advance in (rows.step, rows.run):
+        before = jax.tree.leaves(rows.state.cache.layers)
+        advance()
+        assert all(array.is_deleted() for array in before)
+    for name in ("prefill", "step", "run"):
+        (program, *_) = [p for key, p in e.programs.items() if key[0] == name]
+        assert program.memory_analysis().alias_size_in_bytes >= rows.cache_bytes_per_device
+
+
+def test_a_cache_that_does_not_fit_the_memory_is_refused_before_it_is_allocated(engine, monkeypatch):
+    e = engine("mlra_4", (1, 4, 1))
+    needed = e.cache_bytes(12, 1024) + e.cache_bytes(4, 1024)
+    monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed)
+    e.check_memory(4, 3, 1024)
+    monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(ConfigError, match=r"12 row\(s\) of 1024 tokens needs .* GiB on each device"):
+        e.check_memory(4, 3, 1024)
