@@ -198,7 +198,9 @@ def _divides(what: str, size: int, axis: str, by: int, hint: str = "") -> list[s
     if size % by == 0:
         return []
     sizes = [str(d) for d in range(1, size + 1) if size % d == 0 and d <= 64]
-    return [f"{what}={size} is not divisible by mesh axis {axis}={by}; use --mesh.{axis} {', '.join(sizes)}{hint}."]
+    return [
+        f"{what}={size} is not divisible by mesh axis {axis}={by}; use --mesh.{axis} {', '.join(sizes)}{hint}."
+    ]
 
 
 def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:

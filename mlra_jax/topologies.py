@@ -6,7 +6,6 @@ Needs `libtpu` (`pip install libtpu`). Nothing is run and nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,13 +13,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
-from mlra_jax.sharding import (
-    MESH_AXES,
-    TRAIN_RULES,
-    AxisRules,
-    check_decode_layout,
-    check_train_layout,
-)
+from mlra_jax.decoding.engine import compile_step
+from mlra_jax.sharding import MESH_AXES, TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules
+from mlra_jax.training.step import abstract_state, make_train_step
 
 GIB = 2**30
 
@@ -65,8 +60,6 @@ def compile_train_step(config: TrainConfig, topology: str) -> jax.stages.Compile
     Raises:
       ConfigError: the model or the batch cannot be laid out on the mesh.
     """
-    from mlra_jax.training.step import abstract_state, make_train_step
-
     mesh = topology_mesh(topology, config.mesh)
     sizes = MeshConfig(**mesh.shape)
     check_train_layout(config, sizes)
@@ -81,45 +74,30 @@ def compile_train_step(config: TrainConfig, topology: str) -> jax.stages.Compile
 
 
 def compile_decode_step(
-    config: ModelConfig, topology: str, mesh_config: MeshConfig, rules: AxisRules, *, batch: int, max_len: int, q_len: int = 1
+    config: ModelConfig,
+    topology: str,
+    mesh_config: MeshConfig,
+    *,
+    batch: int,
+    max_len: int,
+    split_heads: bool = True,
 ) -> jax.stages.Compiled:
-    """Compiles one decode (or, with `q_len` tokens, prefill) step for `topology`, without allocating.
+    """Compiles one decode step for `topology`, without allocating.
 
     Args:
       config: of the model; `param_dtype` is the type in which the weights are held.
       topology: of the TPU slice.
       mesh_config: of the decode mesh.
-      rules: the decoding table.
       batch: rows.
       max_len: tokens that the cache holds for each row.
-      q_len: new tokens of each row.
+      split_heads: see `mlra_jax.sharding.decode_rules`.
 
     Raises:
       ConfigError: the model cannot be laid out on the mesh.
     """
-    from flax import nnx
-
-    from mlra_jax.decoding.cache import Cache
-    from mlra_jax.models import Transformer
-
     mesh = topology_mesh(topology, mesh_config)
-    check_decode_layout(config, MeshConfig(**mesh.shape), split_heads=bool(dict(rules.table).get("heads")))
-
-    def place(tree: Any) -> Any:
-        concrete = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-        return jax.tree.map(concrete, tree)
-
-    with jax.set_mesh(mesh):
-        make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
-        graph, state = nnx.split(nnx.eval_shape(make))
-        cache = jax.eval_shape(lambda: Cache.create(config, rules, batch, max_len))
-        rows = jax.ShapeDtypeStruct((batch,), np.int32, sharding=NamedSharding(mesh, rules.spec("batch")))
-        tokens = jax.ShapeDtypeStruct((batch, q_len), np.int32, sharding=NamedSharding(mesh, rules.spec("batch", None)))
-
-        def step(state: nnx.State, cache: Cache, tokens: jax.Array, n_new: jax.Array) -> Any:
-            return nnx.merge(graph, state).decode(tokens, cache, n_new, logits="last")
-
-        return jax.jit(step, donate_argnums=1).lower(place(state), place(cache), tokens, rows).compile()
+    check_decode_layout(config, MeshConfig(**mesh.shape), split_heads)
+    return compile_step(config, decode_rules(split_heads), mesh, batch=batch, max_len=max_len)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +113,7 @@ class Memory:
     def of(cls, compiled: jax.stages.Compiled) -> Memory:
         """As the compiler counts them."""
         m = compiled.memory_analysis()
+        assert m is not None
         return cls(
             m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes - m.alias_size_in_bytes
         )

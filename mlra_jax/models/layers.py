@@ -18,7 +18,12 @@ STORAGE_AXES = ("embed", "rank")
 
 
 def parameter(
-    rngs: nnx.Rngs, rules: AxisRules, shape: tuple[int, ...], names: tuple[str | None, ...], init: Initializer, dtype: str
+    rngs: nnx.Rngs,
+    rules: AxisRules,
+    shape: tuple[int, ...],
+    names: tuple[str | None, ...],
+    init: Initializer,
+    dtype: str,
 ) -> nnx.Param:
     """A parameter with logical axis names, born split over the current mesh, if there is one.
 
@@ -32,7 +37,9 @@ def parameter(
 def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """The parameter as a product takes it: cast, then gathered where only its storage is split (FSDP)."""
     value = param[...]
-    names = param.get_metadata("out_sharding")[-value.ndim :]  # without the leading "layers" of a stacked parameter
+    names = param.get_metadata("out_sharding")[
+        -value.ndim :
+    ]  # without the leading "layers" of a stacked parameter
     return rules.constrain(value.astype(dtype), *(None if name in STORAGE_AXES else name for name in names))
 
 
@@ -44,7 +51,13 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, shape: tuple[int, ...], names: tuple[str | None, ...], *, rngs: nnx.Rngs, rules: AxisRules
+        self,
+        config: ModelConfig,
+        shape: tuple[int, ...],
+        names: tuple[str | None, ...],
+        *,
+        rngs: nnx.Rngs,
+        rules: AxisRules,
     ):
         self.eps = config.norm_eps
         self.rules = rules

@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
         make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout)
         if layout == "train":
             stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
-            self.layers = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
+            self.layers: Any = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
         else:
             self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
@@ -101,7 +101,12 @@ class Transformer(nnx.Module):
         return self.embedding.decode(self.hidden(tokens_BT))
 
     def decode(
-        self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: Literal["all", "last"] = "all"
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache,
+        n_new_B: jax.Array,
+        *,
+        logits: Literal["all", "last"] = "all",
     ) -> tuple[jax.Array, Cache]:
         """Runs T new tokens of each row against the cache, in the decode layout.
 
@@ -153,7 +158,7 @@ def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> 
       rules: the decoding table.
     """
     graph, state = _abstract(config, rules, "decode")
-    flat = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
+    flat: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
 
     def lay_out(path: tuple[str, ...], value: jax.Array) -> dict[tuple[Any, ...], jax.Array]:
         if path[0] != "layers":
@@ -167,7 +172,7 @@ def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> 
             leaves[at] = rules.constrain(leaf, *flat[at])
         return leaves
 
-    leaves: dict[tuple[Any, ...], jax.Array] = {}
+    leaves: dict[Any, jax.Array] = {}
     for path, value in nnx.traversals.flatten_mapping(params).items():
         leaves |= jax.jit(lay_out, static_argnums=0)(path, value)
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(leaves))

@@ -38,7 +38,9 @@ def dispatch(
         names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
     for name in names:
         if name not in implementations:
-            raise ValueError(f"{op} has no implementation {name!r}; choose from {', '.join(implementations)}.")
+            raise ValueError(
+                f"{op} has no implementation {name!r}; choose from {', '.join(implementations)}."
+            )
     reasons: list[NotImplementedError] = []
     for name in names:
         try:

@@ -6,7 +6,6 @@ All run under `jax.set_mesh(mesh)` with explicit axes; every array's layout foll
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,9 +62,7 @@ def _loss_sum(
     return cross_entropy(from_params(config, params)(inputs), targets)
 
 
-def make_train_step(
-    config: TrainConfig,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
 
     `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over and their gradients
@@ -106,7 +103,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def make_eval_step(config: TrainConfig) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
+def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(params, batch) -> (sum, count)`: cross-entropies in nats, and counted tokens.
 
     `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over.

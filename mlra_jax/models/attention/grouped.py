@@ -77,13 +77,17 @@ class GroupedAttention(nnx.Module):
           [B, T, D] in the compute type.
         """
         if self.layout != "train":
-            raise NotImplementedError("A model in the decode layout runs `decode`; build one with layout='train'.")
+            raise NotImplementedError(
+                "A model in the decode layout runs `decode`; build one with layout='train'."
+            )
         x_BTD = x_BTD.astype(self.compute_dtype)
         q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             n, m = q.shape[2], self.slots.group_size
-            if k.shape[2] * m != n:  # the KV heads are whole, the query heads split: one KV head for each query head
+            if (
+                k.shape[2] * m != n
+            ):  # the KV heads are whole, the query heads split: one KV head for each query head
                 heads = (self.rules.axis_index("heads") * n + jnp.arange(n)) // m
                 k, v = jnp.take(k, heads, axis=2), jnp.take(v, heads, axis=2)
             q_start = self.rules.axis_index("length") * q.shape[1]
@@ -97,14 +101,25 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[jax.Array, GroupedCache]:
         """Appends T tokens to the cache and attends over it; see `LatentAttention.decode`."""
         if self.layout != "decode":
-            raise NotImplementedError("A model in the training layout cannot decode; convert it with `to_decode`.")
+            raise NotImplementedError(
+                "A model in the training layout cannot decode; convert it with `to_decode`."
+            )
         rules, slots = self.rules, self.slots
         x_BTD = x_BTD.astype(self.compute_dtype)
         q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
         gate = self.output.gate(x_BTD) if slots.projected else None
         w_o = weight(rules, self.output.w_o, self.compute_dtype) if slots.projected else None
 
-        def attend(cache, q, k, v, gate, w_o, start, n_new):  # noqa: ANN001, ANN202
+        def attend(
+            cache: GroupedCache,
+            q: jax.Array,
+            k: jax.Array,
+            v: jax.Array,
+            gate: jax.Array | None,
+            w_o: jax.Array | None,
+            start: jax.Array,
+            n_new: jax.Array,
+        ) -> tuple[jax.Array, GroupedCache]:
             cache = cache.append({"k": k, "v": v}, start, n_new)
             y = cache.attend(slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale)
             return self.output.from_slots(slots, y, gate, w_o), cache

@@ -1,11 +1,11 @@
 """Latent attention: MLA, GLA and MLRA are one module (architecture.md, section 1; paper, section 3).
 
-    q             = W_qb (q_scale * RMSNorm(W_qa x))               q_scale  = sqrt(D / A)
-    [kv | k_rope] = W_kva x, W_kr x                                kv: L heads C wide; k_rope: R, one for all heads
-    kv_latent_l   = kv_scale * RMSNorm_l(kv_l)                     kv_scale = sqrt(D / C)
-    k_l,n         = [W_UK_l,n kv_latent_l ; rope(k_rope)]          v_l,n = W_UV_l,n kv_latent_l
-    y_n           = 1/sqrt(J) * sum over l that serve n of softmax(q_n . k_l,n / sqrt(H + R), causal) v_l,n
-    out           = W_o concat_n(y_n)
+q             = W_qb (q_scale * RMSNorm(W_qa x))               q_scale  = sqrt(D / A)
+[kv | k_rope] = W_kva x, W_kr x                                kv: L heads C wide; k_rope: R, one for all heads
+kv_latent_l   = kv_scale * RMSNorm_l(kv_l)                     kv_scale = sqrt(D / C)
+k_l,n         = [W_UK_l,n kv_latent_l ; rope(k_rope)]          v_l,n = W_UV_l,n kv_latent_l
+y_n           = 1/sqrt(J) * sum over l that serve n of softmax(q_n . k_l,n / sqrt(H + R), causal) v_l,n
+out           = W_o concat_n(y_n)
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LatentAttention(nnx.Module):
         a = config.attention
         assert isinstance(a, LatentAttentionConfig)
         self.config, self.rules, self.layout = config, rules, layout
+        self.sizes: LatentAttentionConfig = a
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
         rank, latent, h, r = a.q_lora_rank, a.d_latent, a.d_nope, a.d_rope
@@ -93,22 +94,24 @@ class LatentAttention(nnx.Module):
     @property
     def absorbs(self) -> bool:
         """Whether full-sequence attention runs in the absorbed form (architecture.md, section 2)."""
-        a = self.config.attention
+        a = self.sizes
         if a.form == "auto":
             return 2 * a.d_latent + a.d_rope <= 2 * a.d_nope + a.d_rope
         return a.form == "absorbed"
 
     def _queries(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q_nope [B, T, N, H] and the rotated q_rope [B, T, N, R], N split as the table says."""
-        rules, dtype, h = self.rules, self.compute_dtype, self.config.attention.d_nope
-        q_BTA = rules.einsum("BTD,DA->BTA", x_BTD, weight(rules, self.w_qa, dtype), out=("batch", "length", None))
+        rules, dtype, h = self.rules, self.compute_dtype, self.sizes.d_nope
+        q_BTA = rules.einsum(
+            "BTD,DA->BTA", x_BTD, weight(rules, self.w_qa, dtype), out=("batch", "length", None)
+        )
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         names = ("batch", "length", "heads", None)
         q_BTNE = rules.einsum("BTA,ANE->BTNE", q_BTA, weight(rules, self.w_qb, dtype), out=names)
         return q_BTNE[..., :h], rotate(q_BTNE[..., h:], positions, self.config.rope_base)
 
     def _latents(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What is cached: the normalised, scaled kv_latent [B, T, L, C] (or U slots) and the rotated k_rope [B, T, R]."""
+        """What is cached: the normalised, scaled kv_latent [B, T, L (or U), C] and the rotated k_rope [B, T, R]."""
         rules, dtype = self.rules, self.compute_dtype
         axis = None if self.layout == "train" else "latent_slots"
         w_DLC, w_DR = weight(rules, self.w_kva, dtype), weight(rules, self.w_kr, dtype)
@@ -127,7 +130,9 @@ class LatentAttention(nnx.Module):
           [B, T, D] in the compute type.
         """
         if self.layout != "train":
-            raise NotImplementedError("A model in the decode layout runs `decode`; build one with layout='train'.")
+            raise NotImplementedError(
+                "A model in the decode layout runs `decode`; build one with layout='train'."
+            )
         x_BTD = x_BTD.astype(self.compute_dtype)
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
         q_nope, q_rope = self._queries(x_BTD, positions)
@@ -150,7 +155,7 @@ class LatentAttention(nnx.Module):
         w_uv: jax.Array,  # [J, N, C, H]
     ) -> jax.Array:
         """The heads' output y [B, T, N, H]."""
-        a = self.config.attention
+        a = self.sizes
         (b, t, n, h), s = q_nope.shape, kv_latent.shape[1]
         j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.slots.group_size
         # The device's heads fall into k blocks of e heads that share their group (and so their latents).
@@ -180,7 +185,9 @@ class LatentAttention(nnx.Module):
             q_BTJKEH = jnp.broadcast_to(q_nope_BTKEH[:, :, None], (b, t, j, k, e, h))
             k_BSJKEH = jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w_uk)
             v_BSJKEH = jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w_uv)
-            k_rope_BSJKER = jnp.broadcast_to(k_rope[:, :, None, None, None], (b, s, j, k, e, k_rope.shape[-1]))
+            k_rope_BSJKER = jnp.broadcast_to(
+                k_rope[:, :, None, None, None], (b, s, j, k, e, k_rope.shape[-1])
+            )
             y = causal_attention(
                 jnp.concatenate([q_BTJKEH, q_rope_BTJKER], axis=-1).reshape(b, t, j * n, -1),
                 jnp.concatenate([k_BSJKEH, k_rope_BSJKER], axis=-1).reshape(b, s, j * n, -1),
@@ -206,7 +213,9 @@ class LatentAttention(nnx.Module):
           [B, T, D] in the compute type, and the cache with the new tokens.
         """
         if self.layout != "decode":
-            raise NotImplementedError("A model in the training layout cannot decode; convert it with `to_decode`.")
+            raise NotImplementedError(
+                "A model in the training layout cannot decode; convert it with `to_decode`."
+            )
         rules, dtype, slots = self.rules, self.compute_dtype, self.slots
         x_BTD = x_BTD.astype(dtype)
         positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
@@ -215,7 +224,19 @@ class LatentAttention(nnx.Module):
         gate = self.output.gate(x_BTD) if slots.projected else None
         w_o = weight(rules, self.output.w_o, dtype) if slots.projected else None
 
-        def attend(cache, q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv, gate, w_o, start, n_new):  # noqa: ANN001, ANN202
+        def attend(
+            cache: LatentCache,
+            q_nope: jax.Array,
+            q_rope: jax.Array,
+            kv_latent: jax.Array,
+            k_rope: jax.Array,
+            w_uk: jax.Array,
+            w_uv: jax.Array,
+            gate: jax.Array | None,
+            w_o: jax.Array | None,
+            start: jax.Array,
+            n_new: jax.Array,
+        ) -> tuple[jax.Array, LatentCache]:
             u = w_uk.shape[0]
             cache = cache.append({"kv_latent": kv_latent, "k_rope": k_rope}, start, n_new)
             q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
@@ -229,10 +250,20 @@ class LatentAttention(nnx.Module):
         y_names = row if slots.projected else ("batch", None, "heads", None)
         gate_names = None if gate is None else ("batch", None, None, None)
         w_o_names = None if w_o is None else (None, None, None)
-        in_names = (cache.specs(), q_names, q_names, latents, row, by_slot, by_slot, gate_names, w_o_names)
-        in_names += (("batch",), ("batch",))
+        inputs = (
+            q_names,
+            q_names,
+            latents,
+            row,
+            by_slot,
+            by_slot,
+            gate_names,
+            w_o_names,
+            ("batch",),
+            ("batch",),
+        )
         w_uk, w_uv = weight(rules, self.w_uk, dtype), weight(rules, self.w_uv, dtype)
-        y, cache = rules.shard_map(attend, in_names, (y_names, cache.specs()))(
+        y, cache = rules.shard_map(attend, (cache.specs(), *inputs), (y_names, cache.specs()))(
             cache, q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv, gate, w_o, start_B, n_new_B
         )
         return (y if slots.projected else self.output(x_BTD, y)), cache

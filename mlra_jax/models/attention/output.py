@@ -19,7 +19,9 @@ class Output(nnx.Module):
         d, n, dtype = config.d_model, config.n_heads, config.param_dtype
         self.rules = rules
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.w_o = parameter(rngs, rules, (n, d_value, d), ("heads", None, "embed"), output_init(config), dtype)
+        self.w_o = parameter(
+            rngs, rules, (n, d_value, d), ("heads", None, "embed"), output_init(config), dtype
+        )
         self.w_gate = (
             parameter(rngs, rules, (d, n, d_value), ("embed", "heads", None), normal(config), dtype)
             if config.gated_attention
@@ -44,7 +46,7 @@ class Output(nnx.Module):
         return self.rules.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, out=("batch", "length", None))
 
     def from_slots(
-        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_NHD: jax.Array
+        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_NHD: jax.Array | None
     ) -> jax.Array:
         """Inside `shard_map`: sums what the local slots give, over slots and devices.
 
@@ -60,5 +62,6 @@ class Output(nnx.Module):
         y_BTNH = y_BTNH.astype(self.compute_dtype)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
+        assert w_NHD is not None
         out_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, preferred_element_type=jnp.float32)
         return self.rules.psum(out_BTD, "latent_slots").astype(self.compute_dtype)

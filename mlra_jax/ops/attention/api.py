@@ -42,10 +42,22 @@ def causal_attention(
       ValueError: shapes that do not belong together.
       NotImplementedError: the named implementation does not take these arguments.
     """
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
+    if (
+        k.shape[:3] != v.shape[:3]
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or q.shape[2] % k.shape[2]
+    ):
         raise ValueError(
             f"q [B,T,N,H], k [B,S,K,H], v [B,S,K,V] with K dividing N expected; got {q.shape=}, {k.shape=}, {v.shape=}."
         )
     return dispatch(
-        "causal_attention", IMPLEMENTATIONS, implementation, q, k, v, scale=scale, q_start=jax.numpy.asarray(q_start)
+        "causal_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k,
+        v,
+        scale=scale,
+        q_start=jax.numpy.asarray(q_start),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,26 +12,22 @@ from mlra_jax.ops.decode import reference, xla
 from mlra_jax.ops.dispatch import dispatch
 
 
-def _latent(backend: Callable) -> Callable:
-    def attend(q_nope, q_rope, kv_latent, k_rope, kv_len, *, scale):  # noqa: ANN001, ANN202
-        parts = [(q_nope, kv_latent)]
-        if q_rope.shape[-1]:
-            parts.append((q_rope, k_rope[:, None]))
-        return backend(parts, kv_latent, kv_len, scale=scale)
-
-    return attend
+def _latent(backend: Callable, args: tuple[jax.Array, ...], scale: float) -> tuple[jax.Array, jax.Array]:
+    q_nope, q_rope, kv_latent, k_rope, kv_len = args
+    parts = [(q_nope, kv_latent)]
+    if q_rope.shape[-1]:
+        parts.append((q_rope, k_rope[:, None]))
+    return backend(parts, kv_latent, kv_len, scale=scale)
 
 
-def _grouped(backend: Callable) -> Callable:
-    def attend(q, k, v, kv_len, *, scale):  # noqa: ANN001, ANN202
-        return backend([(q, k)], v, kv_len, scale=scale)
-
-    return attend
+def _grouped(backend: Callable, args: tuple[jax.Array, ...], scale: float) -> tuple[jax.Array, jax.Array]:
+    q, k, v, kv_len = args
+    return backend([(q, k)], v, kv_len, scale=scale)
 
 
 BACKENDS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
-LATENT_IMPLEMENTATIONS = {name: _latent(f) for name, f in BACKENDS.items()}
-GROUPED_IMPLEMENTATIONS = {name: _grouped(f) for name, f in BACKENDS.items()}
+LATENT_IMPLEMENTATIONS = {name: functools.partial(_latent, f) for name, f in BACKENDS.items()}
+GROUPED_IMPLEMENTATIONS = {name: functools.partial(_grouped, f) for name, f in BACKENDS.items()}
 
 
 def latent_decode_attention(
@@ -67,9 +64,13 @@ def latent_decode_attention(
     b, t, heads, m, c = q_nope.shape
     s = kv_latent.shape[2]
     _check(q_rope=(q_rope, (b, t, heads, m, q_rope.shape[-1])))
-    _check(kv_latent=(kv_latent, (b, heads, s, c)), k_rope=(k_rope, (b, s, q_rope.shape[-1])), kv_len=(kv_len, (b, t)))
+    _check(
+        kv_latent=(kv_latent, (b, heads, s, c)),
+        k_rope=(k_rope, (b, s, q_rope.shape[-1])),
+        kv_len=(kv_len, (b, t)),
+    )
     args = (q_nope, q_rope, kv_latent, k_rope, kv_len)
-    return dispatch("latent_decode_attention", LATENT_IMPLEMENTATIONS, implementation, *args, scale=scale)
+    return dispatch("latent_decode_attention", LATENT_IMPLEMENTATIONS, implementation, args, scale)
 
 
 def grouped_decode_attention(
@@ -101,7 +102,8 @@ def grouped_decode_attention(
     b, t, heads, _, h = q.shape
     s = k.shape[2]
     _check(k=(k, (b, heads, s, h)), v=(v, (b, heads, s, v.shape[-1])), kv_len=(kv_len, (b, t)))
-    return dispatch("grouped_decode_attention", GROUPED_IMPLEMENTATIONS, implementation, q, k, v, kv_len, scale=scale)
+    args = (q, k, v, kv_len)
+    return dispatch("grouped_decode_attention", GROUPED_IMPLEMENTATIONS, implementation, args, scale)
 
 
 def _check(**arrays: tuple[jax.Array, tuple[int, ...]]) -> None:

@@ -43,7 +43,9 @@ def decode_attention(
         cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2)
         kv_len = jnp.clip(kv_len_BT - start, 0, block)
         keys = [(q, cut(k)) for q, k in parts]
-        out, lse = reference.decode_attention(keys, cut(v_BLSV), kv_len, scale=scale, kv_start=i * block - start)
+        out, lse = reference.decode_attention(
+            keys, cut(v_BLSV), kv_len, scale=scale, kv_start=i * block - start
+        )
         return out.astype(jnp.float32), lse
 
     def step(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,0 +1,84 @@
+"""The train and decode steps, compiled for TPUs that are not there by the compiler that would run there."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+
+from mlra_jax.cli.configs import load_config
+from mlra_jax.config import ConfigError, MeshConfig
+from mlra_jax.topologies import Memory, compile_decode_step, compile_train_step, hbm_bytes, topology_mesh
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
+    # What the compiler does not depend on: the tests' highest precision is for comparing numbers.
+    pytest.mark.usefixtures("default_precision"),
+]
+
+TRAIN = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}  # topology: devices
+DECODE = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+
+
+@pytest.fixture
+def default_precision():
+    with jax.default_matmul_precision("default"):
+        yield
+
+
+def train_config(name: str, n_devices: int):
+    config = load_config(name)
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(data=1, fsdp=n_devices),
+        data=dataclasses.replace(config.data, global_batch=2 * n_devices, micro_batch=1),
+    )
+
+
+@pytest.mark.parametrize("topology", TRAIN)
+@pytest.mark.parametrize("name", ["tiny", "mlra_4"])
+def test_train_step_compiles_and_fits(name, topology):
+    config = train_config(name, TRAIN[topology])
+    memory = Memory.of(compile_train_step(config, topology))
+    assert memory.total < hbm_bytes(topology)
+    # The donated state is updated in place, so little more than the metrics comes out beside it.
+    assert memory.outputs < 1e6
+    if name == "mlra_4":  # parameters and two moments in float32, an equal part on each device
+        state = 12 * 2_873_220_096 / TRAIN[topology]
+        assert 0.99 * state < memory.arguments < 1.1 * state
+
+
+@pytest.mark.parametrize("topology", DECODE)
+@pytest.mark.parametrize("name", ["tiny", "mlra_4"])
+def test_decode_step_compiles_and_fits(name, topology):
+    config = dataclasses.replace(load_config(name).model, param_dtype="bfloat16", compute_dtype="bfloat16")
+    batch, max_len = 8, 4096
+    compiled = compile_decode_step(
+        config, topology, MeshConfig(data=1, tensor=4), batch=batch, max_len=max_len
+    )
+    memory = Memory.of(compiled)
+    assert memory.total < hbm_bytes(topology)
+    # The donated cache is updated in place.
+    a = config.attention
+    cache = config.n_layers * batch * max_len * (a.d_latent + a.d_rope) * 2
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache
+    assert memory.outputs < 1e6
+    if name == "mlra_4":  # the norms, W_qa and W_kr are whole on each device
+        weights = 2 * 2_873_220_096 / 4
+        assert weights < memory.arguments - cache < 1.1 * weights
+
+
+def test_a_topology_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="v99:2x2"):
+        topology_mesh("v99:2x2", MeshConfig())
+
+
+def test_a_mesh_that_does_not_fit_the_topology_is_refused():
+    with pytest.raises(ConfigError, match="cannot be laid out on 4 device"):
+        topology_mesh("v5e:2x2", MeshConfig(data=3))
+
+
+def test_the_layout_is_refused_before_compiling():
+    config = dataclasses.replace(train_config("mlra_4", 4), mesh=MeshConfig(data=1, tensor=16))
+    with pytest.raises(ConfigError, match="n_heads=24 is not divisible by mesh axis tensor=16"):
+        compile_train_step(config, "v5e:4x4")
