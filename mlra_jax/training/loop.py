@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> TrainResult:
     """Trains, or continues, the run that `config` describes; every process of a cluster calls it.
 
     What is found in `config.run_dir` is continued from its latest complete checkpoint, on whatever mesh. SIGTERM on any
-    process saves and returns.
+    process saves and returns. Hosts must share the storage of `run_dir`.
 
     Raises:
       ConfigError: the configuration is illegal, or does not fit the devices.

@@ -37,8 +37,8 @@ def batches(config, mesh, accumulation, start):
 
 @pytest.fixture(scope="module")
 def trained(base_config, tmp_path_factory, mesh_of):
-    """A run on a 2 x 4 mesh, saved after updates 1 to 4 while training goes on: its configuration, the host copies of
-    the states by step, and the batch and the loss of step 4."""
+    """A run on a 2 x 4 mesh, saved after updates 1 to 5 while training goes on: its configuration, the host copies of
+    the states by step, and the batch and the loss of step 5."""
     folder = tmp_path_factory.mktemp("trained")
     config = dataclasses.replace(
         base_config, out=str(folder), checkpoint=CheckpointConfig(every=1, keep=2, keep_every=2)
@@ -47,7 +47,7 @@ def trained(base_config, tmp_path_factory, mesh_of):
     checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     with jax.set_mesh(mesh), batches(config, mesh, config.data.accumulation(4), 0) as data:
         state, step = init_state(config), make_train_step(config)
-        for n in range(1, 5):
+        for n in range(1, 6):
             state, _ = step(state, next(data))
             states[n] = jax.tree.map(np.array, state)
             checkpoints.save(n, state, config)
@@ -65,7 +65,7 @@ def test_a_checkpoint_is_restored_on_another_mesh_with_the_same_next_batch_and_l
     checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     wanted = abstract_state(config, mesh)
     state = checkpoints.restore(wanted)
-    assert same(state, states[4])
+    assert same(state, states[5])
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert x.sharding == y.sharding
     start = int(state.step)
@@ -83,12 +83,12 @@ def test_a_save_holds_the_state_of_its_step_though_the_next_step_reuses_its_memo
     config, states, _, _ = trained
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[2].params)
     assert same(load_params(config.run_dir, abstract, step=2), states[2].params)
-    assert same(load_params(config.run_dir, abstract, step=3), states[3].params)
+    assert same(load_params(config.run_dir, abstract, step=4), states[4].params)
 
 
 def test_the_latest_and_the_marked_checkpoints_are_kept_and_no_others(trained):
     config, _, _, _ = trained
-    assert sorted(p.name for p in find_step(config.run_dir).parent.iterdir()) == ["2", "3", "4"]
+    assert sorted(p.name for p in find_step(config.run_dir).parent.iterdir()) == ["2", "4", "5"]
 
 
 def test_configuration_comes_back_equal(trained):
@@ -96,12 +96,12 @@ def test_configuration_comes_back_equal(trained):
     assert load_config(config.run_dir) == config
 
 
-@pytest.mark.parametrize("inner", ["", "checkpoints", "checkpoints/4"])
+@pytest.mark.parametrize("inner", ["", "checkpoints", "checkpoints/5"])
 def test_a_checkpoint_is_found_from_the_run_the_folder_of_checkpoints_or_the_step_itself(inner, trained):
     config, _, _, _ = trained
-    assert find_step(f"{config.run_dir}/{inner}").name == "4"
+    assert find_step(f"{config.run_dir}/{inner}").name == "5"
     assert find_step(f"{config.run_dir}/{inner}", 2).name == "2"
-    with pytest.raises(CheckpointError, match=r"No checkpoint of step 7 .*\[2, 3, 4\]"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint of step 7 .*\[2, 4, 5\]"):
         find_step(f"{config.run_dir}/{inner}", 7)
 
 
@@ -118,7 +118,7 @@ def test_parameters_load_for_decoding_onto_any_mesh_in_any_type_without_the_opti
         abstract_state(config, mesh).params,
     )
     params = load_params(tmp_path / "copy", abstract)
-    assert same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[4].params))
+    assert same(params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[5].params))
     for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert x.sharding == y.sharding
 
@@ -165,15 +165,15 @@ def test_another_kind_of_attention_differs_in_its_fields(base_config):
 def test_what_a_killed_save_left_is_no_checkpoint_and_does_not_hinder_the_next_save(trained, tmp_path):
     config, states, _, _ = trained
     folder = tmp_path / "checkpoints"
-    shutil.copytree(find_step(config.run_dir), folder / "4")
-    shutil.copytree(folder / "4", folder / "5.orbax-checkpoint-tmp")
-    (folder / "5.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
-    assert find_step(tmp_path).name == "4"
+    shutil.copytree(find_step(config.run_dir), folder / "5")
+    shutil.copytree(folder / "5", folder / "6.orbax-checkpoint-tmp")
+    (folder / "6.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    assert find_step(tmp_path).name == "5"
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
-    assert checkpoints.latest_step() == 4
-    checkpoints.save(5, states[3], config)
+    assert checkpoints.latest_step() == 5
+    checkpoints.save(6, states[3], config)
     checkpoints.close()
-    assert sorted(p.name for p in folder.iterdir()) == ["4", "5"]
+    assert sorted(p.name for p in folder.iterdir()) == ["5", "6"]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[3].params)
     assert same(load_params(tmp_path, abstract), states[3].params)
 
@@ -188,7 +188,7 @@ def test_a_folder_without_checkpoints_says_so(tmp_path):
 def test_saving_a_step_twice_is_harmless(trained, mesh_of):
     config, states, _, _ = trained
     checkpoints = Checkpoints(config.run_dir, config.checkpoint)
-    checkpoints.save(4, jax.tree.map(jnp.zeros_like, states[4]), config)
+    checkpoints.save(5, jax.tree.map(jnp.zeros_like, states[5]), config)
     checkpoints.close()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[4].params)
-    assert same(load_params(config.run_dir, abstract), states[4].params)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[5].params)
+    assert same(load_params(config.run_dir, abstract), states[5].params)
