@@ -125,7 +125,8 @@ class _Monitor:
     def __init__(self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str]):
         self._config, self._start = config, start
         first = jax.process_index() == 0
-        self._metrics = Metrics(open_sinks(config, start) if first else [])
+        writes = first and start < config.steps  # a finished run's files stay as they are
+        self._metrics = Metrics(open_sinks(config, start) if writes else [])
         self._progress = Progress(config.steps, start, active=first)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens_per_step = config.data.global_batch * config.data.seq_len
@@ -142,18 +143,17 @@ class _Monitor:
         self._paused_at = self._paused = 0.0
         self._steps = self._clipped = 0.0
 
-        if first:
-            folder = epath.Path(config.run_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        if start < config.steps:
+        if writes:
+            (epath.Path(config.run_dir) / "config.json").write_text(
+                json.dumps(to_dict(config), indent=2) + "\n"
+            )
             self._progress.say(
                 f"{'Continuing' if start else 'Training'} {config.name} in {config.run_dir} from step {start}: "
                 f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
                 f"{self._tokens_per_step} tokens per step."
             )
-        for change in changes:
-            self._progress.say(f"  changed since the checkpoint: {change}")
+            for change in changes:
+                self._progress.say(f"  changed since the checkpoint: {change}")
 
     def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Step `step` is on the device; the one before it is looked at meanwhile."""

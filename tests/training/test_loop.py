@@ -85,13 +85,18 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(uninterrupted):
         assert json.load(file) == json.loads(json.dumps(to_dict(config)))
 
 
-def test_a_finished_run_started_again_does_nothing(uninterrupted):
+def test_a_finished_run_started_again_does_nothing_and_leaves_its_files_as_they_are(uninterrupted, capsys):
     config, result = uninterrupted
-    before = os.stat(find_step(config.out)).st_mtime_ns
-    again = train(config)
+    log = dataclasses.replace(config.log, tensorboard=True)
+    files = lambda: {
+        f: os.stat(f"{root}/{f}").st_mtime_ns for root, _, names in os.walk(config.out) for f in names
+    }
+    before = files()
+    again = train(dataclasses.replace(config, log=log))
     assert (again.step, again.interrupted, again.eval_loss) == (8, False, None)
     assert_same_bits(again.state, result.state)
-    assert os.stat(find_step(config.out)).st_mtime_ns == before
+    assert files() == before
+    assert "has all of its 8 steps; nothing to do" in capsys.readouterr().err
 
 
 def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on_to_the_same_bits(
