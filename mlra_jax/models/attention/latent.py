@@ -241,8 +241,10 @@ class LatentAttention(nnx.Module):
             cache = cache.append({"kv_latent": kv_latent, "k_rope": k_rope}, start, n_new)
             q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
             z_BTUMC = cache.attend(q_BTUMC, slots.gather(q_rope, u), start, n_new, scale=self.softmax_scale)
-            y = jnp.einsum("BTUMC,UMCH->BTUMH", z_BTUMC, w_uv, preferred_element_type=jnp.float32)
-            return self.output.from_slots(slots, self.branch_scale * y, gate, w_o), cache
+            # Batch axes first: einsum would make of "->BTUMH" a bfloat16 product that XLA lacks on the CPU.
+            y_UMBTH = jnp.einsum("BTUMC,UMCH->UMBTH", z_BTUMC, w_uv, preferred_element_type=jnp.float32)
+            y_BTUMH = self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
+            return self.output.from_slots(slots, y_BTUMH, gate, w_o), cache
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
         by_slot = ("latent_slots", None, None, None)

@@ -43,7 +43,8 @@ def decode_attention(
     total = p.sum(axis=-1)
     written = (slots < kv_len_BT.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
     v_BLSV = jnp.where(written, v_BLSV, 0)  # 0 * NaN is NaN: what was never written must not be multiplied
-    out = jnp.einsum("BTLMS,BLSV->BTLMV", p.astype(v_BLSV.dtype), v_BLSV, preferred_element_type=jnp.float32)
-    out = out / jnp.where(total > 0, total, 1.0)[..., None]
+    # Batch axes first: einsum would make of "->BTLMV" a bfloat16 product that XLA lacks on the CPU.
+    out = jnp.einsum("BTLMS,BLSV->BLTMV", p.astype(v_BLSV.dtype), v_BLSV, preferred_element_type=jnp.float32)
+    out = out.swapaxes(1, 2) / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, jnp.log(total) + top[..., 0], -jnp.inf)
     return out.astype(parts[0][0].dtype), lse
