@@ -25,7 +25,9 @@ from mlra_jax.training.checkpoints import load_config
 class DecodeArgs:
     """Generates text from a training run's checkpoint, on one device or split over several.
 
-    Configuration and tokenizer are the checkpoint's. Text goes to standard output, statistics to standard error.
+    Configuration and tokenizer are the checkpoint's. Text goes to standard output, statistics to standard error. On
+    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
+    --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
     checkpoint: str

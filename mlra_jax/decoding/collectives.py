@@ -1,8 +1,4 @@
-"""What the compiled decode step moves between devices: `python -m mlra_jax.decoding.collectives [CONFIG] [--mesh...]`.
-
-Prints a Markdown table; those in docs/decoding.md are made by it. Compiles for simulated CPU devices and allocates
-nothing, so that any configuration can be looked at anywhere.
-"""
+"""What a compiled program moves between devices, read off its HLO."""
 
 from __future__ import annotations
 
@@ -10,21 +6,23 @@ import collections
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Sequence
 
-import jax
-import tyro
 from jax.sharding import Mesh
 
-from mlra_jax.cli import command
-from mlra_jax.cli.configs import load_config
-from mlra_jax.config import MeshConfig, ModelConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.decoding.engine import compile_step
-from mlra_jax.decoding.sampling import GREEDY, Sampling
-from mlra_jax.sharding import check_decode_layout, decode_rules, make_mesh
+from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.sharding import decode_rules
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _INSTRUCTION = re.compile(rf" = (?P<result>\([^=]*\)|\S+) (?P<kind>{'|'.join(_KINDS)})\(")
 _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d\w*)\[(?P<shape>[\d,]*)\]")
 
@@ -55,7 +53,7 @@ class Collective:
 def _group_size(line: str) -> int:
     """How many devices exchange with one another in the collective of this line of HLO."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
-        return len({device for device in re.findall(r"\d+", pairs[1])})
+        return len(set(re.findall(r"\d+", pairs[1])))
     groups = re.search(r"replica_groups=(.*)", line)
     assert groups is not None, line
     if explicit := re.match(r"\{\{([\d,]+)\}", groups[1]):  # {{0,1},{2,3}}
@@ -91,7 +89,9 @@ def step_collectives(
     """The collectives of the decode step, compiled for `mesh` without allocating anything."""
     rules = decode_rules(split_heads)
     compiled = compile_step(config, rules, mesh, batch=batch, max_len=max_len, sampling=sampling)
-    return parse_collectives(compiled.as_text())
+    hlo = compiled.as_text()
+    assert hlo is not None
+    return parse_collectives(hlo)
 
 
 def table(collectives: Sequence[Collective], n_layers: int) -> list[str]:
@@ -99,54 +99,11 @@ def table(collectives: Sequence[Collective], n_layers: int) -> list[str]:
 
     What happens at least `n_layers` times is taken to happen in every layer.
     """
-    lines = ["| exchange | devices | each has afterwards | bytes | per layer | besides |", "| --- |" + " --- |" * 5]
+    lines = [
+        "| exchange | devices | each has afterwards | bytes | per layer | besides |",
+        "| --- |" + " --- |" * 5,
+    ]
     for collective, count in collections.Counter(collectives).items():
         per_layer, besides = divmod(count, n_layers)
         lines.append(f"| {collective} | {collective.bytes:,} | {per_layer or ''} | {besides or ''} |")
     return [re.sub(r" +", " ", line) for line in lines]
-
-
-@dataclasses.dataclass(frozen=True)
-class CollectivesArgs:
-    """Prints what the decode step of a configuration moves between devices, as a Markdown table."""
-
-    config: tyro.conf.Positional[str] = "mlra_4"
-    """Name or path of a configuration."""
-    mesh: MeshConfig = MeshConfig(data=1, tensor=4)
-    """The devices, simulated."""
-    split_heads: bool = True
-    """Whether the query heads of W_qb and W_o are split over tensor."""
-    layers: int = 4
-    """Layers that are compiled: enough to tell what happens in each from what happens once."""
-    batch: int = 1
-    """Rows."""
-    max_len: int = 4096
-    """Tokens in the cache."""
-    sample: bool = False
-    """Draw tokens instead of taking the most probable ones."""
-
-
-@command
-def main(argv: Sequence[str]) -> int:
-    """Prints the table."""
-    args = tyro.cli(CollectivesArgs, args=argv, prog="python -m mlra_jax.decoding.collectives")
-    args.mesh.validate()
-    n_devices = math.prod(dataclasses.asdict(args.mesh).values())
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", n_devices)
-    config = dataclasses.replace(load_config(args.config).model, n_layers=args.layers)
-    check_decode_layout(config, args.mesh, args.split_heads)
-    collectives = step_collectives(
-        config,
-        make_mesh(args.mesh, jax.devices()),
-        split_heads=args.split_heads,
-        batch=args.batch,
-        max_len=args.max_len,
-        sampling=Sampling(temperature=1.0) if args.sample else GREEDY,
-    )
-    print("\n".join(table(collectives, args.layers)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import GroupedAttentionConfig, LatentAttentionConfig, MeshConfig, ModelConfig
+from mlra_jax.config import (
+    DataConfig,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.decoding.engine import NO_TOKEN, Engine, Rows
 from mlra_jax.decoding.generator import Generator
 from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
+from mlra_jax.training.checkpoints import Checkpoints
+from mlra_jax.training.step import TrainState, abstract_state
 
 N_VOCAB = 257
 LATENT = {"q_lora_rank": 20, "kv_lora_rank": 64, "d_nope": 16, "d_rope": 8}
@@ -131,3 +140,28 @@ def tokens_of() -> Callable[..., list[list[int]]]:
         return [[int(token) for token in column if token != NO_TOKEN] for column in columns]
 
     return finish
+
+
+@pytest.fixture(scope="session")
+def params_of() -> Callable[[str], dict]:
+    """`params_of(variant)`: parameters in the training layout, on the host."""
+    return stored_params
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> str:
+    """The folder of a run whose step 7, saved on a training mesh of eight devices, holds the MLRA-4 model."""
+    run = tmp_path_factory.mktemp("runs") / "mlra_4"
+    config = TrainConfig(
+        name="test", model=model_config("mlra_4"), data=DataConfig(seq_len=16), compilation_cache=""
+    )
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh).params)
+    params = jax.device_put(stored_params("mlra_4"), shardings)
+    state = TrainState(
+        params, opt_state=jax.numpy.zeros(()), step=jax.numpy.int32(7)
+    )  # decoding reads no optimizer
+    checkpoints = Checkpoints(run, config.checkpoint)
+    checkpoints.save(7, state, config)
+    checkpoints.close()
+    return str(run)

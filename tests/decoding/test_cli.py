@@ -1,0 +1,198 @@
+"""`decode.py` and `mlra-decode`: prompts in, text or JSON lines out, mistakes in one sentence."""
+
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from mlra_jax.cli import decode
+from mlra_jax.config import ConfigError
+from mlra_jax.decoding.sampling import Sampling
+
+PROMPTS = ["ROMEO:", "To be, or not to be,"]
+
+
+@pytest.fixture
+def stand_in(generator, monkeypatch):
+    """The generator of the session instead of one from the checkpoint; records how it was asked for."""
+    asked = {}
+
+    def from_checkpoint(checkpoint, **kwargs):
+        asked.update(kwargs, checkpoint=checkpoint)
+        return generator
+
+    monkeypatch.setattr(decode.Generator, "from_checkpoint", from_checkpoint)
+    return asked
+
+
+def run(*argv):
+    assert decode.main([str(a) for a in argv]) == 0
+
+
+def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, generator, capsys):
+    sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--seed", "4"]
+    prompts = [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
+    options = ["--n", "2", "--max-new-tokens", "6", "--max-len", "64", "--json", *sampling]
+    run("--checkpoint", checkpoint, "--mesh.tensor", "4", "--no-split-heads", *prompts, *options)
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(r["prompt_index"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    expected = generator.complete(
+        PROMPTS, n=2, max_new_tokens=6, max_len=64, sampling=Sampling(0.9, 50, 0.95, 0.01), seed=4
+    )
+    for record, completion in zip(records, expected, strict=True):
+        assert record["prompt"] == completion.prompt
+        assert record["text"] == completion.text
+        assert record["tokens"] == completion.tokens
+        assert record["finish_reason"] == "length"
+        assert record["cache_bytes_per_device"] == completion.stats.cache_bytes_per_device
+        assert record["seconds_to_first_token"] > 0
+        assert record["tokens_per_second"] > 0
+    assert stand_in["mesh"].tensor == 4
+    assert stand_in["split_heads"] is False
+    assert re.search(r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* KV cache", captured.err)
+    assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
+
+
+def test_prompts_come_from_arguments_files_and_standard_input(
+    checkpoint, stand_in, generator, capsys, monkeypatch
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[1]}\n\n"))
+    options = ["--max-new-tokens", "5", "--max-len", "64"]
+    run("--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--prompts-file", "-", *options)
+    texts = generator.generate(PROMPTS, max_new_tokens=5, max_len=64)
+    assert capsys.readouterr().out == "".join(
+        f"=== prompt {i}, sample 0\n{prompt}{text}\n"
+        for i, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True))
+    )
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_single_text_is_printed_after_its_prompt(checkpoint, stand_in, generator, capsys, stream):
+    options = ["--max-new-tokens", "5", "--max-len", "64", stream]
+    run("--checkpoint", checkpoint, "--prompt", PROMPTS[0], *options)
+    text = generator.generate(PROMPTS[0], max_new_tokens=5, max_len=64)
+    assert capsys.readouterr().out == f"{PROMPTS[0]}{text}\n"
+
+
+def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
+    text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_bytes("first\r\n\n  second €\n".encode())
+    assert decode.read_prompts(str(text)) == ["first", "  second €"]
+    lines.write_text('"two\\nlines"\n{"prompt": "object", "id": 3}\n')
+    assert decode.read_prompts(str(lines)) == ["two\nlines", "object"]
+    lines.write_text('"fine"\n[1]\n')
+    with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
+        decode.read_prompts(str(lines))
+    lines.write_text('"fine"\n\n{\n')
+    with pytest.raises(ConfigError, match="line 3 is not JSON"):
+        decode.read_prompts(str(lines))
+    text.write_bytes(b"ab\xff")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        decode.read_prompts(str(text))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "There is no prompt"),
+        (["--prompt", "a", "--top-k", "3"], "no effect on greedy"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens=0 must be at least 1"),
+        (["--prompts-file", "absent.txt"], "absent.txt"),
+        (["--prompt", "a", "--mesh.tensor", "16"], "needs 16 devices; JAX sees 8"),
+        (["--prompt", "a", "--mesh.tensor", "3"], "cannot be laid out on mesh axis"),
+        (["--prompt", "a", "--step", "99"], "No checkpoint of step 99"),
+        (["--prompt", "a", "--tokenizer", "nonsense"], "Unknown tokenizer 'nonsense'"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_status_2(argv, words, checkpoint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        decode.main(["--checkpoint", checkpoint, *argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as stop:
+        decode.main(["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    for option in (
+        "--checkpoint",
+        "--mesh.tensor",
+        "--max-new-tokens",
+        "--temperature",
+        "--min-p",
+        "--stop",
+        "--json",
+    ):
+        assert option in shown
+
+
+def start_decode(repository, checkpoint, *argv, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "decode.py", "--checkpoint", checkpoint, *argv],
+        cwd=repository,
+        env=os.environ
+        | {
+            "XLA_FLAGS": flags,
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+
+
+def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(repository, checkpoint, generator):
+    argv = ["--prompt", PROMPTS[0], "--max-new-tokens", "12", "--mesh.tensor", "4", "--stop", "\n\n"]
+    out = finish(start_decode(repository, checkpoint, *argv, devices=4))
+    text = generator.generate(PROMPTS[0], max_new_tokens=12, stop=("\n\n",))
+    assert out == f"{PROMPTS[0]}{text}\n"
+
+
+def test_two_processes_decode_as_one_and_the_first_prints(repository, checkpoint, generator):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12"]
+    argv += [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
+    argv += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
+    processes = [
+        start_decode(repository, checkpoint, *argv, "--distributed.process_id", str(i), devices=2)
+        for i in range(2)
+    ]
+    try:
+        first, second = map(finish, processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert second == ""
+    records = [json.loads(line) for line in first.splitlines()]
+    assert [r["text"] for r in records] == generator.generate(PROMPTS, max_new_tokens=12)
+    assert {r["devices"] for r in records} == {4}
+
+
+def test_standard_input_is_refused_with_several_processes(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(decode, "initialize", lambda config: None)
+    with pytest.raises(SystemExit):
+        decode.main(["--checkpoint", checkpoint, "--prompts-file", "-"])
+    assert "reaches only one of several processes" in capsys.readouterr().err

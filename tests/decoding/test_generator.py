@@ -1,0 +1,172 @@
+"""Strings in, strings out: stop strings, streaming, overflow, batches."""
+
+import dataclasses
+
+import pytest
+
+from mlra_jax.config import ConfigError
+from mlra_jax.data.tokenizers import ByteTokenizer
+from mlra_jax.decoding.generator import Completion, Delta, GenerationOptions, Generator
+from mlra_jax.decoding.sampling import Sampling
+
+PROMPTS = ["ROMEO:", "To be, or not to be,", "x", "€"]
+SAMPLED = Sampling(temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def texts(generator):
+    """Completions of `PROMPTS` of 24 tokens each."""
+    return generator.complete(PROMPTS, max_new_tokens=24)
+
+
+def streamed(events):
+    """(text of each row put together from its pieces, completions, number of pieces)."""
+    pieces, completions, count = {}, [], 0
+    for event in events:
+        if isinstance(event, Delta):
+            key = event.prompt_index, event.sample
+            pieces[key] = pieces.get(key, "") + event.text
+            count += 1
+        else:
+            completions.append(event)
+    return pieces, completions, count
+
+
+def bare(completions):
+    """Without the statistics."""
+    return [dataclasses.replace(c, stats=None) for c in completions]
+
+
+def test_streaming_gives_the_completions_of_the_compiled_loop(generator, texts):
+    pieces, completions, count = streamed(generator.stream(PROMPTS, max_new_tokens=24))
+    assert bare(completions) == bare(texts)
+    assert pieces == {(c.prompt_index, c.sample): c.text for c in texts}
+    assert count > 4 * 10
+
+
+def test_tokens_decode_to_the_text_and_are_counted(generator, texts):
+    for i, c in enumerate(texts):
+        assert (c.prompt_index, c.sample, c.prompt, c.finish_reason) == (i, 0, PROMPTS[i], "length")
+        assert len(c.tokens) == 24
+        assert c.text == ByteTokenizer().decode(c.tokens)
+        assert (c.prompt_tokens, c.prompt_tokens_dropped) == (len(PROMPTS[i].encode()), 0)
+        assert c.stats.rows == 4
+        assert c.stats.devices == 8
+        assert c.stats.cache_bytes_per_device == 2 * 4 * (4 // 2) * (256 // 2) * (64 // 2 + 8)
+        assert c.stats.seconds_to_first_token > 0
+        assert c.stats.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("every_token", [True, False])
+def test_a_stop_string_that_spans_tokens_cuts_the_text_before_it(generator, texts, every_token):
+    # Each token is a byte; three characters of the first row's text come in at least three tokens.
+    stop = texts[0].text[6:9]
+    assert texts[0].text.find(stop) == 6
+    _, stopped, _ = streamed(
+        generator.stream(PROMPTS, max_new_tokens=24, stop=(stop, "\0\0"), every_token=every_token)
+    )
+    assert stopped[0].text == texts[0].text[:6]
+    assert stopped[0].finish_reason == "stop"
+    assert ByteTokenizer().decode(stopped[0].tokens) == texts[0].text[:9]
+    assert bare(stopped)[1:] == [dataclasses.replace(c, stats=None) for c in texts[1:] if stop not in c.text]
+
+
+def test_the_end_of_text_ends_a_completion_unless_ignored(generator, texts):
+    tokenizer = ByteTokenizer()
+    tokenizer.eot_id = texts[0].tokens[5]
+    ending = Generator(generator.engine, tokenizer)
+    (ended, *_) = ending.complete(PROMPTS, max_new_tokens=24)
+    before = texts[0].tokens.index(tokenizer.eot_id)
+    assert (ended.tokens, ended.finish_reason) == (texts[0].tokens[:before], "eos")
+    (ignored, *_) = ending.complete(PROMPTS, max_new_tokens=24, ignore_eos=True)
+    assert (ignored.tokens, ignored.finish_reason) == (texts[0].tokens, "length")
+
+
+def test_one_prompt_gives_a_string_and_several_a_list(generator, texts):
+    assert generator.generate(PROMPTS[0], max_new_tokens=8) == ByteTokenizer().decode(texts[0].tokens[:8])
+    options = GenerationOptions(max_new_tokens=24)
+    assert generator.generate(PROMPTS, options) == [c.text for c in texts]
+    with pytest.raises(ValueError, match="give it as a list"):
+        generator.generate(PROMPTS[0], n=2, sampling=SAMPLED)
+
+
+def test_batches_of_any_size_give_the_same_completions_and_compile_once(generator):
+    options = GenerationOptions(max_new_tokens=5, n=2, sampling=SAMPLED, max_len=64)
+    prompts = [*PROMPTS, "a fifth prompt"]
+    together = generator.complete(prompts, options, batch_size=100)
+    compiled = set(generator.engine.programs)
+    in_parts = generator.complete(prompts, options, batch_size=4)
+    assert bare(in_parts) == bare(together)
+    assert [(c.prompt_index, c.sample) for c in together] == [(i, s) for i in range(5) for s in range(2)]
+    new = [key for key in generator.engine.programs if key not in compiled]
+    assert len({key[0] for key in new}) == len(new)  # each program once, for the last, smaller batch too
+    assert [c.stats.rows for c in in_parts] == [4] * 8 + [2] * 2
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text(generator):
+    (empty,) = generator.complete("", max_new_tokens=4)
+    assert empty.prompt_tokens == 1
+    assert len(empty.tokens) == 4
+
+
+def test_what_does_not_fit_is_refused_with_every_prompt_named(generator):
+    with pytest.raises(ConfigError) as refused:
+        generator.complete(["short", "x" * 60, "y" * 70], max_new_tokens=10, max_len=64)
+    assert refused.value.faults == [
+        "Prompt 1 has 60 tokens; with max_new_tokens=10 that is more than max_len=64; raise it, or cut with overflow "
+        "truncate-left or shorten.",
+        "Prompt 2 has 70 tokens; with max_new_tokens=10 that is more than max_len=64; raise it, or cut with overflow "
+        "truncate-left or shorten.",
+    ]
+
+
+def test_overflow_truncate_left_is_the_prompt_without_its_beginning(generator):
+    options = GenerationOptions(max_new_tokens=10, max_len=64)
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    (cut,) = generator.complete(text, options, overflow="truncate-left")
+    (short,) = generator.complete(text[-54:], options)
+    assert cut.tokens == short.tokens
+    assert (cut.prompt_tokens, cut.prompt_tokens_dropped, len(cut.tokens)) == (54, 46, 10)
+    with pytest.raises(ConfigError, match="nothing of the prompt would be left"):
+        generator.complete(text, options, max_new_tokens=64, overflow="truncate-left")
+
+
+def test_overflow_shorten_ends_the_completion_at_the_end_of_the_cache(generator):
+    options = GenerationOptions(max_new_tokens=10, max_len=64)
+    text = "".join(chr(97 + i % 26) for i in range(54))
+    (whole,) = generator.complete(text, options)
+    (cut,) = generator.complete(text, options, max_new_tokens=1000, overflow="shorten")
+    assert (cut.tokens, cut.finish_reason, cut.prompt_tokens_dropped) == (whole.tokens, "length", 0)
+    with pytest.raises(ConfigError, match="nothing would be left to generate"):
+        generator.complete("x" * 64, options, overflow="shorten")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"n": 0}, "n=0"),
+        ({"n": 2}, "greedy samples would all be the same"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_len": -1}, "max_len=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"stop": ("a", "")}, "stop string must not be empty"),
+        ({"sampling": Sampling(-1.0)}, "temperature=-1"),
+    ],
+)
+def test_illegal_options_are_refused_before_anything_runs(changes, words, generator):
+    with pytest.raises(ConfigError, match=words):
+        generator.stream("a", **changes)  # not even asked for its first event
+
+
+def test_no_prompt_is_refused(generator):
+    with pytest.raises(ConfigError, match="no prompt"):
+        generator.generate([])
+
+
+def test_completions_come_batch_by_batch(generator):
+    events = generator.stream(PROMPTS, max_new_tokens=3, batch_size=2, max_len=64, every_token=False)
+    kinds = [type(event) for event in events]
+    first = kinds.index(Completion)
+    assert kinds[first : first + 2] == [Completion] * 2
+    assert Delta in kinds[first + 2 :]

@@ -1,0 +1,108 @@
+"""A checkpoint of any training mesh arrives on any decode mesh bit for bit, and what does not fit is refused first."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
+from mlra_jax.decoding import load
+from mlra_jax.decoding.load import abstract_params, decode_devices, load_model
+from mlra_jax.models import to_decode
+from mlra_jax.sharding import decode_rules, make_mesh
+from mlra_jax.training.checkpoints import CheckpointError
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split_heads"), [((1, 1, 4, 1), True), ((1, 1, 8, 1), False), ((2, 1, 2, 2), True)]
+)
+def test_loaded_parameters_are_those_saved_laid_out_for_decoding(sizes, split_heads, checkpoint, params_of):
+    loaded = load_model(checkpoint, MeshConfig(*sizes), split_heads=split_heads)
+    with jax.set_mesh(loaded.mesh):
+        expected = to_decode(loaded.config.model, params_of("mlra_4"), decode_rules(split_heads))
+    pairs = list(zip(jax.tree.leaves(loaded.model), jax.tree.leaves(expected), strict=True))
+    assert len(pairs) > 20
+    for ours, theirs in pairs:
+        assert ours.sharding == theirs.sharding
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", ["mlra_4", "mlra_2", "gla_2", "mla", "gqa"])
+@pytest.mark.parametrize("split_heads", [True, False])
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (1, 1, 8, 1), (2, 1, 2, 2)])
+def test_no_device_reads_more_than_its_share_of_any_array(variant, split_heads, sizes, config_of):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    tensor = sizes[2]
+    abstract = abstract_params(config_of(variant), decode_rules(split_heads), mesh)
+    for path, leaf in jax.tree.leaves_with_path(abstract):
+        held = int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+        divides = any(size % tensor == 0 for size in leaf.shape)
+        assert held * (tensor if divides else 1) == leaf.size, jax.tree_util.keystr(path)
+
+
+def test_weights_may_be_held_in_bfloat16_and_norm_gains_stay_float32(checkpoint, params_of):
+    loaded = load_model(checkpoint, MeshConfig(1), param_dtype="bfloat16")
+    types = {}
+    for path, leaf in jax.tree.leaves_with_path(loaded.model):
+        types.setdefault("gain" in jax.tree_util.keystr(path), set()).add(str(leaf.dtype))
+    assert types == {True: {"float32"}, False: {"bfloat16"}}
+    table = params_of("mlra_4")["embedding"]["table"]
+    held = loaded.model.embedding.table[...]
+    assert np.array_equal(held, jnp.asarray(table).astype(jnp.bfloat16))
+
+
+def test_auto_keeps_the_stored_type_on_cpu(checkpoint):
+    assert load_model(checkpoint, MeshConfig(1)).model.embedding.table[...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (
+            MeshConfig(1, 1, 16, 1),
+            r"mesh of tensor=16 needs 16 devices; JAX sees 8 \(cpu\); simulate them with XLA_",
+        ),
+        (MeshConfig(1, 1, 3, 1), r"n_latent_heads=4 \(each read by 8 query heads\) cannot be laid out"),
+        (MeshConfig(1, 2, 4, 1), "decoding does not split parameters over fsdp"),
+        (MeshConfig(0), "mesh.data=0 must be at least 1"),
+        (MeshConfig(-1, 1, -1), "At most one mesh size may be -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(mesh, words, checkpoint, monkeypatch):
+    monkeypatch.setattr(load, "load_params", lambda *_: pytest.fail("read parameters"))
+    with pytest.raises(ConfigError, match=words):
+        load_model(checkpoint, mesh)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "load_params", lambda *_: pytest.fail("read parameters"))
+    monkeypatch.setattr(load, "get_tokenizer", lambda name: type("Big", (), {"n_vocab": 265})())
+    with pytest.raises(ConfigError, match="tokenizer byte has 265 ids, the model's vocabulary 264"):
+        load_model(checkpoint, MeshConfig(1))
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path, checkpoint):
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        load_model(str(tmp_path / "absent"), MeshConfig(1))
+    with pytest.raises(CheckpointError, match=r"No checkpoint of step 5 .* it has \[7\]"):
+        load_model(checkpoint, MeshConfig(1), step=5)
+
+
+def test_decode_takes_the_first_devices_or_all_with_minus_one():
+    assert decode_devices(MeshConfig(1, 1, 2, 2)) == jax.devices()[:4]
+    assert decode_devices(MeshConfig(-1, 1, 2, 1)) == jax.devices()
+
+
+def test_with_several_processes_the_mesh_must_use_all_devices(monkeypatch):
+    monkeypatch.setattr(load.jax, "process_count", lambda: 2)
+    assert len(decode_devices(MeshConfig(1, 1, 8, 1))) == 8
+    with pytest.raises(ConfigError, match="uses 4 of 8 devices; with 2 processes it must use all of them"):
+        decode_devices(MeshConfig(1, 1, 4, 1))
+
+
+def test_the_full_size_model_is_read_in_quarters_on_four_devices():
+    mesh = make_mesh(MeshConfig(1, 1, 4, 1), jax.devices()[:4])
+    leaves = jax.tree.leaves(abstract_params(ModelConfig(), decode_rules(), mesh))
+    total = sum(leaf.size for leaf in leaves)
+    assert total > 2.8e9
+    assert sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in leaves) == total // 4
