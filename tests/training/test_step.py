@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mlra_jax.data.pipeline import IGNORED
+from mlra_jax.training import step as step_module
+from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 STEPS = 4
@@ -103,10 +105,19 @@ def test_every_array_of_the_state_is_born_split_as_its_abstract_description_says
     assert held < 3 * parameter_bytes / 3
 
 
-def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_of, place):
+def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_of, place, monkeypatch):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+    optimizer, dtypes = make_optimizer(config.optim), []
+
+    def update(grads, *args):
+        dtypes.extend(g.dtype for g in jax.tree.leaves(grads))
+        return optimizer.update(grads, *args)
+
+    monkeypatch.setattr(step_module, "make_optimizer", lambda _: optimizer._replace(update=update))
     mesh = mesh_of(1, 1, 1, 1)
+    state = abstract_state(config, mesh)
     with jax.set_mesh(mesh):
-        step = make_train_step(config)
-        text = str(step.trace(abstract_state(config, mesh), place(mesh, windows(config, 1)[0], 8)).jaxpr)
-    assert "f32[264,32]" in text
+        make_train_step(config).trace(state, place(mesh, windows(config, 1)[0], 8))
+    assert {p.dtype for p in jax.tree.leaves(state.params)} == {np.dtype("bfloat16")}
+    assert dtypes
+    assert set(dtypes) == {np.dtype("float32")}
