@@ -47,7 +47,7 @@ def run(config, params, tokens, targets):
 
 @pytest.fixture(scope="module")
 def whole():
-    """`whole(name)`: parameters of a model, all random, and what it gives without a mesh; NumPy arrays."""
+    """`whole(name)`: parameters of a model, all random, and what it gives without a mesh or rematerialisation."""
 
     @functools.cache
     def compute(name):

@@ -1,0 +1,205 @@
+"""The transformer around attention: sizes, layers, initial values, layouts."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mlra_jax.cli.configs import load_config
+from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.convert import model_config_from_official
+from mlra_jax.decoding.cache import Cache
+from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU, rotate
+from mlra_jax.sharding import AxisRules
+
+TINY = ModelConfig(
+    vocab_size=32,
+    n_layers=2,
+    d_model=16,
+    n_heads=4,
+    d_ff=24,
+    attention=LatentAttentionConfig(2, 1, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4),
+    compute_dtype="float32",
+    remat="none",
+)
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 8), dtype=np.int32)
+
+
+def params_of(model):
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def sizes_by_part(config):
+    """Parameters in all, in the attention and in the MLP of one layer, counted on shapes alone."""
+    params = params_of(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    layers = params["layers"]
+    return (
+        count(params),
+        count(layers["attention"]) // config.n_layers,
+        count(layers["mlp"]) // config.n_layers,
+    )
+
+
+def official_runs(repository):
+    stored = json.loads((repository / "tests" / "parity" / "official_configs.json").read_text())
+    ours = ("mla", "gla", "mlra", "mha", "gqa")
+    return {
+        name: run | {"model": run["model"] | {"vocab_size": stored["vocab_size"]}}
+        for name, run in stored["runs"].items()
+        if run["model_type"].startswith(ours)
+    }
+
+
+@pytest.mark.smoke
+def test_full_size_models_have_the_official_numbers_of_parameters_without_being_allocated(repository):
+    runs = official_runs(repository)
+    assert len(runs) == 24
+    for name, run in runs.items():
+        config = model_config_from_official(run["model"], run["model_type"])
+        expected = run["n_params"], run["attn_params_per_layer"], run["mlp_params_per_layer"]
+        assert sizes_by_part(config) == expected, name
+
+
+@pytest.mark.parametrize("name", ["mlra_2", "mlra_4", "mla", "gqa", "mha"])
+def test_configuration_files_describe_the_official_models(repository, name):
+    run = official_runs(repository)[name]
+    config = load_config(name).model
+    assert config == model_config_from_official(run["model"], run["model_type"])
+    assert sizes_by_part(config)[0] == run["n_params"]
+
+
+def test_illegal_configuration_is_refused_with_every_fault():
+    attention = LatentAttentionConfig(4, 3, kv_lora_rank=10, d_rope=3)
+    with pytest.raises(ConfigError) as error:
+        Transformer(dataclasses.replace(TINY, attention=attention, norm_eps=0.0), rngs=nnx.Rngs(0))
+    assert len(error.value.faults) == 4
+
+
+@pytest.mark.parametrize(
+    "attention", [TINY.attention, GroupedAttentionConfig(2, 4)], ids=["latent", "grouped"]
+)
+def test_initial_model_predicts_from_the_current_token_alone(attention):
+    config = dataclasses.replace(TINY, attention=attention)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    x = np.asarray(model.embedding.table[...])[TOKENS]
+    x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(
+        model(jnp.asarray(TOKENS)), x @ np.asarray(model.embedding.table[...]).T, atol=1e-5
+    )
+
+
+def test_initial_values_are_normal_but_for_gains_and_output_projections():
+    config = dataclasses.replace(TINY, d_model=64, vocab_size=256, gated_attention=True, init_std=0.1)
+    zero_outputs, normal_outputs = (
+        nnx.traversals.flatten_mapping(params_of(Transformer(c, rngs=nnx.Rngs(0))), sep=".")
+        for c in (config, dataclasses.replace(config, output_init="normal"))
+    )
+    outputs = {"layers.attention.output.w_o", "layers.mlp.w_down"}
+    for name, value in zero_outputs.items():
+        if name.endswith("gain"):
+            assert np.all(value == 1), name
+        elif name in outputs:
+            assert np.all(value == 0), name
+            assert abs(np.std(normal_outputs[name]) - 0.1) < 0.01, name
+        else:
+            assert abs(np.std(value) - 0.1) < 0.01, name
+            assert not np.allclose(value[0], value[1]), f"{name}: layers (or rows) are copies"
+
+
+def test_initial_values_on_a_mesh_are_those_without_one(on_mesh):
+    make = lambda: params_of(Transformer(TINY, rngs=nnx.Rngs(0)))
+    whole = make()
+    with on_mesh(1, 2, 2, 2):
+        split = jax.jit(make)()
+    assert split["layers"]["mlp"]["w_up"].addressable_shards[0].data.shape == (2, 8, 12)
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+
+
+def test_parameters_and_graph_of_a_model_make_it_again():
+    model = Transformer(TINY, rngs=nnx.Rngs(3))
+    again = from_params(TINY, params_of(model))
+    np.testing.assert_array_equal(again(jnp.asarray(TOKENS)), model(jnp.asarray(TOKENS)))
+
+
+def test_last_logits_of_decoding_are_those_after_each_rows_last_new_token():
+    rules = AxisRules()
+    params = params_of(
+        Transformer(dataclasses.replace(TINY, output_init="normal", init_std=0.3), rngs=nnx.Rngs(0))
+    )
+    model = to_decode(TINY, params, rules)
+    n_new = np.array([3, 8], np.int32)
+    run = lambda which: jax.jit(lambda model, cache: model.decode(TOKENS, cache, n_new, logits=which)[0])(
+        model, Cache.create(TINY, rules, 2, 8)
+    )
+    every, last = run("all"), run("last")
+    assert last.shape == (2, 1, 32)
+    np.testing.assert_allclose(last[:, 0], np.asarray(every)[[0, 1], n_new - 1], atol=1e-6)
+
+
+def test_half_the_heads_width_apart_elements_are_rotated_by_position_and_frequency():
+    x = np.random.default_rng(0).standard_normal((2, 3, 5, 6)).astype(np.float32)
+    positions = np.array([[0, 1, 2], [7, 100, 1000]])
+    z = (x[..., :3] + 1j * x[..., 3:]) * np.exp(
+        1j * positions[:, :, None, None] * 100.0 ** (-2 * np.arange(3) / 6)
+    )
+    expected = np.concatenate([z.real, z.imag], axis=-1)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, atol=1e-4)
+    same = rotate(jnp.asarray(x), jnp.asarray(positions[0]), 100.0)  # one row of positions for all
+    np.testing.assert_allclose(same[0], expected[0], atol=1e-4)
+
+
+def test_rotary_tables_are_rounded_to_the_type_of_the_input():
+    x = jnp.ones((1, 1, 2), jnp.bfloat16)
+    out = rotate(x, jnp.array([3]), 10000.0)
+    assert out.dtype == jnp.bfloat16
+    cos, sin = (jnp.asarray(f(3.0), jnp.bfloat16) for f in (math.cos, math.sin))
+    assert out[0, 0].tolist() == [float(cos - sin), float(cos + sin)]
+
+
+def test_rms_norm_rounds_to_the_type_of_its_input_before_the_float32_gain():
+    norm = RMSNorm(TINY, (4,), (None,), rngs=nnx.Rngs(0), rules=AxisRules())
+    gain = np.array([1.001, 0.3, -2.0, 1.0], np.float32)
+    norm.gain[...] = jnp.asarray(gain)
+    x = np.array([[0.1, -2.0, 3.0, 0.7]], np.float32)
+    exact = x / np.sqrt(np.mean(x**2) + 1e-6)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), exact * gain, rtol=1e-6)
+    low = jnp.asarray(x, jnp.bfloat16)
+    exact = np.asarray(low, np.float32) / np.sqrt(np.mean(np.asarray(low, np.float32) ** 2) + 1e-6)
+    out = norm(low)
+    assert out.dtype == jnp.float32
+    np.testing.assert_array_equal(out, np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float32) * gain)
+
+
+def test_rms_norm_of_several_axes_has_statistics_over_the_last_alone():
+    norm = RMSNorm(TINY, (2, 3), (None, None), rngs=nnx.Rngs(0), rules=AxisRules())
+    x = np.array([[[1.0, 1.0, 1.0], [100.0, 100.0, 100.0]]], np.float32)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), np.ones((1, 2, 3)), rtol=1e-5)
+
+
+def test_mlp_gates_the_up_projection_with_silu():
+    mlp = SwiGLU(
+        dataclasses.replace(TINY, output_init="normal", init_std=0.5), rngs=nnx.Rngs(0), rules=AxisRules()
+    )
+    x = np.random.default_rng(0).standard_normal((1, 2, 16)).astype(np.float32)
+    gate, up, down = (np.asarray(w[...]) for w in (mlp.w_gate, mlp.w_up, mlp.w_down))
+    expected = ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_embedding_split_over_the_vocabulary_finds_every_row(on_mesh):
+    ids = np.arange(32, dtype=np.int32).reshape(2, 16)
+    with on_mesh(1, 1, 4, 2):
+        rules = AxisRules.of(vocab="tensor")
+        embedding = jax.jit(lambda: Embedding(TINY, rngs=nnx.Rngs(0), rules=rules))()
+        assert embedding.table[...].addressable_shards[0].data.shape == (8, 16)
+        rows = jax.jit(lambda e, ids: e.encode(ids))(embedding, ids)
+    assert rows.dtype == jnp.float32
+    np.testing.assert_array_equal(rows, np.asarray(embedding.table[...])[ids])

@@ -1,0 +1,115 @@
+"""Causal attention: the specification against NumPy, the other back ends against the specification."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+
+from mlra_jax.ops.attention import causal_attention, xla
+
+
+def by_hand(q, k, v, scale, q_start):
+    """One query and head at a time, in float64."""
+    b, t, n, _ = q.shape
+    out = np.zeros((b, t, n, v.shape[-1]))
+    for row, i, head in np.ndindex(b, t, n):
+        kv, seen = head // (n // k.shape[2]), q_start + i + 1
+        scores = scale * k[row, :seen, kv].astype(np.float64) @ q[row, i, head]
+        weights = np.exp(scores - scores.max())
+        out[row, i, head] = weights / weights.sum() @ v[row, :seen, kv]
+    return out
+
+
+def arrays(seed, b, t, s, n, k, h, v, dtype=np.float32):
+    draw = np.random.default_rng(seed).standard_normal
+    return (
+        draw((b, t, n, h)).astype(dtype),
+        draw((b, s, k, h)).astype(dtype),
+        draw((b, s, k, v)).astype(dtype),
+    )
+
+
+def put(*arrays):
+    return [jnp.asarray(x) for x in arrays]
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    b=st.integers(1, 2),
+    t=st.integers(1, 5),
+    before=st.integers(0, 4),
+    k=st.integers(1, 2),
+    m=st.integers(1, 3),
+    h=st.integers(1, 5),
+    v=st.integers(1, 5),
+)
+def test_reference_equals_the_definition(seed, b, t, before, k, m, h, v):
+    q, keys, values = arrays(seed, b, t, before + t, k * m, k, h, v)
+    run = functools.partial(causal_attention, scale=0.7, q_start=before, implementation="reference")
+    out = jax.jit(run)(*put(q, keys, values))
+    np.testing.assert_allclose(out, by_hand(q, keys, values, 0.7, before), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_elements", [1, 100, 400, 10**9])
+def test_xla_in_blocks_gives_the_reference_and_its_gradients(monkeypatch, block_elements):
+    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", block_elements)
+    args = arrays(0, 2, 6, 8, 4, 2, 8, 5)
+
+    def run(name):
+        def loss(*args):
+            out = causal_attention(*args, scale=0.4, q_start=2, implementation=name)
+            return jnp.sum(jnp.sin(out)), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*args)
+        return out, *grads
+
+    for ours, expected in zip(run("xla"), run("reference"), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_xla_holds_no_more_scores_than_it_says(monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 2 * 4 * 8 * 3)
+    args = arrays(0, 2, 6, 8, 4, 2, 8, 5)
+    program = str(jax.make_jaxpr(lambda *args: xla.causal_attention(*args, scale=1.0, q_start=2))(*args))
+    assert "f32[2,2,2,3,8]" in program  # B, K, M, three of six queries, S
+    assert "f32[2,2,2,6,8]" not in program
+
+
+def test_bfloat16_is_as_close_to_float32_as_rounding_allows():
+    args = arrays(0, 2, 6, 6, 4, 2, 8, 5)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in args]
+    out = causal_attention(*low, scale=0.4)
+    assert out.dtype == jnp.bfloat16
+    exact = by_hand(*(np.asarray(x, np.float32) for x in low), 0.4, 0)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), exact, rtol=0, atol=2 * 2**-8 * np.abs(exact).max()
+    )
+
+
+def test_a_query_sees_no_later_key_whatever_it_holds():
+    q, k, v = arrays(0, 1, 3, 5, 2, 1, 4, 4)
+    expected = causal_attention(*put(q, k, v), scale=1.0, q_start=1)
+    k[:, 4:] = 1e4
+    np.testing.assert_array_equal(causal_attention(*put(q, k, v), scale=1.0, q_start=1), expected)
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    q, k, v = put(*arrays(0, 1, 3, 3, 4, 2, 4, 4))
+    with pytest.raises(ValueError, match="K dividing N"):
+        causal_attention(q[:, :, :3], k, v, scale=1.0)
+    for wrong in ((q[..., :2], k, v), (q, k[:, :2], v), (q[:0], k, v)):
+        with pytest.raises((ValueError, TypeCheckError)):
+            causal_attention(*wrong, scale=1.0)
+
+
+def test_shapes_and_types_of_the_public_op_are_checked_in_tests():
+    q, k, v = put(*arrays(0, 1, 3, 3, 4, 2, 4, 4))
+    for wrong in (q[0], q.astype(jnp.int32), np.asarray(q)):
+        with pytest.raises(TypeCheckError):
+            causal_attention(wrong, k, v, scale=1.0)
