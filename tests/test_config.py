@@ -1,0 +1,158 @@
+"""Configurations: what is illegal and how it is said, derived sizes, JSON and back."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlra_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    LogConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+
+
+def test_the_defaults_are_legal():
+    assert TrainConfig().faults() == []
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LatentAttentionConfig(n_branches=3), ["n_branches=3 does not divide n_latent_heads=4"]),
+        (LatentAttentionConfig(kv_lora_rank=510), ["kv_lora_rank=510 is not divisible by n_latent_heads=4"]),
+        (LatentAttentionConfig(d_rope=3), ["d_rope=3 must be even"]),
+        (LatentAttentionConfig(d_rope=-2), ["d_rope=-2 must be even and not negative"]),
+        (LatentAttentionConfig(q_lora_rank=0, d_nope=-1), ["q_lora_rank=0 must be", "d_nope=-1 must be"]),
+        (
+            LatentAttentionConfig(n_branches=3, kv_lora_rank=510, d_rope=3),
+            ["n_branches=3", "kv_lora_rank=510", "d_rope=3"],
+        ),
+        (GroupedAttentionConfig(d_head=7), ["d_head=7 must be even"]),
+        (GroupedAttentionConfig(n_kv_heads=0), ["n_kv_heads=0 must be at least 1"]),
+        (
+            ModelConfig(n_heads=23, attention=GroupedAttentionConfig(6)),
+            ["n_heads=23 is not divisible by attention.n_kv_heads=6"],
+        ),
+        (
+            ModelConfig(n_heads=23, attention=LatentAttentionConfig(4, 2)),
+            ["n_heads=23 is not divisible by the number of head groups n_latent_heads/n_branches=2"],
+        ),
+        (
+            ModelConfig(
+                n_layers=0, d_ff=-3, init_std=0.0, rope_base=-1.0, attention=GroupedAttentionConfig(0)
+            ),
+            ["n_layers=0", "d_ff=-3", "n_kv_heads=0", "init_std=0.0", "rope_base=-1.0"],
+        ),
+        (MeshConfig(data=0), ["mesh.data=0 must be at least 1"]),
+        (MeshConfig(data=-1, tensor=-1), ["At most one mesh size may be -1"]),
+        (DataConfig(seq_len=0, prefetch=0), ["seq_len=0", "prefetch=0"]),
+        (
+            DataConfig(order="official", global_batch=12),
+            ["global_batch=12 is not divisible by official_ranks=8"],
+        ),
+        (OptimConfig(lr=0.0), ["lr=0.0"]),
+        (OptimConfig(lr=1e-4, min_lr=1e-3), ["min_lr=0.001"]),
+        (OptimConfig(warmup_steps=10, decay_steps=10), ["warmup_steps=10 must be less than decay_steps=10"]),
+        (OptimConfig(beta1=1.0, beta2=-0.1, eps=0.0), ["beta1=1.0", "beta2=-0.1", "eps=0.0"]),
+        (CheckpointConfig(every=0, keep_every=-1), ["every=0", "keep_every=-1 must not be negative"]),
+        (LogConfig(every=0, profile_steps=-1), ["every=0", "profile_steps must not be negative"]),
+    ],
+    ids=lambda x: type(x).__name__ if dataclasses.is_dataclass(x) else "",
+)
+def test_every_fault_is_said_in_one_sentence(config, said):
+    faults = config.faults()
+    assert len(faults) == len(said)
+    for fault, part in zip(faults, said, strict=True):
+        assert part in fault
+        assert fault.endswith(".")
+        assert "\n" not in fault
+    with pytest.raises(ConfigError) as error:
+        config.validate()
+    assert error.value.faults == faults
+    assert all(fault in str(error.value) for fault in faults)
+
+
+def test_a_training_configuration_lists_the_faults_of_all_its_parts():
+    config = TrainConfig(
+        model=ModelConfig(n_layers=0), data=DataConfig(seq_len=0), mesh=MeshConfig(data=0), steps=0
+    )
+    faults = config.faults()
+    assert len(faults) == 4
+    with pytest.raises(ConfigError, match="4 faults in the configuration"):
+        config.validate()
+
+
+@pytest.mark.parametrize(
+    ("attention", "n_heads", "groups", "per_latent", "d_latent"),
+    [
+        (LatentAttentionConfig(4, 4, kv_lora_rank=512), 24, 1, 24, 128),
+        (LatentAttentionConfig(4, 2, kv_lora_rank=512), 24, 2, 12, 128),
+        (LatentAttentionConfig(4, 1, kv_lora_rank=512), 24, 4, 6, 128),
+        (LatentAttentionConfig(1, 1, kv_lora_rank=512), 24, 1, 24, 512),
+    ],
+)
+def test_derived_sizes(attention, n_heads, groups, per_latent, d_latent):
+    assert (attention.n_groups, attention.d_latent) == (groups, d_latent)
+    assert ModelConfig(n_heads=n_heads, attention=attention).heads_per_latent == per_latent
+    assert ModelConfig(n_heads=24, attention=GroupedAttentionConfig(6)).heads_per_latent == 4
+
+
+@given(known=st.tuples(*[st.integers(1, 4)] * 3), rest=st.integers(1, 4), free=st.integers(0, 3))
+def test_a_free_mesh_size_takes_the_devices_that_are_left(known, rest, free):
+    sizes = [*known[:free], rest, *known[free:]]
+    n_devices = sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    asked = [-1 if i == free else size for i, size in enumerate(sizes)]
+    assert MeshConfig(*asked).resolve(n_devices) == MeshConfig(*sizes)
+    assert MeshConfig(*sizes).resolve(n_devices) == MeshConfig(*sizes)
+    with pytest.raises(ConfigError, match=f"the product must be {n_devices + 1}"):
+        MeshConfig(*sizes).resolve(n_devices + 1)
+
+
+def test_accumulation_is_derived_from_the_global_batch():
+    data = DataConfig(global_batch=480, micro_batch=2)
+    assert [data.accumulation(n) for n in (1, 8, 240)] == [240, 30, 1]
+    with pytest.raises(ConfigError, match="not a multiple of micro_batch=2 x 7"):
+        data.accumulation(7)
+
+
+@pytest.mark.parametrize("attention", [LatentAttentionConfig(8, 2), GroupedAttentionConfig(2, 64)])
+def test_json_gives_the_configuration_back(attention):
+    config = TrainConfig(
+        name="x",
+        model=ModelConfig(n_heads=8, attention=attention, gated_attention=True),
+        mesh=MeshConfig(1, 2, 3, 4),
+        optim=OptimConfig(lr=1e-3),
+    )
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_fields_that_a_stored_configuration_lacks_take_their_defaults():
+    stored = to_dict(TrainConfig(seed=7))
+    del stored["steps"], stored["model"]["remat"], stored["log"]
+    assert from_dict(stored) == TrainConfig(seed=7)
+
+
+def test_unknown_stored_fields_are_refused_all_at_once():
+    stored = to_dict(TrainConfig())
+    stored["speed"] = 1
+    stored["model"]["depth"] = 2
+    with pytest.raises(ConfigError) as error:
+        from_dict(stored)
+    assert len(error.value.faults) == 2
+    assert "model.depth" in str(error.value)
+    stored = to_dict(TrainConfig())
+    stored["model"]["attention"]["n_kv_heads"] = 3
+    with pytest.raises(ConfigError, match="No attention configuration has the fields"):
+        from_dict(stored)
