@@ -11,6 +11,8 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+# Compiling is nearly all of the tests' time; what LLVM's optimizations gain is lost on arrays as small as theirs.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

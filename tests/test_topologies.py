@@ -12,8 +12,7 @@ from mlra_jax.topologies import Memory, compile_decode_step, compile_train_step,
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
-    # What the compiler does not depend on: the tests' highest precision is for comparing numbers.
-    pytest.mark.usefixtures("default_precision"),
+    pytest.mark.usefixtures("as_users_compile"),
 ]
 
 TRAIN = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}  # topology: devices
@@ -21,9 +20,12 @@ DECODE = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 
 
 @pytest.fixture
-def default_precision():
+def as_users_compile():
+    """Without what the other tests set: highest precision, and few optimizations."""
+    jax.config.update("jax_disable_most_optimizations", False)
     with jax.default_matmul_precision("default"):
         yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def train_config(name: str, n_devices: int):

@@ -57,11 +57,10 @@ def compiled(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(compiled) -> Iterator[None]:
-    """Compiling is nearly all of these tests' time: keep what is compiled, and leave LLVM's optimizations out."""
+    """Compiling is nearly all of these tests' time: keep what is compiled."""
     settings = {  # here, and JAX's default
         "jax_compilation_cache_dir": (str(compiled), None),
         "jax_persistent_cache_min_compile_time_secs": (0, 1),
-        "jax_disable_most_optimizations": (True, False),
     }
     for name, (value, _) in settings.items():
         jax.config.update(name, value)
