@@ -73,13 +73,16 @@ def test_drawn_tokens_do_not_depend_on_the_mesh(engine, prompts, tokens_of):
 
 
 def test_samples_are_the_same_whether_the_prompt_is_run_once_or_for_each_of_them(engine, prompts, tokens_of):
-    # On a mesh of data=2 one prompt is run for each sample; of two, the rows of the cache are copied.
+    # On a mesh of data=2 one prompt is run for each sample; of four, the rows of the cache are copied.
     e = engine("mlra_4", (2, 2, 2))
-    one = tokens_of(e.start(prompts[:1], [6], n=4, sampling=SAMPLING, seed=9), 4)
-    two = tokens_of(e.start(prompts[:2], [6, 6], n=2, sampling=SAMPLING, seed=9), 4)
-    assert two[:2] == one[:2]
-    assert len({tuple(row) for row in one}) == 4
-    assert two[2:] == tokens_of(e.start(prompts[1:2], [6], n=4, sampling=SAMPLING, seed=9), 2)
+    sample = lambda prompts, n: tokens_of(
+        e.start(prompts, [6] * len(prompts), n=n, sampling=SAMPLING, seed=9), n * len(prompts)
+    )
+    copied = sample(prompts, 2)
+    for i, prompt in enumerate(prompts):
+        repeated = sample([prompt], 4)
+        assert copied[2 * i : 2 * i + 2] == repeated[:2]
+        assert len({tuple(row) for row in repeated}) == 4
 
 
 def test_seed_and_limits_change_without_compiling(engine, prompts, tokens_of):
