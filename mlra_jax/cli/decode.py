@@ -15,7 +15,8 @@ import tyro
 
 from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator
+from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator, fit_prompts
 from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype
 from mlra_jax.distributed import initialize, take_args
 from mlra_jax.training.checkpoints import load_config
@@ -161,6 +162,7 @@ def main(argv: Sequence[str]) -> int:
     args.generation.validate()
     prompts = _prompts(args)
     config = load_config(args.checkpoint, args.step)
+    fit_prompts(prompts, args.generation, get_tokenizer(args.tokenizer or config.data.tokenizer))
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))

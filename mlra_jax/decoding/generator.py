@@ -133,14 +133,51 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Prompt:
-    """A prompt that fits."""
+class FittedPrompt:
+    """A prompt that fits the cache together with its completion."""
 
     index: int
     text: str
     ids: list[int]
     dropped: int
     max_new_tokens: int
+
+
+_OVERFLOW_HINTS = {
+    "refuse": "; raise it, or cut with overflow truncate-left or shorten",
+    "truncate-left": ", and nothing of the prompt would be left",
+    "shorten": ", and nothing would be left to generate",
+}
+
+
+def fit_prompts(
+    prompts: Sequence[str], options: GenerationOptions, tokenizer: Tokenizer
+) -> list[FittedPrompt]:
+    """The prompts' tokens, cut as `options.overflow` says; an empty prompt becomes the end-of-text token.
+
+    Raises:
+      ConfigError: there is none, or some do not fit: all of them are listed.
+    """
+    if not prompts:
+        raise ConfigError(["There is no prompt."])
+    fitted, faults = [], []
+    for index, text in enumerate(prompts):
+        ids = tokenizer.encode(text) or [tokenizer.eot_id]
+        new, room, dropped = options.max_new_tokens, options.max_len, 0
+        if room and len(ids) + new > room:
+            if options.overflow == "truncate-left" and new < room:
+                dropped = len(ids) - (room - new)
+            elif options.overflow == "shorten" and len(ids) < room:
+                new = room - len(ids)
+            else:
+                faults.append(
+                    f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new} that is more than "
+                    f"max_len={room}{_OVERFLOW_HINTS[options.overflow]}."
+                )
+        fitted.append(FittedPrompt(index, text, ids[dropped:], dropped, new))
+    if faults:
+        raise ConfigError(faults)
+    return fitted
 
 
 class Generator:
@@ -237,7 +274,7 @@ class Generator:
         """
         options = dataclasses.replace(options, **changes)
         options.validate()
-        fitted = self._fit([prompts] if isinstance(prompts, str) else prompts, options)
+        fitted = fit_prompts([prompts] if isinstance(prompts, str) else prompts, options, self.tokenizer)
         # All batches get one shape, so that they are compiled once.
         batch = min(len(fitted), max(1, options.batch_size // options.n))
         max_len = options.max_len or round_up(max(len(p.ids) + p.max_new_tokens for p in fitted), LENGTH_UNIT)
@@ -247,35 +284,13 @@ class Generator:
             self._batch(b, options, batch, max_len, every_token) for b in batches
         )
 
-    def _fit(self, prompts: Sequence[str], options: GenerationOptions) -> list[_Prompt]:
-        """The prompts' tokens, cut as `options.overflow` says; an empty prompt becomes the end-of-text token.
-
-        Raises:
-          ConfigError: there is none, or some do not fit: all of them are listed.
-        """
-        if not prompts:
-            raise ConfigError(["There is no prompt."])
-        fitted, faults = [], []
-        for index, text in enumerate(prompts):
-            ids = self.tokenizer.encode(text) or [self.tokenizer.eot_id]
-            new, room, dropped = options.max_new_tokens, options.max_len, 0
-            if room and len(ids) + new > room:
-                if options.overflow == "truncate-left" and new < room:
-                    dropped = len(ids) - (room - new)
-                elif options.overflow == "shorten" and len(ids) < room:
-                    new = room - len(ids)
-                else:
-                    faults.append(
-                        f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new} that is more than "
-                        f"max_len={room}{_OVERFLOW_HINTS[options.overflow]}."
-                    )
-            fitted.append(_Prompt(index, text, ids[dropped:], dropped, new))
-        if faults:
-            raise ConfigError(faults)
-        return fitted
-
     def _batch(
-        self, prompts: list[_Prompt], options: GenerationOptions, batch: int, max_len: int, every_token: bool
+        self,
+        prompts: list[FittedPrompt],
+        options: GenerationOptions,
+        batch: int,
+        max_len: int,
+        every_token: bool,
     ) -> Iterator[Delta | Completion]:
         engine, n = self.engine, options.n
         eos_id = None if options.ignore_eos else self.tokenizer.eot_id
@@ -335,13 +350,6 @@ class Generator:
                 prompt_tokens_dropped=prompt.dropped,
                 stats=stats,
             )
-
-
-_OVERFLOW_HINTS = {
-    "refuse": "; raise it, or cut with overflow truncate-left or shorten",
-    "truncate-left": ", and nothing of the prompt would be left",
-    "shorten": ", and nothing would be left to generate",
-}
 
 
 class _Clock:

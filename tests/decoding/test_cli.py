@@ -13,6 +13,7 @@ import pytest
 
 from mlra_jax.cli import decode
 from mlra_jax.config import ConfigError
+from mlra_jax.decoding import load
 from mlra_jax.decoding.sampling import Sampling
 
 PROMPTS = ["ROMEO:", "To be, or not to be,"]
@@ -108,10 +109,12 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
         (["--prompt", "a", "--mesh.tensor", "16"], "needs 16 devices; JAX sees 8"),
         (["--prompt", "a", "--mesh.tensor", "3"], "cannot be laid out on mesh axis"),
         (["--prompt", "a", "--step", "99"], "No checkpoint of step 99"),
+        (["--prompt", "abc", "--max-len", "64", "--max-new-tokens", "62"], "Prompt 0 has 3 tokens"),
         (["--prompt", "a", "--tokenizer", "nonsense"], "Unknown tokenizer 'nonsense'"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_status_2(argv, words, checkpoint, capsys):
+def test_a_mistake_is_one_message_before_anything_is_read(argv, words, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(load, "load_params", lambda *_: pytest.fail("read parameters"))
     with pytest.raises(SystemExit) as stop:
         decode.main(["--checkpoint", checkpoint, *argv])
     captured = capsys.readouterr()
@@ -161,6 +164,7 @@ def finish(process):
     return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
 
 
+@pytest.mark.smoke
 def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(repository, checkpoint, generator):
     argv = ["--prompt", PROMPTS[0], "--max-new-tokens", "12", "--mesh.tensor", "4", "--stop", "\n\n"]
     out = finish(start_decode(repository, checkpoint, *argv, devices=4))

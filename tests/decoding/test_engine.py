@@ -25,7 +25,7 @@ LAYOUTS = [
     ((1, 4, 2), True),
     ((1, 8, 1), True),
     ((1, 8, 1), False),
-    ((2, 2, 2), True),
+    pytest.param((2, 2, 2), True, marks=pytest.mark.smoke),
 ]
 
 
