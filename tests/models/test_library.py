@@ -134,12 +134,11 @@ def test_arrays_split_by_the_caller_run_under_jit_without_a_current_mesh(plain):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got_grads, grads)
 
 
-@pytest.mark.parametrize("setting", ["no mesh", "Auto mesh", "other axis names"])
+@pytest.mark.parametrize("setting", ["Auto mesh", "other axis names"])
 def test_a_model_built_outside_jit_is_split_as_the_table_says_and_runs_compiled(setting):
     mesh, rules, _ = SETTINGS[setting]
     with enter(mesh):
         model = Transformer(LATENT, rngs=nnx.Rngs(0), rules=rules)
         assert jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(TOKENS)).shape == (4, 8, 32)
-    heads = {"no mesh": 4, "Auto mesh": 2, "other axis names": 2}[setting]
-    w_qb = model.layers.attention.w_qb[...]
-    assert w_qb.addressable_shards[0].data.shape == (1, 8, heads, 8)
+    w_qb = model.layers.attention.w_qb[...]  # half of the four heads on each device
+    assert w_qb.addressable_shards[0].data.shape == (1, 8, 2, 8)
