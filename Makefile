@@ -30,7 +30,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+	$(python) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
@@ -45,7 +45,8 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/mlra-plot runs/tiny --out runs/tiny/loss.png
 	@echo "== Decoding, the KV cache split over four simulated devices"
 	XLA_FLAGS=--xla_force_host_platform_device_count=4 \
-	  $(python) decode.py --checkpoint runs/tiny --mesh.tensor 4 --prompt "ROMEO:" --max-new-tokens 200
+	  $(python) decode.py --checkpoint runs/tiny --mesh.tensor 4 \
+	  --prompt "ROMEO:" --temperature 0.7 --max-new-tokens 120
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

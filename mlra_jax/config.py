@@ -83,9 +83,7 @@ class LatentAttentionConfig(_Validated):
 
     def faults(self) -> list[str]:
         at = "model.attention."
-        faults = _positive(
-            self, at, "n_latent_heads", "n_branches", "q_lora_rank", "kv_lora_rank", "d_nope"
-        )
+        faults = _positive(self, at, "n_latent_heads", "n_branches", "q_lora_rank", "kv_lora_rank", "d_nope")
         if faults:
             return faults
         if self.n_latent_heads % self.n_branches:
@@ -139,9 +137,7 @@ class ModelConfig(_Validated):
     """N: query heads."""
     d_ff: int = 9880
     """F: hidden width of the SwiGLU MLP."""
-    attention: AvoidSubcommands[LatentAttentionConfig | GroupedAttentionConfig] = (
-        LatentAttentionConfig()
-    )
+    attention: AvoidSubcommands[LatentAttentionConfig | GroupedAttentionConfig] = LatentAttentionConfig()
     """Which attention, and its sizes."""
     gated_attention: bool = False
     """Multiply the heads' output by sigmoid(W_g x) before the output projection."""
@@ -228,7 +224,9 @@ class MeshConfig(_Validated):
         elif free or known != n_devices:
             shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
             raise ConfigError(
-                [f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."]
+                [
+                    f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."
+                ]
             )
         return MeshConfig(**sizes)
 

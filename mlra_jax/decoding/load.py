@@ -139,4 +139,4 @@ def load_model(
     device_mesh = make_mesh(sizes, devices)
     params = load_params(checkpoint, abstract_params(model_config, rules, device_mesh), step)
     with jax.set_mesh(device_mesh):
-        return Loaded(config, found, device_mesh, to_decode(model_config, params, rules))
+        return Loaded(config, found, device_mesh, to_decode(model_config, params, rules, donate=True))

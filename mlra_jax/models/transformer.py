@@ -146,16 +146,19 @@ def from_params(
     return nnx.merge(graph, state)
 
 
-def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> Transformer:
+def to_decode(
+    config: ModelConfig, params: dict[str, Any], rules: AxisRules, *, donate: bool = False
+) -> Transformer:
     """The decode-layout model on the current mesh, from the parameter tree of the training layout.
 
     Layers are unstacked, W_UK, W_UV and what makes the latents are laid out by slot, and everything is split as `rules`
-    say: once, at load. Leaf by leaf, so that no more than one leaf exists twice; `params` are left as they are.
+    say: once, at load, leaf by leaf.
 
     Args:
       config: of the model.
       params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
       rules: the decoding table.
+      donate: empty `params` on the way, so that no more than one leaf is in memory twice.
     """
     graph, state = _abstract(config, rules, "decode")
     flat: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
@@ -173,7 +176,10 @@ def to_decode(config: ModelConfig, params: dict[str, Any], rules: AxisRules) -> 
         return leaves
 
     leaves: dict[Any, jax.Array] = {}
-    for path, value in nnx.traversals.flatten_mapping(params).items():
-        leaves |= jax.jit(lay_out, static_argnums=0)(path, value)
+    stacked = nnx.traversals.flatten_mapping(params)
+    if donate:
+        params.clear()
+    while stacked:
+        leaves |= jax.jit(lay_out, static_argnums=0)(*stacked.popitem())
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(leaves))
     return nnx.merge(graph, state)
