@@ -2,8 +2,8 @@
 
     python train.py configs/small.py --data.path DIR
 
-DIR holds shards of GPT-2 tokens, written by `mlra-prepare` or the official FineWeb-Edu ones, whose first 98 this run
-reads: 20,000 steps of 491,520 tokens are 9.8 B.
+DIR holds shards of GPT-2 tokens, written by `mlra-prepare` or the official FineWeb-Edu ones. 20,000 steps of 491,520
+tokens are 9.8 B, drawn from all of them.
 
 Hardware    one GPU with 80 GB
 Wall time   not run

@@ -180,8 +180,8 @@ class ModelConfig(_Validated):
                 )
         faults += inner
         for name in ("init_std", "norm_eps", "rope_base"):
-            if not getattr(self, name) > 0:
-                faults.append(f"{at}{name}={getattr(self, name)} must be positive.")
+            if not 0 < getattr(self, name) < math.inf:
+                faults.append(f"{at}{name}={getattr(self, name)} must be positive and finite.")
         return faults
 
 
@@ -317,7 +317,7 @@ class OptimConfig(_Validated):
     def faults(self) -> list[str]:
         at = "optim."
         faults = []
-        if not self.lr > 0 or not 0 <= self.min_lr <= self.lr:
+        if not 0 < self.lr < math.inf or not 0 <= self.min_lr <= self.lr:
             faults.append(
                 f"{at}lr={self.lr} and {at}min_lr={self.min_lr}: need 0 < lr and 0 <= min_lr <= lr."
             )
@@ -328,7 +328,7 @@ class OptimConfig(_Validated):
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{at}{name}={getattr(self, name)} must be in [0, 1).")
-        if not self.eps > 0 or not self.clip_norm > 0 or self.weight_decay < 0:
+        if not (0 < self.eps < math.inf and self.clip_norm > 0 and 0 <= self.weight_decay < math.inf):
             faults.append(
                 f"{at}eps={self.eps} and clip_norm={self.clip_norm} must be positive, "
                 f"weight_decay={self.weight_decay} not negative."
@@ -414,6 +414,8 @@ class TrainConfig(_Validated):
 
     def faults(self) -> list[str]:
         faults = _positive(self, "", "steps")
+        if not 0 <= self.seed < 2**32:
+            faults.append(f"seed={self.seed} must be at least 0 and less than 2**32.")
         for part in (
             self.model,
             self.data,

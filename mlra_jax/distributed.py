@@ -65,7 +65,7 @@ def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
             others.append(arg)
             continue
         mine.append("--" + arg.removeprefix("--distributed."))
-        if "=" not in arg and not arg.endswith((".auto", ".no-auto")):
+        if "=" not in arg and not arg.endswith((".auto", ".no-auto", ".no_auto")):
             mine += [value for value in [next(rest, None)] if value is not None]
     return tyro.cli(DistributedConfig, args=mine, prog="--distributed", use_underscores=True), others
 

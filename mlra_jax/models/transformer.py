@@ -86,6 +86,10 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
+        if self.layout != "train":
+            raise NotImplementedError(
+                "A model in the decode layout runs `decode`; build one with layout='train'."
+            )
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
@@ -119,6 +123,10 @@ class Transformer(nnx.Module):
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
         """
+        if self.layout != "decode":
+            raise NotImplementedError(
+                "A model in the training layout cannot decode; convert it with `to_decode`."
+            )
         start_B = cache.lengths
         x_BTD = self.embedding.encode(tokens_BT)
         layers = []

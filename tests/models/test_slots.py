@@ -18,7 +18,7 @@ def test_without_a_mesh_each_cached_head_serves_its_group_and_every_query_head_i
 ):
     n_heads, n_cached = groups * rows, branches * groups
     slots = Slots(AxisRules(), n_heads, n_cached, branches)
-    assert (slots.copies, slots.count, slots.rows) == (1, n_cached, rows)
+    assert (slots.copies, slots.count, slots.heads_per_slot) == (1, n_cached, rows)
     heads = np.arange(n_heads)[None, None, :, None]
     served = np.asarray(slots.gather(jnp.asarray(heads), n_cached))[0, 0, :, :, 0]  # [U, rows]
     for u in range(n_cached):

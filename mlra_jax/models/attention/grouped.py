@@ -84,7 +84,7 @@ class GroupedAttention(nnx.Module):
         q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            n, m = q.shape[2], self.slots.group_size
+            n, m = q.shape[2], self.slots.heads_per_latent
             if (
                 k.shape[2] * m != n
             ):  # the KV heads are whole, the query heads split: one KV head for each query head

@@ -1,4 +1,4 @@
-"""Latent attention: MLA, GLA and MLRA are one module (architecture.md, section 1; paper, section 3).
+"""Latent attention: MLA, GLA and MLRA are one module (docs/architecture.md; paper, section 3).
 
 q             = W_qb (q_scale * RMSNorm(W_qa x))               q_scale  = sqrt(D / A)
 [kv | k_rope] = W_kva x, W_kr x                                kv: L heads C wide; k_rope: R, one for all heads
@@ -70,7 +70,7 @@ class LatentAttention(nnx.Module):
             up_names: tuple[str | None, ...] = (None, "heads", rules.fitting("rank", latent), None)
         else:
             heads, axis = self.slots.count, "latent_slots"
-            up_shape = (heads, self.slots.rows, latent, h)
+            up_shape = (heads, self.slots.heads_per_slot, latent, h)
             up_names = ("latent_slots", None, None, None)
         self.w_kva = parameter(rngs, rules, (d, heads, latent), ("embed", axis, None), init, dtype)
         self.w_kr = parameter(rngs, rules, (d, r), ("embed", None), init, dtype)
@@ -93,7 +93,7 @@ class LatentAttention(nnx.Module):
 
     @property
     def absorbs(self) -> bool:
-        """Whether full-sequence attention runs in the absorbed form (architecture.md, section 2)."""
+        """Whether full-sequence attention runs in the absorbed form (docs/architecture.md)."""
         a = self.sizes
         if a.form == "auto":
             return 2 * a.d_latent + a.d_rope <= 2 * a.d_nope + a.d_rope
@@ -157,7 +157,7 @@ class LatentAttention(nnx.Module):
         """The heads' output y [B, T, N, H]."""
         a = self.sizes
         (b, t, n, h), s = q_nope.shape, kv_latent.shape[1]
-        j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.slots.group_size
+        j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.slots.heads_per_latent
         # The device's heads fall into k blocks of e heads that share their group (and so their latents).
         e = math.gcd(n, m)
         k = n // e

@@ -36,14 +36,14 @@ class Slots:
         return self.n_cached * self.copies
 
     @property
-    def group_size(self) -> int:
+    def heads_per_latent(self) -> int:
         """M: query heads that read one cached head."""
         return self.n_heads * self.n_branches // self.n_cached
 
     @property
-    def rows(self) -> int:
+    def heads_per_slot(self) -> int:
         """M / r: query heads that one slot serves."""
-        return self.group_size // self.copies
+        return self.heads_per_latent // self.copies
 
     @property
     def aligned(self) -> bool:
@@ -66,7 +66,7 @@ class Slots:
 
     def heads_to_slots(self, w_JNX: jax.Array) -> jax.Array:
         """Lays per-head weights of each branch out by slot: [J, N, ...] to [U, M / r, ...]."""
-        shape = (self.count, self.rows, *w_JNX.shape[2:])
+        shape = (self.count, self.heads_per_slot, *w_JNX.shape[2:])
         mesh = current_mesh()
         if mesh is None or not mesh.are_all_axes_explicit:
             return w_JNX.reshape(shape)
@@ -78,18 +78,21 @@ class Slots:
     def _first_heads(self, n_local: int) -> list[jax.Array | int]:
         """The first query head of each local slot, counted in the heads that this device sees."""
         if self.aligned:
-            return [k * self.rows for k in range(n_local)]
+            return [k * self.heads_per_slot for k in range(n_local)]
         first_slot = self.rules.axis_index("latent_slots") * n_local
         groups = self.n_cached // self.n_branches
         slots = [first_slot + k for k in range(n_local)]
-        return [u // self.copies % groups * self.group_size + u % self.copies * self.rows for u in slots]
+        return [
+            u // self.copies % groups * self.heads_per_latent + u % self.copies * self.heads_per_slot
+            for u in slots
+        ]
 
     def gather(self, q_BTNH: jax.Array, n_local: int) -> jax.Array:
         """The queries that each local slot serves: [B, T, N, H] to [B, T, U, M / r, H]."""
-        if self.rows == q_BTNH.shape[2]:
+        if self.heads_per_slot == q_BTNH.shape[2]:
             parts = [q_BTNH] * n_local
         else:
-            cut = lambda first: jax.lax.dynamic_slice_in_dim(q_BTNH, first, self.rows, axis=2)
+            cut = lambda first: jax.lax.dynamic_slice_in_dim(q_BTNH, first, self.heads_per_slot, axis=2)
             parts = [cut(first) for first in self._first_heads(n_local)]
         return jnp.stack(parts, axis=2)
 

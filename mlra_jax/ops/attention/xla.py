@@ -18,14 +18,15 @@ def causal_attention(
     b, t, n, _ = q_BTNH.shape
     s = k_BSKH.shape[1]
     block = max(1, min(t, BLOCK_ELEMENTS // (b * n * s)))
-    block = next(d for d in range(block, 0, -1) if t % d == 0)
     if block == t:
         return reference.causal_attention(q_BTNH, k_BSKH, v_BSKV, scale=scale, q_start=q_start)
 
     @jax.checkpoint
     def one_block(i: jax.Array) -> jax.Array:
-        q = jax.lax.dynamic_slice_in_dim(q_BTNH, i * block, block, axis=1)
+        q = jax.lax.dynamic_slice_in_dim(padded_BTNH, i * block, block, axis=1)
         return reference.causal_attention(q, k_BSKH, v_BSKV, scale=scale, q_start=q_start + i * block)
 
-    blocks = jax.lax.map(one_block, jnp.arange(t // block))  # [T / block, B, block, N, V]
-    return blocks.swapaxes(0, 1).reshape(b, t, n, -1)
+    n_blocks = -(-t // block)
+    padded_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, n_blocks * block - t), (0, 0), (0, 0)))
+    blocks = jax.lax.map(one_block, jnp.arange(n_blocks))  # [T / block, B, block, N, V]
+    return blocks.swapaxes(0, 1).reshape(b, n_blocks * block, n, -1)[:, :t]

@@ -43,7 +43,7 @@ def latent_decode_attention(
     """Absorbed attention of each latent head over its cache, which serves as key and as value.
 
     Scores are `scale * (q_nope . kv_latent + q_rope . k_rope)`; the output is the weighted sum of the latents
-    (architecture.md, section 2; paper, section 3, with W_UK moved to the query).
+    (docs/architecture.md; paper, section 3, with W_UK moved to the query).
 
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
