@@ -49,7 +49,8 @@ class PrepareArgs:
     """What is held out for validation: whole documents, or the end of every document (at a line break where there is
     one). auto: documents if there are at least 100, else tails."""
     val_fraction: float = 0.1
-    """Share that is held out, of the documents or of each document's characters; 0: nothing."""
+    """Share that is held out, of the documents or of each document's characters; 0: nothing (training
+    needs validation shards: then put some into the folder yourself)."""
     shard_tokens: int = 10**8
     """Tokens in a shard."""
     overwrite: bool = False
@@ -291,6 +292,7 @@ def main(argv: Sequence[str]) -> int:
                 f"--val-fraction {args.val_fraction}; try --holdout tails, another fraction, or more text."
             )
         replaced = out.with_name(out.name + ".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)  # a killed run may have left it
         if out.exists():
             os.replace(out, replaced)
         os.replace(partial, out)

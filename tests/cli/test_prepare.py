@@ -143,6 +143,16 @@ def test_what_a_killed_run_left_is_not_taken_for_shards(texts, tmp_path):
     assert not left.exists()
 
 
+def test_what_a_killed_replacement_left_does_not_hinder_the_next_one(texts, tmp_path):
+    out, left = tmp_path / "out", tmp_path / "out.replaced"
+    for folder in (out, left):
+        folder.mkdir()
+        (folder / "old_train_000001.bin").write_bytes(b"old")
+    run(texts, "--out", out, "--overwrite", "--val-fraction", 0)
+    assert [p.name for p in out.iterdir()] == ["text_train_000001.bin"]
+    assert not left.exists()
+
+
 def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
     (texts / "latin.txt").write_bytes(b"caf\xe9")
     (texts / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
