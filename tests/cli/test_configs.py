@@ -150,6 +150,11 @@ def test_overrides_change_what_they_name_and_nothing_else():
     assert to_dict(changed) == expected
 
 
+def test_profile_is_short_for_the_number_of_steps_to_record():
+    assert parse_train_args(["tiny", "--profile", "3"]).log.profile_steps == 3
+    assert load_config("tiny").log.profile_steps == 0
+
+
 def test_grouped_attention_is_overridden_in_its_own_fields():
     config = parse_train_args(["gqa", "--model.attention.n_kv_heads", "12"])
     assert config.model.attention == GroupedAttentionConfig(n_kv_heads=12, d_head=128)
