@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Annotated, Any, Literal
 
 from tyro.conf import AvoidSubcommands, arg
