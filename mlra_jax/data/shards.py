@@ -16,6 +16,8 @@ from typing import IO, Any, Literal, Protocol
 import fsspec
 import numpy as np
 
+from mlra_jax.storage import StorageError, check_storage, is_remote
+
 Split = Literal["train", "val"]
 
 MAGIC = 20240520
@@ -24,7 +26,6 @@ HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_ID = 2**16 - 1
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
-_EXTRAS = {"gs": "mlra_jax[gcs]", "gcs": "mlra_jax[gcs]", "s3": "s3fs", "abfs": "adlfs", "az": "adlfs"}
 
 
 class DataError(ValueError):
@@ -216,7 +217,7 @@ def open_shards(path: str, split: Split) -> Shards:
             f"{path} holds no *_{split}_*.bin shard ({len(files)} other files); make shards with mlra-prepare."
         )
 
-    names = [fs.unstrip_protocol(p) if "://" in path else p for p in paths]
+    names = [fs.unstrip_protocol(p) if is_remote(path) else p for p in paths]
     headers = fs.cat_ranges(paths, [0] * len(paths), [min(HEADER_BYTES, sizes[p]) for p in paths])
     faults = []
     for name, p, header in zip(names, paths, headers, strict=True):
@@ -248,11 +249,8 @@ def _is_local(fs: Any) -> bool:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
-    protocol = path.split("://")[0] if "://" in path else "file"
     try:
-        return fsspec.core.url_to_fs(path if "://" in path else os.path.expanduser(path))
-    except ImportError as error:
-        package = _EXTRAS.get(protocol, f"what fsspec asks for: {error}")
-        raise DataError(f"Reading {path} needs another library: pip install '{package}'.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: fsspec knows no storage called {protocol}://.") from error
+        check_storage(path)
+    except StorageError as error:
+        raise DataError(str(error)) from error
+    return fsspec.core.url_to_fs(path if is_remote(path) else os.path.expanduser(path))

@@ -20,6 +20,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlra_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
@@ -33,8 +34,9 @@ class CheckpointError(ValueError):
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
+    check_storage(path, RUN_PROTOCOLS)
     path = epath.Path(path)
-    return path if "://" in str(path) else path.expanduser().absolute()
+    return path if is_remote(path) else path.expanduser().absolute()
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -56,6 +58,7 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
 
     Raises:
       CheckpointError: there is none, with the steps that there are.
+      StorageError: the library for the bucket is not installed.
     """
     root = _absolute(checkpoint)
     if (root / FOLDER).exists():
@@ -153,7 +156,8 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig):
-        kept: list[Any] = [policies.LatestN(config.keep)]
+        # Step 0 is written by `save_params` alone: what was converted is not the run's to delete.
+        kept: list[Any] = [policies.LatestN(config.keep), policies.CustomSteps([0])]
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
         self.directory = _absolute(run_dir) / FOLDER
@@ -210,6 +214,10 @@ class Checkpoints:
                 "\n  - " + "\n  - ".join(refused)
             )
         return differences
+
+    def holds_parameters_alone(self) -> bool:
+        """Whether the latest checkpoint is one to start from: step 0, as `save_params` writes it."""
+        return self.latest_step() == 0 and not (find_step(self.directory, 0) / "optimizer").exists()
 
     def restore(self, abstract_state: TrainState) -> TrainState:
         """The state of the latest checkpoint, laid out as `abstract_state` says; the mesh that saved it is irrelevant.

@@ -20,9 +20,10 @@ from mlra_jax.config import TrainConfig, to_dict
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
-from mlra_jax.training.checkpoints import Checkpoints
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.training.checkpoints import Checkpoints, load_params
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
-from mlra_jax.training.metrics import Metrics, Progress, check_sinks, is_remote, open_sinks, shown
+from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
@@ -47,18 +48,21 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Trains, or continues, the run that `config` describes; every process of a cluster calls it.
 
-    What is found in `config.run_dir` is continued from its latest complete checkpoint, on whatever mesh. SIGTERM on any
-    process saves and returns. Hosts must share the storage of `run_dir`.
+    What is found in `config.run_dir` is continued from its latest complete checkpoint, on whatever mesh; parameters
+    alone (converted ones) are trained further from step 0 with a new optimizer. SIGTERM on any process saves and
+    returns. Hosts must share the storage of `run_dir`.
 
     Raises:
       ConfigError: the configuration is illegal, or does not fit the devices.
       DataError: the data cannot be used.
+      StorageError: `run_dir` is in a bucket whose library is not installed.
       CheckpointError: the run's folder holds a run of another model.
       DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
     """
     # Everything that can be refused is refused here, before anything is compiled or allocated.
     config.validate()
     check_sinks(config)
+    check_storage(config.run_dir, RUN_PROTOCOLS)
     mesh_config = config.mesh.resolve(jax.device_count())
     check_train_layout(config, mesh_config)
     n_data_shards = mesh_config.data * mesh_config.fsdp
@@ -77,9 +81,15 @@ def train(config: TrainConfig) -> TrainResult:
         train_step, eval_step = make_train_step(config), make_eval_step(config)
 
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)))
-        start = checkpoints.latest_step() or 0
-        changes = checkpoints.check_config(config) if start else []
-        state = checkpoints.restore(abstract) if start else init_state(config)
+        latest = checkpoints.latest_step()
+        start = latest or 0
+        changes = None if latest is None else checkpoints.check_config(config)
+        if latest is None:
+            state = init_state(config)
+        elif checkpoints.holds_parameters_alone():
+            state = init_state(config, load_params(checkpoints.directory, abstract.params))
+        else:
+            state = checkpoints.restore(abstract)
 
         monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, start, changes)))
         stop = stack.enter_context(StopSignal())
@@ -108,11 +118,12 @@ def train(config: TrainConfig) -> TrainResult:
             measure = not interrupted and (last or step % config.log.eval_every == 0)
             if save or measure:
                 monitor.finish()  # raises if this step is bad, before it can get into a checkpoint
-                if save:
-                    checkpoints.save(step, state, config)
+                # In this order: a run killed in between does not take itself for finished without its evaluation.
                 if measure:
                     eval_loss = evaluate(state.params)
                     monitor.evaluated(step, eval_loss)
+                if save:
+                    checkpoints.save(step, state, config)
                 monitor.resume()
         checkpoints.wait()
         monitor.ended(step, interrupted)
@@ -122,7 +133,8 @@ def train(config: TrainConfig) -> TrainResult:
 class _Monitor:
     """Fetches each step's metrics while the next one runs, checks them, and reports every `log.every` steps."""
 
-    def __init__(self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str]):
+    def __init__(self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str] | None):
+        """`changes` since the checkpoint that the run continues; None: there is none."""
         self._config, self._start = config, start
         first = jax.process_index() == 0
         writes = first and start < config.steps  # a finished run's files stay as they are
@@ -147,12 +159,13 @@ class _Monitor:
             (epath.Path(config.run_dir) / "config.json").write_text(
                 json.dumps(to_dict(config), indent=2) + "\n"
             )
+            verb = "Training" if changes is None else "Continuing"
             self._progress.say(
-                f"{'Continuing' if start else 'Training'} {config.name} in {config.run_dir} from step {start}: "
+                f"{verb} {config.name} in {config.run_dir} from step {start}: "
                 f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
                 f"{self._tokens_per_step} tokens per step."
             )
-            for change in changes:
+            for change in changes or []:
                 self._progress.say(f"  changed since the checkpoint: {change}")
 
     def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
@@ -175,11 +188,7 @@ class _Monitor:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
-            raise DivergedError(
-                f"Step {step} diverged: {', '.join(bad)}. Nothing of it was saved; {self._config.run_dir} holds the "
-                "checkpoints before it. Try a lower --optim.lr, more --optim.warmup_steps or another --seed."
-            )
+        self._check_finite(step, values)
         self._progress.advance()
         self._steps += 1
         self._clipped += values.pop("clipped")
@@ -188,6 +197,13 @@ class _Monitor:
             self._report(step, values, now)
         elif self._since is None:
             self._reset(now)
+
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
+            raise DivergedError(
+                f"Step {step} diverged: {', '.join(bad)}. Nothing of it was saved; {self._config.run_dir} holds the "
+                "checkpoints before it. Try a lower --optim.lr, more --optim.warmup_steps or another --seed."
+            )
 
     def _reset(self, now: float) -> None:
         self._since, self._paused, self._steps, self._clipped = now, 0.0, 0.0, 0.0
@@ -206,7 +222,8 @@ class _Monitor:
         self._reset(now)
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Records the held-out loss after `step` updates."""
+        """Checks and records the held-out loss after `step` updates."""
+        self._check_finite(step, {"eval_loss": loss})
         self._metrics.write(step, {"eval_loss": loss, "tokens": step * self._tokens_per_step})
         self._metrics.flush()
         self._progress.say(f"step {step}/{self._config.steps} · held-out loss {loss:.4f} nats per token")

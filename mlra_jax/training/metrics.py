@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,8 +19,10 @@ from etils import epath
 from tqdm import tqdm
 
 from mlra_jax.config import ConfigError, TrainConfig, to_dict
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 
 FILE_NAME = "metrics.jsonl"
+_WANDB_ID = "wandb_id.txt"
 _SECONDS_BETWEEN_UPLOADS = 60.0
 
 
@@ -31,11 +34,6 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def is_remote(path: str | epath.Path) -> bool:
-    """Whether `path` is in a bucket rather than in a local folder."""
-    return "://" in str(path)
 
 
 class JsonLines:
@@ -99,15 +97,18 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run on Weights & Biases; one that resumes continues the same run."""
+    """A run on Weights & Biases; one that resumes continues the same run, whose id is kept in the run's folder."""
 
     def __init__(self, config: TrainConfig):
         import wandb
 
+        id_file = epath.Path(config.run_dir) / _WANDB_ID
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
         self._run = wandb.init(
             project=config.log.wandb_project,
             name=config.name,
-            id=config.name.replace("/", "-"),
+            id=id_file.read_text(),
             resume="allow",
             config=to_dict(config),
         )
@@ -181,7 +182,9 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
 
     Raises:
       FileNotFoundError: there is no metrics file.
+      StorageError: the library for the bucket is not installed.
     """
+    check_storage(path, RUN_PROTOCOLS)
     file = epath.Path(path)
     if file.suffix != ".jsonl":
         file /= FILE_NAME

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, from_params
+from mlra_jax.sharding import on_mesh
 from mlra_jax.training.losses import cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -34,26 +35,27 @@ class TrainState:
     """Updates made: int32 scalar."""
 
 
-def _init(config: TrainConfig) -> TrainState:
-    model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+def _init(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
+    if params is None:
+        model = Transformer(config.model, rngs=nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     return TrainState(params, make_optimizer(config.optim).init(params), jnp.zeros((), jnp.int32))
 
 
-def init_state(config: TrainConfig) -> TrainState:
-    """The initial state on the current mesh: each device makes its own part, and the values depend on no mesh."""
-    return jax.jit(lambda: _init(config))()
+def init_state(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
+    """The initial state on the current mesh: each device makes its own part, and the values depend on no mesh.
+
+    Args:
+      config: the run.
+      params: parameters to start from, laid out on the mesh and donated; None: random ones from `config.seed`.
+    """
+    return jax.jit(lambda p: _init(config, p), donate_argnums=0)(params)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and layouts on `mesh` of what `init_state` returns, without allocating anything."""
-
-    def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
     with jax.set_mesh(mesh):
-        return jax.tree.map(concrete, jax.eval_shape(lambda: _init(config)))
+        return on_mesh(jax.eval_shape(lambda: _init(config)), mesh)
 
 
 def _loss_sum(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import NamedSharding
 from mlra_jax.config import CheckpointConfig, GroupedAttentionConfig
 from mlra_jax.data.pipeline import TrainBatches
 from mlra_jax.sharding import TRAIN_RULES
+from mlra_jax.storage import StorageError
 from mlra_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -183,6 +185,15 @@ def test_a_folder_without_checkpoints_says_so(tmp_path):
         load_config(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="No complete checkpoint"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize("use", [find_step, load_config, lambda path: Checkpoints(path, CheckpointConfig())])
+def test_a_bucket_without_its_library_names_the_extra_and_unusable_storage_what_there_is(use, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
+    with pytest.raises(StorageError, match=r"gs://bucket/run needs .* pip install 'mlra_jax\[gcs\]'"):
+        use("gs://bucket/run")
+    with pytest.raises(StorageError, match=r"memory://run: must be a local folder, or .* gs:// or s3://"):
+        use("memory://run")
 
 
 def test_saving_a_step_twice_is_harmless(trained, mesh_of):

@@ -7,16 +7,20 @@ import random
 import re
 import signal
 import socket
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mlra_jax.cli.train import main
 from mlra_jax.config import ConfigError, MeshConfig, to_dict
+from mlra_jax.storage import StorageError
 from mlra_jax.training import loop
-from mlra_jax.training.checkpoints import CheckpointError, find_step, load_config, load_params
+from mlra_jax.training.checkpoints import CheckpointError, find_step, load_config, load_params, save_params
+from mlra_jax.training.flops import train_flops_per_token
 from mlra_jax.training.loop import DivergedError, train
 from mlra_jax.training.metrics import FILE_NAME, read_metrics
 from mlra_jax.training.step import make_train_step
@@ -89,7 +93,9 @@ def test_a_finished_run_started_again_does_nothing_and_leaves_its_files_as_they_
     config, result = uninterrupted
     log = dataclasses.replace(config.log, tensorboard=True)
     files = lambda: {
-        f: os.stat(f"{root}/{f}").st_mtime_ns for root, _, names in os.walk(config.out) for f in names
+        path: os.stat(path).st_mtime_ns
+        for root, _, names in os.walk(config.out)
+        for path in (os.path.join(root, name) for name in names)
     }
     before = files()
     again = train(dataclasses.replace(config, log=log))
@@ -145,6 +151,82 @@ def test_nan_stops_with_the_step_s_number_and_leaves_the_last_good_checkpoint(
     assert "error: Step 5 diverged" in capsys.readouterr().err
 
 
+def test_the_last_step_is_evaluated_before_it_is_saved_and_not_saved_if_that_diverges(
+    uninterrupted, config, monkeypatch
+):
+    reference, finished = uninterrupted
+    config = dataclasses.replace(reference, out=config.out)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_eval_step", lambda config: lambda params, batch: (np.float32(np.nan), 1))
+        with pytest.raises(DivergedError, match="Step 8 diverged: eval_loss = nan"):
+            train(config)
+    assert find_step(config.out).name == "4"
+    assert train(config).eval_loss == finished.eval_loss
+
+
+def test_parameters_alone_are_trained_further_with_a_new_optimizer_and_kept(uninterrupted, config, capsys):
+    reference, finished = uninterrupted
+    config = dataclasses.replace(
+        reference, out=config.out, steps=1, checkpoint=dataclasses.replace(reference.checkpoint, keep=1)
+    )
+    save_params(config.run_dir, finished.state.params, reference)
+    first = train(config)
+    assert first.step == 1
+    assert "Continuing tiny" in capsys.readouterr().err
+    # Update 0 has learning rate 0: these are still the parameters that were found.
+    assert_same_bits(first.state.params, finished.state.params)
+    assert train(dataclasses.replace(config, steps=3)).step == 3
+    assert sorted(os.listdir(f"{config.out}/checkpoints")) == ["0", "3"]
+    assert_same_bits(saved_params(config, config.out, 0), jax.device_get(finished.state.params))
+
+
+def test_parameters_alone_of_another_model_are_refused(uninterrupted, config):
+    reference, finished = uninterrupted
+    config = dataclasses.replace(reference, out=config.out)
+    save_params(config.run_dir, finished.state.params, config)
+    with pytest.raises(CheckpointError, match=r"model\.d_ff: 64 -> 48"):
+        train(dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=48)))
+
+
+def test_a_home_folder_that_no_shell_expanded_holds_the_whole_run_and_the_compiled_programs(
+    uninterrupted, compiled, monkeypatch, tmp_path
+):
+    reference, _ = uninterrupted
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(reference, out="~/runs/x", compilation_cache="~/cache", steps=1)
+    compilation_cache.reset_cache()
+    try:
+        train(config)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
+        compilation_cache.reset_cache()
+    assert [p.name for p in tmp_path.iterdir()] == ["home"]
+    assert {"checkpoints", "config.json", FILE_NAME} <= set(os.listdir(tmp_path / "home" / "runs" / "x"))
+    assert any(name.startswith("jit_step") for name in os.listdir(tmp_path / "home" / "cache"))
+
+
+def test_a_bucket_without_its_library_is_refused_before_training(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
+    with pytest.raises(StorageError, match=r"pip install 'mlra_jax\[gcs\]'"):
+        train(dataclasses.replace(config, out="gs://bucket/run"))
+
+
+def test_mfu_is_the_share_of_the_peak_of_all_devices(uninterrupted, config, monkeypatch, capsys):
+    reference, finished = uninterrupted
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e12)
+    train(dataclasses.replace(reference, out=config.out, steps=3))
+    n_params = sum(p.size for p in jax.tree.leaves(finished.state.params))
+    per_token = train_flops_per_token(reference.model, n_params, reference.data.seq_len)
+    last = read_metrics(config.out)[2]
+    assert last["mfu"] == pytest.approx(last["tokens_per_second"] * per_token / (8 * 1e12))
+    assert last["seconds_left"] == 0
+    assert re.search(
+        r"step 1/3 · loss \d\.\d{4} · \S+ tokens/s · MFU \d+\.\d % · \d\d:\d\d left\n",
+        capsys.readouterr().err,
+    )
+
+
 def test_another_model_in_the_same_folder_is_refused_before_anything_is_written(uninterrupted):
     config, _ = uninterrupted
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=48), steps=20)
@@ -179,15 +261,27 @@ def test_profile_records_a_window_of_steps_even_of_a_short_run(uninterrupted, co
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
-def wait_for(process, out, n_lines):
-    """Waits until the run has written `n_lines` lines of metrics; fails if it ends before."""
+def wait_for(process, happened):
+    """Waits until `happened()`, or until the run has ended as it should."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
-        if (out / FILE_NAME).exists() and len((out / FILE_NAME).read_text().splitlines()) >= n_lines:
+        if happened():
             return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    raise TimeoutError("no metrics")
+        if process.poll() is not None:
+            assert process.returncode == 0, process.communicate()[0]
+            return
+        time.sleep(0.002)
+    raise TimeoutError("it does not happen")
+
+
+def n_lines(out):
+    """Lines of metrics that a run has written."""
+    return len((out / FILE_NAME).read_text().splitlines()) if (out / FILE_NAME).exists() else 0
+
+
+def unfinished(out):
+    """Names of the checkpoints that are being written, or were when the run was killed."""
+    return [p.name for p in out.glob("checkpoints/*.orbax-checkpoint-tmp*")]
 
 
 def finish(process):
@@ -200,22 +294,28 @@ def finish(process):
 def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_interrupted(
     uninterrupted, start_training, tmp_path
 ):
-    config, finished = uninterrupted
-    out, seed = tmp_path / "killed", random.randrange(2**32)
+    seed = random.randrange(2**32)
+    print(f"{seed=}")
+    rng, out = random.Random(seed), tmp_path / "killed"
+    config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "whole"), steps=40)
+    finished = train(config)
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
-    options = [*mesh, "--checkpoint.every", "1"]
-    rng, lines = random.Random(seed), 0
-    for _ in range(2):
-        process = start_training(out, *options, "--steps", "8")
+    options = [*mesh, "--checkpoint.every", "1", "--steps", str(config.steps)]
+
+    def killed(happened, delay=0.0):
+        process = start_training(out, *options)
         try:
-            wait_for(process, out, lines + 1)
-            time.sleep(rng.uniform(0, 0.4))
+            wait_for(process, happened)
+            time.sleep(delay)
         finally:
             process.kill()
             process.communicate()
-        lines = len((out / FILE_NAME).read_text().splitlines())
-    finish(start_training(out, *options, "--steps", "8"))
-    print(f"{seed=}")
+
+    killed(lambda: n_lines(out) >= 1, delay=rng.uniform(0, 0.4))
+    lines, leftovers = n_lines(out), set(unfinished(out))
+    killed(lambda: n_lines(out) > lines and set(unfinished(out)) - leftovers)  # in the middle of a save
+    finish(start_training(out, *options))
+    assert not unfinished(out)
     assert_same_bits(saved_params(config, out), jax.device_get(finished.state.params))
     losses = {s: r["loss"] for s, r in read_metrics(out).items() if "loss" in r}
     assert losses == {s: r["loss"] for s, r in read_metrics(config.out).items() if "loss" in r}
@@ -241,7 +341,7 @@ def two_processes(start_training, tmp_path_factory):
 
     processes = start(10_000)
     try:
-        wait_for(processes[0], out, 3)
+        wait_for(processes[0], lambda: n_lines(out) >= 3)
         processes[1].send_signal(signal.SIGTERM)
         stopped = [finish(p) for p in processes]
         step = int(find_step(out).name)

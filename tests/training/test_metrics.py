@@ -1,13 +1,16 @@
 import dataclasses
 import json
+import struct
 import sys
 import types
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from mlra_jax.config import ConfigError, to_dict
+from mlra_jax.storage import StorageError
 from mlra_jax.training import metrics
-from mlra_jax.training.metrics import JsonLines, check_sinks, open_sinks, read_metrics
+from mlra_jax.training.metrics import JsonLines, Progress, check_sinks, open_sinks, read_metrics
 
 
 def test_the_last_value_of_each_metric_of_a_step_counts_when_a_resumed_run_repeats_steps(tmp_path):
@@ -71,10 +74,17 @@ def test_tensorboard_and_json_hold_the_same_numbers(config, tmp_path):
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line == {"step": 3, "loss": 2.5}
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
-    assert b"loss" in events.read_bytes()
+    data, scalars = events.read_bytes(), []
+    while data:  # records: length, checksum, event, checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    assert scalars == [(3, "loss", 2.5)]
 
 
-def test_weights_and_biases_gets_the_configuration_and_the_metrics_of_one_resumable_run(config, monkeypatch):
+@pytest.fixture
+def wandb_calls(monkeypatch):
+    """What a Weights & Biases that is not there is told."""
     calls = []
 
     class Run:
@@ -89,11 +99,47 @@ def test_weights_and_biases_gets_the_configuration_and_the_metrics_of_one_resuma
         return Run()
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return calls
+
+
+def test_weights_and_biases_gets_the_configuration_and_the_metrics(config, wandb_calls):
     config = dataclasses.replace(config, log=dataclasses.replace(config.log, wandb_project="mlra"))
     for sink in open_sinks(config, start_step=0):
         sink.write(3, {"loss": 2.5})
         sink.close()
-    opened, logged, finished = calls
+    opened, logged, finished = wandb_calls
     assert (opened["project"], opened["name"], opened["resume"]) == ("mlra", "tiny", "allow")
     assert opened["config"] == to_dict(config)
     assert (logged, finished) == ((3, {"loss": 2.5}), "finished")
+
+
+def test_weights_and_biases_continues_the_run_of_the_same_folder_and_of_no_other(
+    config, wandb_calls, tmp_path
+):
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, wandb_project="mlra"))
+    for out in ("first", "first", "second"):
+        open_sinks(dataclasses.replace(config, out=str(tmp_path / out)), start_step=0)
+    first, again, second = (call["id"] for call in wandb_calls)
+    assert first == again != second
+
+
+def test_metrics_in_a_bucket_without_its_library_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
+    with pytest.raises(StorageError, match=r"gs://bucket/run needs .* pip install 'mlra_jax\[gcs\]'"):
+        read_metrics("gs://bucket/run")
+
+
+PROGRESS = {"loss": 2.5, "tokens_per_second": 12345.0, "mfu": 0.4321, "seconds_left": 3725.0}
+
+
+@pytest.mark.parametrize(
+    ("absent", "line"),
+    [
+        ([], "step 7/8 · loss 2.5000 · 12.3k tokens/s · MFU 43.2 % · 1:02:05 left"),
+        (["mfu"], "step 7/8 · loss 2.5000 · 12.3k tokens/s · 1:02:05 left"),
+        (["mfu", "tokens_per_second", "seconds_left"], "step 7/8 · loss 2.5000"),
+    ],
+)
+def test_a_line_of_progress_shows_what_is_known(absent, line, capsys):
+    Progress(8, 0, active=True).report(7, {k: v for k, v in PROGRESS.items() if k not in absent})
+    assert capsys.readouterr().err == line + "\n"

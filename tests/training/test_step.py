@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from mlra_jax.data.pipeline import IGNORED
@@ -99,10 +100,19 @@ def test_every_array_of_the_state_is_born_split_as_its_abstract_description_says
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-    parameter_bytes = sum(x.nbytes for x in jax.tree.leaves(state.params))
-    # Weights are split four ways (fsdp x tensor) and so are their moments: only gains and low-rank parts are less.
-    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
-    assert held < 3 * parameter_bytes / 3
+    pieces_of = {
+        1: "final_norm attention_norm mlp_norm q_norm kv_norm",
+        2: "w_qa w_kva w_kr",  # fsdp
+        4: "table w_qb w_uk w_uv w_o w_gate w_up w_down",  # fsdp x tensor
+    }
+    expected = {name: n for n, names in pieces_of.items() for name in names.split()}
+    moments = optax.tree.get(state.opt_state, "mu"), optax.tree.get(state.opt_state, "nu")
+    for tree in (state.params, *moments):
+        pieces = {}
+        for path, x in jax.tree.leaves_with_path(tree):
+            name = path[-2 if path[-1].key == "gain" else -1].key
+            pieces[name] = x.nbytes / x.addressable_shards[0].data.nbytes
+        assert pieces == expected
 
 
 def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_of, place, monkeypatch):
