@@ -22,10 +22,11 @@ DECODE = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 @pytest.fixture
 def as_users_compile():
     """Without what the other tests set: highest precision, and few optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     with jax.default_matmul_precision("default"):
         yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train_config(name: str, n_devices: int):

@@ -1,7 +1,7 @@
 """Small models of every attention, and their engines on simulated meshes, made once for all tests."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -94,14 +94,6 @@ def rollout() -> Callable[[str, list[list[int]], int], list[list[int]]]:
         return [row[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
     return roll
-
-
-@pytest.fixture(autouse=True)
-def _compile_quickly() -> Iterator[None]:
-    """These tests compile many programs and run each for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Models with the official reference weights, meshes, and quick compilation."""
+"""Models with the official reference weights, and meshes."""
 
 import contextlib
 import dataclasses
@@ -15,14 +15,6 @@ import pytest
 from mlra_jax.config import MeshConfig, ModelConfig
 from mlra_jax.convert import model_config_from_official, open_safetensors, params_from_official
 from mlra_jax.sharding import make_mesh
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_compilation():
-    """Two thirds of these tests' time would be LLVM optimizing programs that run once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
