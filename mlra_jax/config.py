@@ -410,8 +410,8 @@ class TrainConfig(_Validated):
 
     @property
     def run_dir(self) -> str:
-        """Folder or URL that holds the run."""
-        return self.out or f"runs/{self.name}"
+        """Folder or URL that holds the run; a leading `~`, which shells leave in `--out=~/x`, is expanded."""
+        return os.path.expanduser(self.out) or f"runs/{self.name}"
 
     def faults(self) -> list[str]:
         faults = _positive(self, "", "steps")
