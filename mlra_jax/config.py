@@ -35,7 +35,9 @@ def _positive(config: Any, where: str, *names: str) -> list[str]:
     ]
 
 
-class _Validated:
+class Validated:
+    """A configuration that can say what is wrong with it."""
+
     def faults(self) -> list[str]:
         """One sentence for each fault; empty when the configuration is legal."""
         raise NotImplementedError
@@ -47,7 +49,7 @@ class _Validated:
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentAttentionConfig(_Validated):
+class LatentAttentionConfig(Validated):
     """MLA, GLA and MLRA: attention over `n_latent_heads` low-rank latent heads (paper, section 3).
 
     MLA is (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4) as (n_latent_heads, n_branches).
@@ -105,7 +107,7 @@ class LatentAttentionConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedAttentionConfig(_Validated):
+class GroupedAttentionConfig(Validated):
     """MHA (n_kv_heads = n_heads), GQA and MQA (n_kv_heads = 1)."""
 
     n_kv_heads: int = 24
@@ -125,7 +127,7 @@ AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(_Validated):
+class ModelConfig(Validated):
     """The paper's decoder-only transformer: tied embeddings, RMSNorm, SwiGLU, half-split RoPE, no biases."""
 
     vocab_size: int = 50304
@@ -187,7 +189,7 @@ class ModelConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig(_Validated):
+class MeshConfig(Validated):
     """Sizes of the device mesh; their product is the number of devices used. One size may be -1: what is left."""
 
     data: int = -1
@@ -233,7 +235,7 @@ class MeshConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(_Validated):
+class DataConfig(Validated):
     """Where tokens come from and how they become batches."""
 
     path: str = "embedded"
@@ -293,7 +295,7 @@ class DataConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig(_Validated):
+class OptimConfig(Validated):
     """AdamW with linear warm-up from exactly 0 and cosine decay (the paper's recipe)."""
 
     lr: float = 1.6e-4
@@ -338,7 +340,7 @@ class OptimConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig(_Validated):
+class CheckpointConfig(Validated):
     """When checkpoints are written and how many are kept."""
 
     every: int = 1000
@@ -356,7 +358,7 @@ class CheckpointConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class LogConfig(_Validated):
+class LogConfig(Validated):
     """What is measured and where it goes."""
 
     every: int = 10
@@ -382,7 +384,7 @@ class LogConfig(_Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(_Validated):
+class TrainConfig(Validated):
     """Everything that defines a training run; stored in each of its checkpoints."""
 
     name: str = "mlra_4"

@@ -18,11 +18,11 @@ import jax
 import tyro
 from jax.experimental import multihost_utils
 
-from mlra_jax.config import ConfigError
+from mlra_jax.config import ConfigError, Validated
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Validated):
     """How this process finds the others; it differs from process to process and is no part of a run's configuration."""
 
     auto: bool = False
@@ -35,7 +35,6 @@ class DistributedConfig:
     """Which of them this one is, from 0, with `coordinator`."""
 
     def faults(self) -> list[str]:
-        """One sentence for each fault."""
         at = "distributed."
         given = bool(self.coordinator), self.processes != 0, self.process_id != -1
         if any(given) and not all(given):
@@ -82,8 +81,7 @@ def initialize(config: DistributedConfig) -> None:
     Raises:
       ConfigError: `config` is not legal, or there are other processes of which it says nothing.
     """
-    if faults := config.faults():
-        raise ConfigError(faults)
+    config.validate()
     if config.coordinator:
         jax.distributed.initialize(
             config.coordinator, config.processes, config.process_id, cluster_detection_method="deactivate"

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import (
     ConfigError,
@@ -49,6 +49,16 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None outside one and inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The `ShapeDtypeStruct`s of `jax.eval_shape` under `jax.set_mesh(mesh)`, laid out on its devices."""
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import tyro
 
-from mlra_jax.config import ConfigError, MeshConfig
+from mlra_jax.config import ConfigError, MeshConfig, Validated
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
 from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, load_model
@@ -28,7 +28,7 @@ STEPS_BETWEEN_STOPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerationOptions:
+class GenerationOptions(Validated):
     """What to generate from each prompt."""
 
     max_new_tokens: int = 128
@@ -49,16 +49,19 @@ class GenerationOptions:
     """What happens where prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the
     prompt; shorten ends the completion early."""
     batch_size: int = 64
-    """Rows (prompts times samples) that are generated at a time."""
+    """Rows (prompts times samples) that are generated at a time, at most."""
 
     def faults(self) -> list[str]:
-        """One sentence for each value that is not legal."""
         faults = self.sampling.faults()
         for name in ("max_new_tokens", "n", "batch_size"):
             if getattr(self, name) < 1:
                 faults.append(f"{name}={getattr(self, name)} must be at least 1.")
         if self.n > 1 and self.sampling.temperature == 0:
             faults.append(f"n={self.n} greedy samples would all be the same; give a temperature above 0.")
+        if 1 <= self.batch_size < self.n:
+            faults.append(
+                f"batch_size={self.batch_size} must be at least n={self.n}: a prompt's samples are one batch."
+            )
         if self.max_len < 0:
             faults.append(f"max_len={self.max_len} must not be negative (0: what is needed).")
         if self.seed < 0 or self.seed >= 2**32:
@@ -66,11 +69,6 @@ class GenerationOptions:
         if "" in self.stop:
             faults.append("A stop string must not be empty.")
         return faults
-
-    def validate(self) -> None:
-        """Raises `ConfigError` that lists all faults."""
-        if faults := self.faults():
-            raise ConfigError(faults)
 
 
 DEFAULTS = GenerationOptions()
@@ -276,7 +274,7 @@ class Generator:
         options.validate()
         fitted = fit_prompts([prompts] if isinstance(prompts, str) else prompts, options, self.tokenizer)
         # All batches get one shape, so that they are compiled once.
-        batch = min(len(fitted), max(1, options.batch_size // options.n))
+        batch = min(len(fitted), options.batch_size // options.n)
         max_len = options.max_len or round_up(max(len(p.ids) + p.max_new_tokens for p in fitted), LENGTH_UNIT)
         self.engine.check_memory(batch, options.n, max_len)
         batches = [fitted[i : i + batch] for i in range(0, len(fitted), batch)]

@@ -8,14 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.config import ConfigError
+from mlra_jax.config import Validated
 from mlra_jax.sharding import AxisRules
 
 _COLDEST = 1e-6  # a lower temperature would overflow
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Validated):
     """How a token is drawn; the filters apply in the order of the fields, each to what the one before has left.
 
     Tokens whose logits tie with the last one that a filter keeps are kept too.
@@ -31,7 +31,6 @@ class Sampling:
     """Keep the tokens that have at least this share of the most probable one's probability; 0: all."""
 
     def faults(self) -> list[str]:
-        """One sentence for each value that is not legal."""
         faults = []
         if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
             faults.append(
@@ -49,11 +48,6 @@ class Sampling:
                 "top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."
             )
         return faults
-
-    def validate(self) -> None:
-        """Raises `ConfigError` that lists all faults."""
-        if faults := self.faults():
-            raise ConfigError(faults)
 
 
 GREEDY = Sampling()

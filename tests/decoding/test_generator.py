@@ -154,6 +154,7 @@ def test_overflow_shorten_ends_the_completion_at_the_end_of_the_cache(generator)
         ({"n": 0}, "n=0"),
         ({"n": 2}, "greedy samples would all be the same"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"n": 5, "sampling": SAMPLED, "batch_size": 4}, "batch_size=4 must be at least n=5"),
         ({"max_len": -1}, "max_len=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"stop": ("a", "")}, "stop string must not be empty"),
