@@ -28,6 +28,18 @@ _AXES = {4: ("batch", "latent_slots", "cache_length", None), 3: ("batch", "cache
 """Logical axes of an array by cached head, and of one shared by all heads."""
 
 
+def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> jax.Array:
+    """Each row of axis 0 `n` times in a row; the copies stay on the devices that hold it, so that nothing moves.
+
+    Args:
+      rules: the decoding table.
+      n: copies.
+      x: the array.
+      *names: logical names of its axes.
+    """
+    return rules.shard_map(lambda x: jnp.repeat(x, n, axis=0), (names,), names)(x)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -41,6 +53,11 @@ class LayerCache:
         """This cache with `PartitionSpec`s for arrays."""
         specs = {k: self.rules.spec(*_AXES[v.ndim]) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=specs)
+
+    def repeat(self, n: int) -> Self:
+        """The cache with `n` copies of each row, one after the other."""
+        arrays = {k: repeat_rows(self.rules, n, v, *_AXES[v.ndim]) for k, v in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
 
     # Inside `shard_map`:
 
@@ -158,6 +175,11 @@ class Cache:
         """Tokens that a row can hold."""
         first = self.layers[0]
         return next(iter(first.arrays.values())).shape[-2]
+
+    def repeat(self, n: int) -> Cache:
+        """The cache with `n` copies of each row, one after the other, on the devices that hold the row."""
+        lengths = repeat_rows(self.layers[0].rules, n, self.lengths, "batch")
+        return Cache(tuple(layer.repeat(n) for layer in self.layers), lengths)
 
     def bytes_per_device(self) -> int:
         """Bytes of keys, values or latents that the fullest device holds, read off the arrays' shards."""

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.decoding.cache import Cache
+from mlra_jax.decoding.cache import Cache, repeat_rows
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
 from mlra_jax.models import Transformer
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, on_mesh
 
 NO_TOKEN = -1
 """Stands in the output of a step for a row that is done."""
@@ -103,7 +103,7 @@ def begin(
 ) -> tuple[State, jax.Array]:
     """Makes `n` rows of each row of the cache and draws their first tokens: the state, and the tokens [B]."""
     if n > 1:
-        cache, logits_BV = repeat_rows(rules, n, cache, logits_BV)
+        cache, logits_BV = cache.repeat(n), repeat_rows(rules, n, logits_BV, "batch", "vocab")
     state = State(cache, jnp.full_like(left_B, NO_TOKEN), left_B, sample_B, seed, eos)
     state = _with_next(rules, sampling, n_vocab, state, logits_BV)
     return state, state.token_B
@@ -159,16 +159,6 @@ def _with_next(
     return dataclasses.replace(state, token_B=token_B, left_B=left_B)
 
 
-def repeat_rows(rules: AxisRules, n: int, cache: Cache, logits_BV: jax.Array) -> tuple[Cache, jax.Array]:
-    """Every row `n` times in a row. A row's copies stay on the devices that hold it, so that nothing moves."""
-    specs = (
-        Cache(tuple(layer.specs() for layer in cache.layers), rules.spec("batch")),
-        rules.spec("batch", "vocab"),
-    )
-    repeat = lambda *trees: jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), trees)
-    return rules.shard_map(repeat, specs, specs)(cache, logits_BV)
-
-
 def compile_step(
     config: ModelConfig,
     rules: AxisRules,
@@ -195,14 +185,10 @@ def compile_step(
         by_row, scalar = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         state = State(cache, by_row, by_row, by_row, scalar, scalar)
 
-        def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
         def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
             return step(jax.tree.unflatten(treedef, leaves), sampling, config.vocab_size, state)
 
-        return jax.jit(one, donate_argnums=1).lower(*jax.tree.map(place, (leaves, state))).compile()
+        return jax.jit(one, donate_argnums=1).lower(*on_mesh((leaves, state), mesh)).compile()
 
 
 class Engine:
