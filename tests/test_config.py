@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -66,6 +67,15 @@ def test_the_defaults_are_legal():
         (OptimConfig(lr=1e-4, min_lr=1e-3), ["min_lr=0.001"]),
         (OptimConfig(warmup_steps=10, decay_steps=10), ["warmup_steps=10 must be less than decay_steps=10"]),
         (OptimConfig(beta1=1.0, beta2=-0.1, eps=0.0), ["beta1=1.0", "beta2=-0.1", "eps=0.0"]),
+        (OptimConfig(lr=math.inf), ["lr=inf"]),
+        (OptimConfig(lr=math.nan), ["lr=nan"]),
+        (OptimConfig(weight_decay=math.inf), ["weight_decay=inf"]),
+        (OptimConfig(weight_decay=math.nan), ["weight_decay=nan"]),
+        (OptimConfig(clip_norm=math.nan), ["clip_norm=nan"]),
+        (ModelConfig(init_std=math.inf), ["init_std=inf must be positive and finite"]),
+        (ModelConfig(init_std=math.nan), ["init_std=nan must be positive and finite"]),
+        (TrainConfig(seed=-1), ["seed=-1 must be at least 0 and less than 2**32"]),
+        (TrainConfig(seed=2**32), ["seed=4294967296 must be at least 0 and less than 2**32"]),
         (CheckpointConfig(every=0, keep_every=-1), ["every=0", "keep_every=-1 must not be negative"]),
         (LogConfig(every=0, profile_steps=-1), ["every=0", "profile_steps must not be negative"]),
     ],

@@ -1,6 +1,8 @@
 """The mesh, the tables of logical axes, and what is refused before anything is allocated."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from mlra_jax import topologies
 from mlra_jax.config import (
     ConfigError,
     DataConfig,
@@ -108,6 +111,20 @@ def faults_of(check, *args):
 def test_training_layouts_that_divide_are_taken():
     for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 2, 4)):
         check_train_layout(TRAIN, MeshConfig(*sizes))
+
+
+def test_the_example_of_docs_tpu_lays_out_on_its_topology(repository, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (repository / "docs" / "tpu.md").read_text(), re.DOTALL)
+    numbers = []
+
+    def check(config, topology):
+        numbers.append(math.prod(map(int, topology.split(":")[1].split("x"))))
+        check_train_layout(config, config.mesh.resolve(numbers[-1]))
+
+    monkeypatch.setattr(topologies, "compile_train_step", check)
+    monkeypatch.setattr(topologies.Memory, "of", lambda compiled: compiled)
+    exec(example, {})
+    assert numbers == [16]
 
 
 def test_training_layout_is_refused_with_every_size_that_does_not_divide_and_what_would():

@@ -140,6 +140,28 @@ def test_last_logits_of_decoding_are_those_after_each_rows_last_new_token():
     np.testing.assert_allclose(last[:, 0], np.asarray(every)[[0, 1], n_new - 1], atol=1e-6)
 
 
+def test_each_layout_refuses_what_the_other_runs():
+    make = lambda layout: nnx.eval_shape(lambda: Transformer(TINY, rngs=nnx.Rngs(0), layout=layout))
+    cache = Cache.create(TINY, AxisRules(), 2, 8)
+    with pytest.raises(
+        NotImplementedError, match="training layout cannot decode; convert it with `to_decode`"
+    ):
+        make("train").decode(TOKENS, cache, np.array([8, 8], np.int32))
+    with pytest.raises(
+        NotImplementedError, match="decode layout runs `decode`; build one with layout='train'"
+    ):
+        make("decode")(TOKENS)
+
+
+def test_donated_parameters_are_gone_once_they_are_laid_out_for_decoding():
+    params = initial_params(TINY)
+    kept = params_of(to_decode(TINY, params, AxisRules()))
+    assert params.keys() == {"embedding", "layers", "final_norm"}
+    donated = params_of(to_decode(TINY, params, AxisRules(), donate=True))
+    assert params == {}
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
+
+
 def test_half_the_heads_width_apart_elements_are_rotated_by_position_and_frequency():
     x = np.random.default_rng(0).standard_normal((2, 3, 5, 6)).astype(np.float32)
     positions = np.array([[0, 1, 2], [7, 100, 1000]])

@@ -56,10 +56,13 @@ def test_reference_equals_the_definition(seed, b, t, before, k, m, h, v):
     np.testing.assert_allclose(out, by_hand(q, keys, values, 0.7, before), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block_elements", [1, 200, 10**9])  # one query at a time, three, all six
-def test_xla_in_blocks_gives_the_reference_and_its_gradients(monkeypatch, block_elements):
+@pytest.mark.parametrize(
+    ("t", "block_elements"),
+    [(6, 1), (6, 200), (6, 10**9), (13, 500)],  # one query at a time, three, all six; four of thirteen
+)
+def test_xla_in_blocks_gives_the_reference_and_its_gradients(monkeypatch, t, block_elements):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", block_elements)
-    args = arrays(0, 2, 6, 8, 4, 2, 8, 5)
+    args = arrays(0, 2, t, t + 2, 4, 2, 8, 5)
 
     def run(name):
         def loss(*args):
