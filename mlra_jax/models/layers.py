@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,26 @@ from mlra_jax.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
+Layout = Literal["train", "decode"]
+"""How a module keeps its parameters: for whole sequences, or by slot for cached decoding (docs/architecture.md)."""
+
 STORAGE_AXES = ("embed", "rank")
 """Logical axes along which parameters are stored in parts but used whole."""
+
+
+def require_layout(layout: Layout, needed: Layout) -> None:
+    """Refuses a call that a module in `layout` cannot serve.
+
+    Raises:
+      NotImplementedError: `layout` is not `needed`; says what to do.
+    """
+    if layout == needed:
+        return
+    if needed == "train":
+        raise NotImplementedError(
+            "A model in the decode layout runs `decode`; build one with layout='train'."
+        )
+    raise NotImplementedError("A model in the training layout cannot decode; convert it with `to_decode`.")
 
 
 def parameter(

@@ -10,8 +10,7 @@ from flax import nnx
 
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention import GroupedAttention, LatentAttention
-from mlra_jax.models.attention.latent import Layout
-from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU
+from mlra_jax.models.layers import Embedding, Layout, RMSNorm, SwiGLU, require_layout
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -86,10 +85,7 @@ class Transformer(nnx.Module):
 
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
-        if self.layout != "train":
-            raise NotImplementedError(
-                "A model in the decode layout runs `decode`; build one with layout='train'."
-            )
+        require_layout(self.layout, "train")
         graph, stacked = nnx.split(self.layers)
 
         def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
@@ -123,10 +119,7 @@ class Transformer(nnx.Module):
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
         """
-        if self.layout != "decode":
-            raise NotImplementedError(
-                "A model in the training layout cannot decode; convert it with `to_decode`."
-            )
+        require_layout(self.layout, "decode")
         start_B = cache.lengths
         x_BTD = self.embedding.encode(tokens_BT)
         layers = []

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlra_jax.config import GroupedAttentionConfig, ModelConfig
-from mlra_jax.models.attention.latent import Layout
 from mlra_jax.models.attention.output import Output
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import normal, parameter, rotate, weight
+from mlra_jax.models.layers import Layout, normal, parameter, require_layout, rotate, weight
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -76,10 +75,7 @@ class GroupedAttention(nnx.Module):
         Returns:
           [B, T, D] in the compute type.
         """
-        if self.layout != "train":
-            raise NotImplementedError(
-                "A model in the decode layout runs `decode`; build one with layout='train'."
-            )
+        require_layout(self.layout, "train")
         x_BTD = x_BTD.astype(self.compute_dtype)
         q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
@@ -100,10 +96,7 @@ class GroupedAttention(nnx.Module):
         self, x_BTD: jax.Array, cache: GroupedCache, start_B: jax.Array, n_new_B: jax.Array
     ) -> tuple[jax.Array, GroupedCache]:
         """Appends T tokens to the cache and attends over it; see `LatentAttention.decode`."""
-        if self.layout != "decode":
-            raise NotImplementedError(
-                "A model in the training layout cannot decode; convert it with `to_decode`."
-            )
+        require_layout(self.layout, "decode")
         rules, slots = self.rules, self.slots
         x_BTD = x_BTD.astype(self.compute_dtype)
         q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))

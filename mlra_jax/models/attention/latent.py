@@ -11,7 +11,7 @@ out           = W_o concat_n(y_n)
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,12 @@ from flax import nnx
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention.output import Output
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import RMSNorm, normal, parameter, rotate, weight
+from mlra_jax.models.layers import Layout, RMSNorm, normal, parameter, require_layout, rotate, weight
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
     from mlra_jax.decoding.cache import LatentCache
-
-Layout = Literal["train", "decode"]
 
 
 class LatentAttention(nnx.Module):
@@ -129,10 +127,7 @@ class LatentAttention(nnx.Module):
         Returns:
           [B, T, D] in the compute type.
         """
-        if self.layout != "train":
-            raise NotImplementedError(
-                "A model in the decode layout runs `decode`; build one with layout='train'."
-            )
+        require_layout(self.layout, "train")
         x_BTD = x_BTD.astype(self.compute_dtype)
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
         q_nope, q_rope = self._queries(x_BTD, positions)
@@ -212,10 +207,7 @@ class LatentAttention(nnx.Module):
         Returns:
           [B, T, D] in the compute type, and the cache with the new tokens.
         """
-        if self.layout != "decode":
-            raise NotImplementedError(
-                "A model in the training layout cannot decode; convert it with `to_decode`."
-            )
+        require_layout(self.layout, "decode")
         rules, dtype, slots = self.rules, self.compute_dtype, self.slots
         x_BTD = x_BTD.astype(dtype)
         positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
