@@ -3,3 +3,7 @@
 One folder per kernel family: `api.py` (the public function and its dispatch), `reference.py` (the specification) and
 one file per back end.
 """
+
+from mlra_jax.ops.dispatch import explain
+
+__all__ = ["explain"]

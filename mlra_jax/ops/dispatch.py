@@ -1,13 +1,19 @@
-"""How an op picks one of its implementations."""
+"""How an op picks one of its implementations, and says why."""
 
 from __future__ import annotations
 
+import contextvars
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 logger = logging.getLogger(__name__)
 _explained: set[tuple[str, str]] = set()
+_asked: contextvars.ContextVar[dict[str, dict[str, str | None]] | None] = contextvars.ContextVar(
+    "asked", default=None
+)
 
 
 def dispatch(
@@ -41,6 +47,8 @@ def dispatch(
             raise ValueError(
                 f"{op} has no implementation {name!r}; choose from {', '.join(implementations)}."
             )
+    if (asked := _asked.get()) is not None:
+        asked[op] = {name: _reason(implementations[name], *args, **kwargs) for name in names}
     reasons: list[NotImplementedError] = []
     for name in names:
         try:
@@ -53,3 +61,33 @@ def dispatch(
                 logger.info("%s: %s declines: %s", op, name, e)
             reasons.append(e)
     raise ExceptionGroup(f"{op}: no implementation takes these arguments", reasons)
+
+
+def _reason(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
+    try:
+        implementation(*args, **kwargs)
+    except NotImplementedError as e:
+        return str(e)
+    return None
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, dict[str, str | None]]:
+    """Why each implementation of the ops that `function` calls would or would not take its call; nothing is run.
+
+        explain(latent_decode_attention, q_nope, q_rope, kv_latent, k_rope, kv_len, scale=0.1)
+
+    Args:
+      function: an op, or anything that calls ops.
+      *args: its arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+      **kwargs: its keywords, as they are.
+
+    Returns:
+      For each op the names in the order in which they are tried, each with its reason to decline, or None: it takes
+      the call. The first None is what `implementation=None` runs.
+    """
+    token = _asked.set(found := {})
+    try:
+        jax.eval_shape(lambda *args: function(*args, **kwargs), *args)
+    finally:
+        _asked.reset(token)
+    return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -11,33 +11,25 @@ from jaxtyping import Array, Float, Int
 from mlra_jax.ops.decode import reference, xla
 from mlra_jax.ops.dispatch import dispatch
 
+Layout = Literal["token_major", "feature_major"]
 
-def _latent(backend: Callable, args: tuple[jax.Array, ...], scale: float) -> tuple[jax.Array, jax.Array]:
-    q_nope, q_rope, kv_latent, k_rope, kv_len = args
-    parts = [(q_nope, kv_latent)]
-    if q_rope.shape[-1]:
-        parts.append((q_rope, k_rope[:, None]))
-    return backend(parts, kv_latent, kv_len, scale=scale)
-
-
-def _grouped(backend: Callable, args: tuple[jax.Array, ...], scale: float) -> tuple[jax.Array, jax.Array]:
-    q, k, v, kv_len = args
-    return backend([(q, k)], v, kv_len, scale=scale)
-
-
-BACKENDS = {"xla": xla.decode_attention, "reference": reference.decode_attention}
-LATENT_IMPLEMENTATIONS = {name: functools.partial(_latent, f) for name, f in BACKENDS.items()}
-GROUPED_IMPLEMENTATIONS = {name: functools.partial(_grouped, f) for name, f in BACKENDS.items()}
+IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "xla": xla.decode_attention,
+    "reference": reference.decode_attention,
+}
+"""Back ends of both ops, best first; each takes what `reference.decode_attention` takes, or declines."""
 
 
 def latent_decode_attention(
     q_nope: Float[Array, "B T L M C"],
     q_rope: Float[Array, "B T L M R"],
-    kv_latent: Float[Array, "B L S C"],
-    k_rope: Float[Array, "B S R"],
+    kv_latent: Float[Array, "P L _ _"],
+    k_rope: Float[Array, "P _ _"],
     kv_len: Int[Array, "B T"],
     *,
     scale: float,
+    page_table: Int[Array, "B N"] | None = None,
+    layout: Layout = "token_major",
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T L M C"], Float[Array, "B T L M"]]:
     """Absorbed attention of each latent head over its cache, which serves as key and as value.
@@ -45,14 +37,20 @@ def latent_decode_attention(
     Scores are `scale * (q_nope . kv_latent + q_rope . k_rope)`; the output is the weighted sum of the latents
     (docs/architecture.md; paper, section 3, with W_UK moved to the query).
 
+    A cache is P pages of S tokens. Without a `page_table`, page b holds row b's tokens (P = B): a contiguous cache.
+
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
       q_rope: rotary queries of the same rows; R may be 0.
-      kv_latent: cached latents. Slots that no query of the row sees may hold anything, NaN too.
-      k_rope: cached rotary keys, shared by all latent heads.
-      kv_len: how many of the leading slots each query sees; causal and ragged batches are expressed by it. 0: none.
+      kv_latent: cached latents [P, L, S, C]. Slots that no query of the row sees may hold anything, NaN too.
+      k_rope: cached rotary keys [P, S, R], shared by all latent heads.
+      kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. 0: none.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
-      implementation: None (the first that takes the arguments), or one name or several of `xla`, `reference`.
+      page_table: token i of row b lies in slot i % S of page `page_table[b, i // S]`; entries past the last token that
+        a query of the row sees may hold anything.
+      layout: `token_major`, as above, or `feature_major`: kv_latent [P, L, C, S] and k_rope [P, R, S].
+      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
+        several of `IMPLEMENTATIONS`.
 
     Returns:
       Output in the type of `q_nope`, zeros where nothing is seen, and the float32 log-sum-exp, -inf there.
@@ -62,35 +60,42 @@ def latent_decode_attention(
       NotImplementedError: the named implementation does not take these arguments.
     """
     b, t, heads, m, c = q_nope.shape
-    s = kv_latent.shape[2]
-    _check(q_rope=(q_rope, (b, t, heads, m, q_rope.shape[-1])))
-    _check(
-        kv_latent=(kv_latent, (b, heads, s, c)),
-        k_rope=(k_rope, (b, s, q_rope.shape[-1])),
-        kv_len=(kv_len, (b, t)),
+    r = q_rope.shape[-1]
+    _check(q_rope, "q_rope", (b, t, heads, m, r))
+    _check_cache(
+        kv_len, page_table, layout, (b, t), kv_latent=(kv_latent, (heads,), c), k_rope=(k_rope, (), r)
     )
-    args = (q_nope, q_rope, kv_latent, k_rope, kv_len)
-    return dispatch("latent_decode_attention", LATENT_IMPLEMENTATIONS, implementation, args, scale)
+    parts = [(q_nope, kv_latent)]
+    if r:
+        parts.append((q_rope, k_rope[:, None]))
+    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    return dispatch(
+        "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, kv_len, **keywords
+    )
 
 
 def grouped_decode_attention(
     q: Float[Array, "B T K M H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S V"],
+    k: Float[Array, "P K _ _"],
+    v: Float[Array, "P K _ _"],
     kv_len: Int[Array, "B T"],
     *,
     scale: float,
+    page_table: Int[Array, "B N"] | None = None,
+    layout: Layout = "token_major",
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
     """Attention of M query heads for each of K local KV heads over a cache of keys and values.
 
     Args:
       q: queries.
-      k: cached keys. Slots that no query of the row sees may hold anything, NaN too.
-      v: cached values.
-      kv_len: how many of the leading slots each query sees. 0: none.
+      k: cached keys [P, K, S, H]. Slots that no query of the row sees may hold anything, NaN too.
+      v: cached values [P, K, S, V].
+      kv_len: how many of the leading tokens each query sees. 0: none.
       scale: multiplies the scores.
-      implementation: None (the first that takes the arguments), or one name or several of `xla`, `reference`.
+      page_table: see `latent_decode_attention`.
+      layout: `token_major`, as above, or `feature_major`: k [P, K, H, S] and v [P, K, V, S].
+      implementation: see `latent_decode_attention`.
 
     Returns:
       Output in the type of `q`, zeros where nothing is seen, and the float32 log-sum-exp, -inf there.
@@ -100,13 +105,36 @@ def grouped_decode_attention(
       NotImplementedError: the named implementation does not take these arguments.
     """
     b, t, heads, _, h = q.shape
-    s = k.shape[2]
-    _check(k=(k, (b, heads, s, h)), v=(v, (b, heads, s, v.shape[-1])), kv_len=(kv_len, (b, t)))
-    args = (q, k, v, kv_len)
-    return dispatch("grouped_decode_attention", GROUPED_IMPLEMENTATIONS, implementation, args, scale)
+    width = v.shape[-2 if layout == "feature_major" else -1]
+    _check_cache(kv_len, page_table, layout, (b, t), k=(k, (heads,), h), v=(v, (heads,), width))
+    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    return dispatch(
+        "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, kv_len, **keywords
+    )
 
 
-def _check(**arrays: tuple[jax.Array, tuple[int, ...]]) -> None:
-    for name, (x, expected) in arrays.items():
-        if x.shape != expected:
-            raise ValueError(f"{name} must have the shape {expected} that the queries imply; got {x.shape}.")
+def _check(x: jax.Array, name: str, expected: tuple[int, ...]) -> None:
+    if x.shape != expected:
+        raise ValueError(
+            f"{name} must have the shape {expected} that the other arguments imply; got {x.shape}."
+        )
+
+
+def _check_cache(
+    kv_len: jax.Array,
+    page_table: jax.Array | None,
+    layout: str,
+    rows: tuple[int, int],
+    **arrays: tuple[Any, tuple[int, ...], int],
+) -> None:
+    if layout not in ("token_major", "feature_major"):
+        raise ValueError(f"layout must be token_major or feature_major; got {layout!r}.")
+    _check(kv_len, "kv_len", rows)
+    if page_table is not None:
+        _check(page_table, "page_table", (rows[0], *page_table.shape[1:2]))
+    first = next(iter(arrays.values()))[0].shape
+    pages = rows[0] if page_table is None else first[0]
+    feature_major = layout == "feature_major"
+    slots = first[-1] if feature_major else first[-2]
+    for name, (x, heads, width) in arrays.items():
+        _check(x, name, (pages, *heads, *((width, slots) if feature_major else (slots, width))))

@@ -7,28 +7,53 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+Parts = Sequence[tuple[jax.Array, jax.Array]]
+"""Queries [B, T, L, M, W] with keys [P, L, S, W], or [P, 1, S, W] where all heads share them; scores are their sum."""
+
+
+def token_major(k: jax.Array, layout: str) -> jax.Array:
+    """A cached array as [P, L, S, W], whatever its layout."""
+    return k.swapaxes(-1, -2) if layout == "feature_major" else k
+
+
+def gather_pages(k_PLSW: jax.Array, page_table_BN: jax.Array | None) -> jax.Array:
+    """The tokens of each row in order, [B, L, N * S, W], from the pages that hold them."""
+    if page_table_BN is None:
+        return k_PLSW
+    # What a table holds past a row's end may be no page at all; it is not seen.
+    k_BNLSW = jnp.take(k_PLSW, page_table_BN, axis=0, mode="clip")
+    b, n, heads, s, w = k_BNLSW.shape
+    return k_BNLSW.swapaxes(1, 2).reshape(b, heads, n * s, w)
+
 
 def decode_attention(
-    parts: Sequence[tuple[jax.Array, jax.Array]],
-    v_BLSV: jax.Array,
+    parts: Parts,
+    v: jax.Array | None,
     kv_len_BT: jax.Array,
     *,
     scale: float,
+    page_table: jax.Array | None = None,
+    layout: str = "token_major",
     kv_start: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention whose scores are a sum over parts of the key, each with its own query.
 
     Args:
-      parts: pairs of a query [B, T, L, M, W] and a key [B, L, S, W], or [B, 1, S, W] where all heads share it.
-      v_BLSV: values. Slots at or past the row's largest `kv_len` may hold anything, NaN too.
-      kv_len_BT: how many of the leading slots each query sees; 0: none.
+      parts: pairs of queries and keys.
+      v: values [P, L, S, V]; None: the keys of the first part.
+      kv_len_BT: how many of the leading tokens each query sees; 0: none. Slots that no query sees may hold anything.
       scale: multiplies the scores.
-      kv_start: first slot that is seen.
+      page_table: pages of each row [B, N]; None: page b is row b.
+      layout: of keys and values: `token_major` as above, or `feature_major` with the last two axes swapped.
+      kv_start: first token that is seen.
 
     Returns:
       Output [B, T, L, M, V] in the type of the first query, zeros where nothing is seen, and the log-sum-exp of the
       scaled scores [B, T, L, M] in float32, -inf where nothing is seen.
     """
+    rows = lambda k: gather_pages(token_major(k, layout), page_table)
+    parts = [(q, rows(k)) for q, k in parts]
+    v_BLSV = parts[0][1] if v is None else rows(v)
     heads = v_BLSV.shape[1]
     scores = jnp.zeros((), jnp.float32)
     for q_BTLMW, k in parts:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 
 from mlra_jax.ops.decode import reference
+from mlra_jax.ops.decode.reference import Parts
 
 BLOCK_ELEMENTS = 1 << 24
 """Most scores held at a time: 64 MiB of float32."""
@@ -24,27 +23,45 @@ def merge(
 
 
 def decode_attention(
-    parts: Sequence[tuple[jax.Array, jax.Array]],
-    v_BLSV: jax.Array,
+    parts: Parts,
+    v: jax.Array | None,
     kv_len_BT: jax.Array,
     *,
     scale: float,
+    page_table: jax.Array | None = None,
+    layout: str = "token_major",
 ) -> tuple[jax.Array, jax.Array]:
     """See `mlra_jax.ops.decode.reference.decode_attention`."""
     b, t, heads, m, _ = parts[0][0].shape
-    s = v_BLSV.shape[2]
+    s_axis = 3 if layout == "feature_major" else 2
+    page = parts[0][1].shape[s_axis]
+    s = page if page_table is None else page * page_table.shape[1]
     block = min(s, max(128, BLOCK_ELEMENTS // (b * t * heads * m)))
+    if page_table is not None:
+        block = max(block // page, 1) * page
     if block == s:
-        return reference.decode_attention(parts, v_BLSV, kv_len_BT, scale=scale)
+        return reference.decode_attention(
+            parts, v, kv_len_BT, scale=scale, page_table=page_table, layout=layout
+        )
 
     def one_block(i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         # The last block is moved back to end with the cache; slots that an earlier block has seen are left out.
         start = jnp.minimum(i * block, s - block)
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=2)
+        table = page_table
+        if page_table is None:
+            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=s_axis)
+        else:
+            cut = lambda x: x
+            table = jax.lax.dynamic_slice_in_dim(page_table, start // page, block // page, axis=1)
         kv_len = jnp.clip(kv_len_BT - start, 0, block)
-        keys = [(q, cut(k)) for q, k in parts]
         out, lse = reference.decode_attention(
-            keys, cut(v_BLSV), kv_len, scale=scale, kv_start=i * block - start
+            [(q, cut(k)) for q, k in parts],
+            None if v is None else cut(v),
+            kv_len,
+            scale=scale,
+            page_table=table,
+            layout=layout,
+            kv_start=i * block - start,
         )
         return out.astype(jnp.float32), lse
 
