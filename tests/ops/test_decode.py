@@ -1,52 +1,63 @@
 """Decode attention: the specification against NumPy, the other back ends against the specification."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import TypeCheckError
 
 from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention, xla
+from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+
+EVERYWHERE = ("reference", "xla")
 
 
-def by_hand(parts, v, kv_len, scale):
-    """Output and log-sum-exp, one query row at a time, in float64; sees the leading `kv_len` slots alone."""
+def definition(call):
+    """Output and log-sum-exp, one query row at a time, in float64; reads the tokens that the row sees alone."""
+    *arrays, kv_len, table = (None if x is None else np.asarray(x) for x in call.args)
+    arrays = [x.astype(np.float64) for x in arrays]
+
+    def tokens(cache, row, n):
+        """The leading n tokens of a row [L or none, n, W], wherever they lie."""
+        cache = cache.swapaxes(-1, -2) if call.static["layout"] == "feature_major" else cache
+        if table is None:
+            return cache[row][..., :n, :]
+        slots = cache.shape[-2]
+        return np.stack([cache[table[row, i // slots]][..., i % slots, :] for i in range(n)], axis=-2)
+
+    if call.op is latent_decode_attention:
+        q_nope, q_rope, latent, k_rope = arrays
+        parts, v = [(q_nope, latent), (q_rope, k_rope)], latent
+    else:
+        q, k, v = arrays
+        parts = [(q, k)]
     b, t, heads, m, _ = parts[0][0].shape
-    out, lse = np.zeros((b, t, heads, m, v.shape[-1])), np.full((b, t, heads, m), -np.inf)
-    for at in np.ndindex(b, t, heads, m):
-        row, i, head, _ = at
-        if n := kv_len[row, i]:
-            keys = [(q[at], (k[row, head] if k.ndim == 4 else k[row])[:n]) for q, k in parts]
-            scores = scale * sum(k.astype(np.float64) @ q for q, k in keys)
-            weights = np.exp(scores - scores.max())
-            lse[at] = np.log(weights.sum()) + scores.max()
-            out[at] = weights / weights.sum() @ v[row, head, :n]
+    width = v.shape[-2 if call.static["layout"] == "feature_major" else -1]
+    out, lse = np.zeros((b, t, heads, m, width)), np.full((b, t, heads, m), -np.inf)
+    for row, i in np.ndindex(b, t):
+        if not (n := kv_len[row, i]):
+            continue
+        keys, values = [tokens(k, row, n) for _, k in parts], tokens(v, row, n)
+        for head in range(heads):
+            of_head = lambda x, head=head: x[head] if x.ndim == 3 else x
+            scores = sum(
+                q[row, i, head] @ of_head(k).T for (q, _), k in zip(parts, keys, strict=True)
+            )  # [M, n]
+            scores *= call.static["scale"]
+            top = scores.max(axis=1, keepdims=True)
+            weights = np.exp(scores - top)
+            lse[row, i, head] = np.log(weights.sum(axis=1)) + top[:, 0]
+            out[row, i, head] = weights @ of_head(values) / weights.sum(axis=1, keepdims=True)
     return out, lse
 
 
-def latent_case(seed, b, t, heads, m, c, r, s, kv_len=None):
-    """Arguments of the latent op; what no query of a row sees is NaN."""
-    rng = np.random.default_rng(seed)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    q_nope, q_rope, latent, k_rope = (
-        draw(b, t, heads, m, c),
-        draw(b, t, heads, m, r),
-        draw(b, heads, s, c),
-        draw(b, s, r),
-    )
-    kv_len = rng.integers(0, s + 1, (b, t)).astype(np.int32) if kv_len is None else kv_len
-    unseen = np.arange(s) >= kv_len.max(axis=1)[:, None]
-    latent[np.broadcast_to(unseen[:, None], latent.shape[:3])] = np.nan
-    k_rope[unseen] = np.nan
-    return q_nope, q_rope, latent, k_rope, kv_len
-
-
-def put(*arrays):
-    return [jnp.asarray(x) for x in arrays]
+def run(call, implementation):
+    return jax.jit(functools.partial(call, implementation=implementation))(*call.args)
 
 
 def check(outcome, expected, atol=1e-5):
@@ -54,72 +65,84 @@ def check(outcome, expected, atol=1e-5):
         np.testing.assert_allclose(np.asarray(ours, np.float32), wanted, rtol=1e-4, atol=atol)
 
 
-@settings(max_examples=8, deadline=None)
-@given(
-    seed=st.integers(0, 99),
-    b=st.integers(1, 2),
-    t=st.integers(1, 3),
-    heads=st.integers(1, 3),
-    m=st.integers(1, 3),
-    c=st.integers(1, 6),
-    r=st.sampled_from([0, 2, 4]),
-    s=st.integers(1, 9),
-)
-def test_reference_equals_the_definition_with_ragged_lengths_and_nan_in_unseen_slots(
-    seed, b, t, heads, m, c, r, s
-):
-    args = latent_case(seed, b, t, heads, m, c, r, s)
-    q_nope, q_rope, latent, k_rope, kv_len = args
-    run = functools.partial(latent_decode_attention, scale=0.6, implementation="reference")
-    outcome = jax.jit(run)(*put(*args))
-    check(outcome, by_hand([(q_nope, latent), (q_rope, k_rope)], latent, kv_len, 0.6))
+@st.composite
+def sizes(draw, page):
+    """Those of small calls of either op in either layout."""
+    small = lambda low, high: draw(st.integers(low, high))
+    latent = draw(st.booleans())
+    return {
+        "lengths": tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))),
+        "q_len": small(1, 3),
+        "heads": small(1, 3),
+        "rows": small(1, 3),
+        "width": small(1, 5),
+        "rope": draw(st.sampled_from([0, 2, 4])) if latent else 0,
+        "value": None if latent else small(1, 5),
+        "slots": small(9, 11),
+        "page": draw(page),
+        "layout": draw(st.sampled_from(["token_major", "feature_major"])),
+    }
 
 
-@pytest.mark.parametrize("s", [128, 129, 300, 384, 500])
-def test_xla_in_blocks_equals_the_definition(monkeypatch, s):
+@settings(max_examples=15, deadline=None)
+@given(sizes=sizes(page=st.none()), seed=st.integers(0, 99))
+def test_reference_equals_the_definition_with_ragged_lengths_and_nan_in_unseen_slots(sizes, seed):
+    call = make_case(Case(**sizes), seed, jnp.float32, scale=0.6)
+    check(run(call, "reference"), definition(call))
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=sizes(page=st.integers(1, 5)), seed=st.integers(0, 99))
+def test_reference_equals_the_definition_with_permuted_pages_and_entries_that_are_no_page(sizes, seed):
+    call = make_case(Case(**sizes), seed, jnp.float32, scale=0.6)
+    check(run(call, "reference"), definition(call))
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_xla_equals_the_definition_at_the_limits_of_blocks_and_pages(monkeypatch, name):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)  # blocks of 128, the smallest
-    kv_len = np.array([[0, 0], [0, min(s, 128)], [s, s // 2]], np.int32)  # row 0 sees nothing at all
-    args = latent_case(s, 3, 2, 2, 2, 4, 2, s, kv_len)
-    q_nope, q_rope, latent, k_rope, _ = args
-    outcome = jax.jit(functools.partial(latent_decode_attention, scale=0.6, implementation="xla"))(
-        *put(*args)
-    )
-    check(outcome, by_hand([(q_nope, latent), (q_rope, k_rope)], latent, kv_len, 0.6))
+    call = make_case(EDGES[name], dtype=jnp.float32)
+    check(run(call, "xla"), definition(call))
 
 
-def test_xla_reads_no_block_beyond_the_longest_row(monkeypatch):
+@pytest.mark.parametrize("page", [None, 16, 100, 128, 160])
+@pytest.mark.parametrize("layout", ["token_major", "feature_major"])
+def test_xla_in_blocks_equals_the_definition_in_both_layouts_whatever_the_page(monkeypatch, page, layout):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    specification, runs = xla.reference.decode_attention, []
+    case = Case((300, 128, 0, 130), 2, 2, 2, width=4, rope=2, slots=350, page=page, layout=layout)
+    call = make_case(case, dtype=jnp.float32)
+    check(run(call, "xla"), definition(call))
+    call = make_case(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32)
+    check(run(call, "xla"), definition(call))
+
+
+@pytest.mark.parametrize("s", [129, 500])
+def test_xla_sees_each_slot_once_where_the_last_block_overlaps_the_one_before(monkeypatch, s):
+    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
+    call = make_case(Case((s, s // 2), 2, 2, 2, width=4, rope=2), dtype=jnp.float32)
+    check(run(call, "xla"), definition(call))
+
+
+@pytest.mark.parametrize("page", [None, 32])
+def test_xla_reads_no_block_beyond_the_longest_row(monkeypatch, page):
+    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
+    specification, blocks = xla.reference.decode_attention, []
 
     def counted(*args, **kwargs):
-        jax.debug.callback(lambda: runs.append(1))
+        jax.debug.callback(lambda: blocks.append(1))
         return specification(*args, **kwargs)
 
     monkeypatch.setattr(xla.reference, "decode_attention", counted)
-    q, kv = jnp.ones((2, 1, 1, 1, 4)), jnp.ones((2, 1, 1000, 4))
-    kv_len = jnp.array([[130], [20]])
-    jax.block_until_ready(grouped_decode_attention(q, kv, kv, kv_len, scale=1.0, implementation="xla"))
+    case = Case((130, 20), rows=1, width=4, rope=0, value=4, slots=1000, page=page)
+    jax.block_until_ready(make_case(case, dtype=jnp.float32)(implementation="xla"))
     jax.effects_barrier()
-    assert len(runs) == 2
+    assert len(blocks) == 2
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_grouped_attention_equals_the_definition_with_values_of_another_width(monkeypatch, implementation):
-    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    q, k, v = draw(2, 3, 2, 4, 6), draw(2, 2, 200, 6), draw(2, 2, 200, 5)
-    kv_len = np.array([[0, 1, 150], [128, 129, 200]], np.int32)
-    k[0, :, 150:], v[0, :, 150:] = np.nan, np.nan
-    outcome = grouped_decode_attention(*put(q, k, v, kv_len), scale=0.5, implementation=implementation)
-    check(outcome, by_hand([(q, k)], v, kv_len, 0.5))
-
-
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_nothing_seen_gives_zeros_and_minus_infinity(implementation):
-    args = latent_case(0, 2, 2, 2, 3, 4, 2, 5)
-    args[2][:], args[3][:], args[4][:] = np.nan, np.nan, 0
-    out, lse = latent_decode_attention(*put(*args), scale=1.0, implementation=implementation)
+    call = make_case(Case((0, 0), 2, 2, 3, width=4, rope=2, slots=5), dtype=jnp.float32)
+    out, lse = call(implementation=implementation)
     assert np.all(np.asarray(out) == 0)
     assert np.all(np.asarray(lse) == -np.inf)
 
@@ -129,35 +152,83 @@ def test_outputs_over_two_halves_of_the_cache_merge_to_that_over_all_of_it():
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     q, k, v = draw(2, 1, 2, 3, 4), draw(2, 2, 8, 4), draw(2, 2, 8, 4)
     kv_len = jnp.array([[8], [3]])  # the second row has nothing in the second half
-    run = lambda part, n: grouped_decode_attention(q, k[:, :, part], v[:, :, part], n, scale=1.0)
-    halves = run(slice(0, 4), jnp.clip(kv_len, 0, 4)), run(slice(4, 8), jnp.clip(kv_len - 4, 0, 4))
+    attend = lambda part, n: grouped_decode_attention(q, k[:, :, part], v[:, :, part], n, scale=1.0)
+    halves = attend(slice(0, 4), jnp.clip(kv_len, 0, 4)), attend(slice(4, 8), jnp.clip(kv_len - 4, 0, 4))
     check(xla.merge(*halves[0], *halves[1]), grouped_decode_attention(q, k, v, kv_len, scale=1.0))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("sizes", [(2, 1, 4, 4), (2, 3, 4, 1), (1, 5, 1, 4)], ids=str)
 def test_bfloat16_is_as_close_to_float32_as_rounding_allows(monkeypatch, implementation, sizes):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    q_nope, q_rope, latent, k_rope, kv_len = latent_case(1, *sizes, 16, 8, 150)
-    low = [jnp.asarray(x, jnp.bfloat16) for x in (q_nope, q_rope, latent, k_rope)]
-    q_nope, q_rope, latent, k_rope = (np.asarray(x, np.float32) for x in low)
-    out, lse = latent_decode_attention(*low, jnp.asarray(kv_len), scale=0.2, implementation=implementation)
+    b, *sizes = sizes
+    call = make_case(Case((150, 70)[:b], *sizes, width=16, rope=8), 1, scale=0.2)
+    out, lse = run(call, implementation)
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
-    exact, exact_lse = by_hand([(q_nope, latent), (q_rope, k_rope)], latent, kv_len, 0.2)
+    exact, exact_lse = definition(call)
     np.testing.assert_allclose(
         np.asarray(out, np.float32), exact, rtol=0, atol=2 * 2**-8 * np.abs(exact).max()
     )
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
 
 
-def test_arguments_that_do_not_belong_together_are_named():
-    q_nope, q_rope, latent, k_rope, kv_len = latent_case(0, 2, 2, 2, 3, 4, 2, 5)
-    wrong = {
-        "q_rope": (q_nope, q_rope[:, :, :1], latent, k_rope, kv_len),
-        "kv_latent": (q_nope, q_rope, latent[:, :1], k_rope, kv_len),
-        "k_rope": (q_nope, q_rope, latent, k_rope[:, :3], kv_len),
-        "kv_len": (q_nope, q_rope, latent, k_rope, kv_len[:, :1]),
-    }
-    for name, args in wrong.items():
-        with pytest.raises((ValueError, TypeCheckError), match=name):
-            latent_decode_attention(*put(*args), scale=1.0)
+@pytest.fixture
+def as_users_call():
+    """Without the check of annotations, which would speak first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+LATENT = Case((5, 4), 2, 2, 3, width=4, rope=2)
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "wrong"),
+    [
+        (LATENT, "q_rope", lambda x: x[:, :1]),
+        (LATENT, "kv_latent", lambda x: x[:, :1]),
+        (LATENT, "kv_latent", lambda x: x[:1]),  # contiguous: as many pages as rows
+        (LATENT, "kv_latent", lambda x: x[..., :3]),
+        (LATENT, "k_rope", lambda x: x[:, :3]),
+        (LATENT, "k_rope", lambda x: x[..., :1]),
+        (LATENT, "kv_len", lambda x: x[:, :1]),
+        (dataclasses.replace(LATENT, layout="feature_major"), "kv_latent", lambda x: x[:, :, :3]),
+        (dataclasses.replace(LATENT, layout="feature_major"), "k_rope", lambda x: x[..., :3]),
+        (dataclasses.replace(LATENT, page=2), "k_rope", lambda x: x[1:]),  # a pool of as many pages for both
+        (dataclasses.replace(LATENT, page=2), "page_table", lambda x: x[:1]),
+        (dataclasses.replace(LATENT, rope=0, value=4), "k", lambda x: x[..., :3]),
+        (dataclasses.replace(LATENT, rope=0, value=4), "v", lambda x: x[:, :, :3]),
+        (dataclasses.replace(LATENT, rope=0, value=4), "v", lambda x: x[:, :1]),
+    ],
+)
+@pytest.mark.usefixtures("as_users_call")
+def test_an_array_that_does_not_belong_to_the_others_is_named(case, name, wrong):
+    call = make_case(case, dtype=jnp.float32)
+    names = ("q", "k", "v") if case.value else ("q_nope", "q_rope", "kv_latent", "k_rope")
+    args = [
+        wrong(x) if n == name else x for n, x in zip((*names, "kv_len", "page_table"), call.args, strict=True)
+    ]
+    with pytest.raises(ValueError, match=f"^{name} must have the shape"):
+        call(*args)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_an_unknown_layout_is_refused_with_the_known_ones():
+    call = make_case(LATENT, dtype=jnp.float32)
+    with pytest.raises(ValueError, match="token_major or feature_major; got 'head_major'"):
+        call.op(*call.args[:-1], scale=1.0, layout="head_major")
+
+
+def test_a_case_is_what_it_says_that_the_queries_see():
+    case = Case((3, 0, 5), q_len=2, heads=2, rows=1, width=4, rope=2, page=2)
+    call = make_case(case)
+    *_, latent, k_rope, kv_len, table = call.args
+    np.testing.assert_array_equal(kv_len, [[2, 3], [0, 0], [4, 5]])
+    assert (np.isfinite(latent).sum(), np.isfinite(k_rope).sum()) == (8 * 2 * 4, 8 * 2)
+    np.testing.assert_array_equal(
+        (np.asarray(table) >= 0) & (np.asarray(table) < 9), [[1, 1, 0], [0] * 3, [1] * 3]
+    )
+    shape = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(shape, call.args) == jax.tree.map(shape, abstract_call(case).args)
+    assert BENCHMARKS["mlra_4 1x2M"].cache_bytes == 2 * (128 + 64) * 2**21
