@@ -2,11 +2,15 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mlra_jax.ops.attention import causal_attention
-from mlra_jax.ops.dispatch import dispatch
+from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
+from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
+from mlra_jax.ops.dispatch import dispatch, explain
 
 
 def declines(x, *, limit):
@@ -47,3 +51,50 @@ def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_runs():
 def test_other_errors_of_an_implementation_are_not_taken_for_declining():
     with pytest.raises(ZeroDivisionError):
         dispatch("op", {"broken": lambda: 1 / 0, "plain": lambda: 1}, None)
+
+
+def double(x, *, limit=1, implementation=None):
+    return dispatch("double", IMPLEMENTATIONS, implementation, x, limit=limit)[1]
+
+
+def test_explain_names_all_in_the_order_in_which_they_are_tried_with_their_reasons():
+    assert explain(double, jnp.ones(3), limit=7) == {
+        "double": {"fast": "takes no more than 7", "plain": None}
+    }
+    assert list(explain(double, 3, implementation=("plain", "fast"))["double"]) == ["plain", "fast"]
+
+
+def test_explain_raises_as_the_call_would_and_forgets():
+    with pytest.raises(NotImplementedError, match="takes no more than 1"):
+        explain(double, 3, implementation="fast")
+    assert double(3) == 3
+    assert explain(jnp.sin, 0.5) == {}
+
+
+def test_explain_reports_the_ops_that_a_function_calls_and_runs_nothing():
+    ran = []
+
+    def model(q, k):
+        jax.debug.callback(lambda: ran.append(1))
+        return causal_attention(q, k, k, scale=1.0)
+
+    shape = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
+    assert explain(model, shape, shape)["causal_attention"]["reference"] is None
+    jax.effects_barrier()
+    assert not ran
+
+
+def test_explain_says_why_other_back_ends_of_decode_attention_leave_the_cpu_to_xla():
+    call = abstract_call(Case((300, 7), page=64))
+    with jax.default_device(jax.devices("cpu")[0]):
+        reasons = explain(call, *call.args)["latent_decode_attention"]
+    assert list(reasons) == list(DECODE)
+    preferred = list(reasons.values())[: list(reasons).index("xla")]
+    assert all(preferred)
+    assert (reasons["xla"], reasons["reference"]) == (None, None)
+
+
+def test_a_named_implementation_of_decode_attention_runs_though_another_is_preferred():
+    call = make_case(Case((3, 1), rows=2, width=4, rope=2), dtype=jnp.float32)
+    np.testing.assert_allclose(call(implementation="reference")[0], call()[0], rtol=1e-5, atol=1e-6)
+    assert explain(call, *call.args)["latent_decode_attention"]["reference"] is None
