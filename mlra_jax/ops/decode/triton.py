@@ -1,0 +1,287 @@
+"""Decode attention on Ampere, Ada and Hopper GPUs in Triton, called through jax-triton.
+
+Flash decoding: the tokens of each row are split over programs, each leaves an output and a log-sum-exp, and a second
+kernel merges those. Optional: needs `pip install 'mlra_jax[triton]'`, which is imported where a kernel is launched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.device import current_device
+
+MAX_SPLITS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the kernel must know of a GPU."""
+
+    capability: int
+    """Compute capability: 80 for 8.0."""
+    processors: int
+    """Streaming multiprocessors."""
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one program at most (CUDA C++ Programming Guide, table of compute capabilities)."""
+        return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}[self.capability] * 1024
+
+
+CHIPS = {
+    r"A100": Chip(80, 108),
+    r"A30": Chip(80, 56),
+    r"A10G": Chip(86, 80),
+    r"A10": Chip(86, 72),
+    r"A40|A6000": Chip(86, 84),
+    r"RTX 3090": Chip(86, 82),
+    r"L4": Chip(89, 58),
+    r"L40S?": Chip(89, 142),
+    r"RTX 4090": Chip(89, 128),
+    r"H100 PCIe": Chip(90, 114),
+    r"H100|H200|GH200": Chip(90, 132),
+}
+"""By what their names in JAX (`NVIDIA A100-SXM4-40GB`) hold; numbers from NVIDIA's data sheets."""
+
+
+def find_chip(kind: str) -> Chip | None:
+    """The chip that a JAX device kind names; None: unknown."""
+    return next((chip for name, chip in CHIPS.items() if re.search(rf"\b({name})\b", kind)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiling of the kernel. Sizes of blocks are powers of two from 16."""
+
+    block_rows: int
+    """Query rows of one program."""
+    block_tokens: int
+    """Tokens that it takes at a time; a page holds a whole number of them."""
+    splits: int
+    """Programs among which the tokens of a row are divided."""
+    warps: int
+    stages: int
+    """Blocks of tokens in flight, each of block_tokens x (key + value) widths of shared memory."""
+
+
+def heuristic_config(
+    chip: Chip,
+    *,
+    programs: int,
+    rows: int,
+    key_width: int,
+    value_width: int,
+    tokens: int,
+    page: int | None,
+    latent: bool,
+) -> Config:
+    """A tiling that fits the chip.
+
+    Args:
+      chip: that it is for.
+      programs: (batch row, head) pairs.
+      rows: query rows of each.
+      key_width: of all parts together.
+      value_width: of the output.
+      tokens: that a row may hold.
+      page: slots of a page, or None.
+      latent: the keys are the values.
+    """
+    # Queries, scores and sums of a tile live in registers: the wider a row, the fewer rows.
+    most_rows = 64 if value_width <= 128 else 32 if value_width <= 256 else 16
+    block_rows = max(16, min(most_rows, _power_of_two(rows)))
+    block_tokens = 64 if value_width <= 256 else 32
+    while page is not None and page % block_tokens:
+        block_tokens //= 2
+
+    def stages_for(resident: int) -> int:
+        """Most blocks in flight that leave room for so many programs on a processor, which keeps 1 KiB of each."""
+        queries = block_rows * (2 * key_width + 2 * block_tokens)  # and weights
+        block = 2 * block_tokens * (key_width if latent else key_width + value_width)
+        left = (chip.shared_bytes + 1024) // resident - 1024 - queries
+        return min(4, left // block + (chip.capability < 90))
+
+    # Before Hopper one program's softmax hides behind another's products.
+    resident = 2 if chip.capability < 90 and stages_for(2) >= 2 else 1
+    stages = max(1, stages_for(resident))
+
+    programs *= math.ceil(rows / block_rows)
+    blocks = math.ceil(tokens / block_tokens)
+    slots = chip.processors * resident
+
+    def time(splits: int) -> float:
+        """Blocks that the busiest slot takes; starting a program, and merging its output, cost like some more."""
+        waves = math.ceil(programs * splits / slots)
+        return waves * (math.ceil(blocks / splits) + 4) + splits / 32
+
+    splits = min(range(1, max(1, min(MAX_SPLITS, blocks // 4)) + 1), key=time)
+    return Config(block_rows, block_tokens, splits, warps=4, stages=stages)
+
+
+def decode_attention(
+    parts: Parts,
+    v: jax.Array | None,
+    kv_len_BT: jax.Array,
+    *,
+    scale: float,
+    page_table: jax.Array | None = None,
+    layout: str = "token_major",
+    config: Config | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `mlra_jax.ops.decode.reference.decode_attention`; `config`: None for the heuristic's."""
+    chip = _check(parts, v, page_table, layout)
+    (q, k), *rest = parts
+    q_rope, k_rope = rest[0] if rest else (q, k)
+    b, t, heads, m, c = q.shape
+    r = q_rope.shape[-1] if rest else 0
+    slots = k.shape[2]
+    width = c if v is None else v.shape[-1]
+    if config is None:
+        config = heuristic_config(
+            chip,
+            programs=b * heads,
+            rows=t * m,
+            key_width=c + r,
+            value_width=width,
+            tokens=slots if page_table is None else slots * page_table.shape[1],
+            page=None if page_table is None else slots,
+            latent=v is None,
+        )
+    if page_table is not None and slots % config.block_tokens:
+        raise NotImplementedError(
+            f"Its blocks of {config.block_tokens} tokens do not fit whole into pages of {slots}; use pages of a "
+            "multiple of 16 tokens and a block that divides them."
+        )
+    kernels = _import_kernels()
+    tiles = math.ceil(t * m / config.block_rows)
+    out = (
+        jax.ShapeDtypeStruct((b, t, heads, m, width), q.dtype),
+        jax.ShapeDtypeStruct((b, t, heads, m), jnp.float32),
+    )
+    split_out = out
+    if config.splits > 1:
+        split_out = (
+            jax.ShapeDtypeStruct((b, heads, config.splits, t * m, width), jnp.float32),
+            jax.ShapeDtypeStruct((b, heads, config.splits, t * m), jnp.float32),
+        )
+    sizes = {"T": t, "L": heads, "M": m, "V": width, "SPLITS": config.splits}
+    parts_of_output = _launch(
+        kernels.split_kernel,
+        (
+            q,
+            q_rope,
+            k,
+            k_rope,
+            k if v is None else v,
+            kv_len_BT,
+            kv_len_BT if page_table is None else page_table,
+        ),
+        split_out,
+        grid=(tiles * config.splits, heads, b),
+        capability=chip.capability,
+        warps=config.warps,
+        stages=config.stages,
+        C=c,
+        R=r,
+        S=slots,
+        N=0 if page_table is None else page_table.shape[1],
+        ROPE_HEADS=k_rope.shape[1],
+        LATENT=v is None,
+        SCALE=float(scale) * math.log2(math.e),
+        TILES=tiles,
+        BLOCK_ROWS=config.block_rows,
+        BLOCK_TOKENS=config.block_tokens,
+        **sizes,
+    )
+    if config.splits == 1:
+        return parts_of_output
+    return _launch(
+        kernels.combine_kernel,
+        parts_of_output,
+        out,
+        grid=(t * m, heads, b),
+        capability=chip.capability,
+        warps=4,
+        stages=2,
+        SPLITS_2=_power_of_two(config.splits),
+        CHUNK=min(_power_of_two(config.splits), 32),
+        **sizes,
+    )
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layout: str) -> Chip:
+    """The chip, where the kernel takes the call."""
+    platform, kind = current_device()
+    if platform != "gpu":
+        raise NotImplementedError(f"It is for NVIDIA GPUs, not for {kind}.")
+    chip = find_chip(kind)
+    if chip is None:
+        raise NotImplementedError(f"It does not know {kind}; add it to mlra_jax.ops.decode.triton.CHIPS.")
+    if layout != "token_major":
+        raise NotImplementedError(f"It reads token_major caches, not {layout}.")
+    arrays = [x for part in parts for x in part] + ([] if v is None else [v])
+    types = {x.dtype for x in arrays}
+    if len(types) > 1 or types - {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
+        names = ", ".join(sorted(map(str, types)))
+        raise NotImplementedError(f"It takes bfloat16 or float16 for queries and cache alike, not {names}.")
+    widths = [x.shape[-1] for x in arrays]
+    if any(w < 16 or w & (w - 1) or w > 512 for w in widths):
+        raise NotImplementedError(f"Its widths are powers of two from 16 to 512; got {sorted(set(widths))}.")
+    if page_table is not None and parts[0][1].shape[2] % 16:
+        raise NotImplementedError(f"Its pages hold a multiple of 16 tokens; got {parts[0][1].shape[2]}.")
+    return chip
+
+
+def _import_kernels() -> Any:
+    try:
+        import jax_triton  # noqa: F401
+        import triton  # noqa: F401
+    except ImportError as e:
+        raise NotImplementedError(f"It needs `pip install 'mlra_jax[triton]'` ({e}).") from e
+    from mlra_jax.ops.decode import triton_kernels
+
+    return triton_kernels
+
+
+def _launch(
+    kernel: Any,
+    inputs: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    grid: tuple[int, int, int],
+    capability: int,
+    warps: int,
+    stages: int,
+    **constants: Any,
+) -> Any:
+    """Calls a kernel through jax-triton 0.3 or 0.4."""
+    import jax_triton
+
+    keywords: dict[str, Any] = {"out_shape": tuple(outputs)}
+    if jax_triton.__version_info__ >= (0, 4):
+        # Newer Tritons emit PTX newer than CUDA 13.0, the oldest that JAX comes with, understands.
+        options = (("ptx_version", 87), ("enable_fp_fusion", True))
+        keywords = {"out_type": tuple(outputs), "backend_options": dict(options)}
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        grid=grid,
+        num_warps=warps,
+        num_stages=stages,
+        compute_capability=capability,
+        **keywords,
+        **constants,
+    )
