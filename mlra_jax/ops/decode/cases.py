@@ -69,6 +69,11 @@ class Call:
         *arrays, page_table = args or self.args
         return self.op(*arrays, page_table=page_table, **self.static, **keywords)
 
+    def in_float32(self) -> Call:
+        """The same call, its queries and cache widened: what the reference takes to say what is exact."""
+        widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return dataclasses.replace(self, args=jax.tree.map(widen, self.args))
+
 
 def abstract_call(case: Case, dtype: DTypeLike = jnp.bfloat16, *, scale: float | None = None) -> Call:
     """The call with shapes for arrays: to compile, to explain, or to fill on the device.

@@ -48,7 +48,7 @@ def split_kernel(
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = row < T * M
     query = batch * T + row // M
-    address = (query * L + head) * M + row % M  # of the row in [B, T, L, M]
+    address = (query.to(tl.int64) * L + head) * M + row % M  # of the row in [B, T, L, M]
     columns = tl.arange(0, C)
     values = tl.arange(0, V)
     tokens = tl.arange(0, BLOCK_TOKENS)
@@ -57,7 +57,8 @@ def split_kernel(
         rope = tl.arange(0, R)
         q_rope = tl.load(q_rope_ptr + address[:, None] * R + rope[None, :], mask=real[:, None], other=0.0)
 
-    seen = tl.load(kv_len_ptr + query, mask=real, other=0)
+    capacity: tl.constexpr = S * N if N else S
+    seen = tl.minimum(tl.load(kv_len_ptr + query, mask=real, other=0), capacity)
     end = tl.max(seen, axis=0)
     blocks = tl.cdiv(end, BLOCK_TOKENS)
     # Blocks that every row sees whole need no mask; a share that lies past them begins with its own first block.
@@ -134,7 +135,7 @@ def split_kernel(
     if SPLITS == 1:
         lse = lse * LN_2
     else:
-        address = ((batch * L + head) * SPLITS + split) * (T * M) + row
+        address = ((batch.to(tl.int64) * L + head) * SPLITS + split) * (T * M) + row
     out_ptrs = out_ptr + address[:, None] * V + values[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=real[:, None])
     tl.store(lse_ptr + address, lse, mask=real)
@@ -159,7 +160,7 @@ def combine_kernel(
     row = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2)
-    of_row = (batch * L + head) * SPLITS * (T * M) + row
+    of_row = (batch.to(tl.int64) * L + head) * SPLITS * (T * M) + row
     splits = tl.arange(0, SPLITS_2)
     lse = tl.load(part_lse_ptr + of_row + splits * (T * M), mask=splits < SPLITS, other=float("-inf"))
     top = tl.max(lse, axis=0)
@@ -176,6 +177,6 @@ def combine_kernel(
         acc += tl.sum(weight[:, None] * part, axis=0)
     some = total > 0
     divisor = tl.where(some, total, 1.0)
-    address = ((batch * T + row // M) * L + head) * M + row % M
+    address = ((batch.to(tl.int64) * T + row // M) * L + head) * M + row % M
     tl.store(out_ptr + address * V + values, (acc / divisor).to(out_ptr.dtype.element_ty))
     tl.store(lse_ptr + address, tl.where(some, (base + tl.log2(divisor)) * LN_2, float("-inf")))

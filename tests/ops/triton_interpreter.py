@@ -1,0 +1,98 @@
+# ruff: noqa: E402
+"""Compares the Triton kernels, run on the CPU by Triton's interpreter, with the specification.
+
+A program, not a test module: the interpreter must be chosen before Triton is imported. `test_triton.py` runs it.
+"""
+
+import functools
+import os
+import sys
+import types
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "1"
+# Refuses to be imported without JAX's CUDA plugin, and launches nothing here.
+sys.modules["jax_triton"] = types.ModuleType("jax_triton")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlra_jax.ops.decode import triton
+from mlra_jax.ops.decode.cases import EDGES, Case, make_case
+
+
+class HostArray:
+    """A NumPy array with what the interpreter asks of a torch tensor."""
+
+    def __init__(self, array):
+        self.array = array
+        self.dtype = {"float16": "fp16", "float32": "fp32", "int32": "i32"}[str(array.dtype)]
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def itself(self, *_, **__):
+        return self
+
+    untyped_storage = cpu = new_empty = set_ = copy_ = storage_offset = size = stride = itself
+
+
+def launch(kernel, inputs, outputs, *, grid, capability, warps, stages, **constants):
+    inputs = [HostArray(np.array(x)) for x in inputs]
+    outputs = [HostArray(np.full(x.shape, np.nan, x.dtype)) for x in outputs]  # what is not written shows
+    kernel[grid](*inputs, *outputs, **constants)
+    return tuple(jnp.asarray(x.array) for x in outputs)
+
+
+def check(case, config, seed=0):
+    call = make_case(case, seed, jnp.float16)  # the interpreter multiplies bfloat16 as if it were integers
+    with mock.patch.object(triton, "heuristic_config", return_value=config):
+        out, lse = call(implementation="triton")
+    wide = call.in_float32()
+    exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
+    exact = np.asarray(exact)
+    np.testing.assert_allclose(
+        np.asarray(out), exact, rtol=0, atol=2**-10 * np.abs(exact).max(), err_msg=str(case)
+    )
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-6, atol=1e-5, err_msg=str(case))
+
+
+@st.composite
+def sizes(draw):
+    """Those of a call and of its tiling."""
+    power = lambda low, high: draw(st.sampled_from([2**i for i in range(low, high + 1)]))
+    small = lambda low, high: draw(st.integers(low, high))
+    latent, block_tokens = draw(st.booleans()), power(4, 5)
+    case = {
+        "lengths": tuple(draw(st.lists(st.integers(0, 100), min_size=1, max_size=3))),
+        "q_len": small(1, 4),
+        "heads": small(1, 2),
+        "rows": small(1, 20),
+        "width": power(4, 6),
+        "rope": draw(st.sampled_from([0, 16, 32])) if latent else 0,
+        "value": None if latent else power(4, 6),
+        "slots": small(100, 110),
+        "page": draw(st.sampled_from([None, block_tokens, 2 * block_tokens])),
+    }
+    return case, triton.Config(power(4, 5), block_tokens, splits=small(1, 6), warps=4, stages=2)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(drawn=sizes(), seed=st.integers(0, 99))
+def check_any(drawn, seed):
+    case, config = drawn
+    check(Case(**case), config, seed)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
+    with (
+        mock.patch.object(triton, "_launch", launch),
+        mock.patch.object(triton, "current_device", return_value=("gpu", "NVIDIA L4")),
+    ):
+        for case in EDGES.values():
+            check(case, triton.Config(block_rows=64, block_tokens=64, splits=2, warps=4, stages=2))
+        check_any()
