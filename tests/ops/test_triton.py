@@ -1,0 +1,352 @@
+"""The Triton kernels: what they decline, how they are tiled, compiled for GPUs that are not there, and their numbers.
+
+Numbers come from Triton's interpreter, on the CPU, and from the GPU where there is one
+(`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_triton.py`).
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlra_jax.ops.decode import triton
+from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+from mlra_jax.ops.dispatch import explain
+
+installed = lambda *names: all(importlib.util.find_spec(name) for name in names)
+
+A100, L4, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA L4", "NVIDIA H100 80GB HBM3"
+SMALL = Case((100, 7), rows=16)
+
+
+# What it declines
+
+
+def reason(call):
+    return explain(call, *call.args)[call.op.__name__]["triton"]
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Pretends that what is traced is for a device of this platform and kind."""
+    return lambda kind, platform="gpu": monkeypatch.setattr(
+        triton, "current_device", lambda: (platform, kind)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({"layout": "feature_major"}, jnp.bfloat16, "It reads token_major caches, not feature_major."),
+        ({}, jnp.float32, "It takes bfloat16 or float16 for queries and cache alike, not float32."),
+        ({"width": 96}, jnp.bfloat16, "Its widths are powers of two from 16 to 512; got [64, 96]."),
+        ({"rope": 8}, jnp.bfloat16, "Its widths are powers of two from 16 to 512; got [8, 128]."),
+        ({"width": 1024}, jnp.bfloat16, "Its widths are powers of two from 16 to 512; got [64, 1024]."),
+        (
+            {"value": 48, "rope": 0},
+            jnp.bfloat16,
+            "Its widths are powers of two from 16 to 512; got [48, 128].",
+        ),
+        ({"page": 24}, jnp.bfloat16, "Its pages hold a multiple of 16 tokens; got 24."),
+    ],
+)
+def test_it_says_why_it_declines_a_call(on, change, dtype, message):
+    on(A100)
+    assert reason(abstract_call(dataclasses.replace(SMALL, **change), dtype)) == message
+
+
+def test_it_says_why_it_declines_a_device(on):
+    on("cpu", "cpu")
+    assert reason(abstract_call(SMALL)) == "It is for NVIDIA GPUs, not for cpu."
+    on("NVIDIA T4")
+    assert reason(abstract_call(SMALL)).startswith("It does not know NVIDIA T4;")
+
+
+def test_it_says_what_to_install(on, monkeypatch):
+    on(A100)
+    monkeypatch.setitem(sys.modules, "jax_triton", None)
+    assert reason(abstract_call(SMALL)).startswith("It needs `pip install 'mlra_jax[triton]'`")
+
+
+def test_a_block_that_does_not_divide_the_page_is_declined(on):
+    on(A100)
+    call = make_case(dataclasses.replace(SMALL, page=32))
+    config = triton.Config(16, 64, 1, 4, 2)
+    latent, k_rope, kv_len, table = call.args[2:]
+    parts = [(call.args[0], latent), (call.args[1], k_rope[:, None])]
+    with pytest.raises(NotImplementedError, match="blocks of 64 tokens do not fit whole into pages of 32"):
+        triton.decode_attention(parts, None, kv_len, scale=1.0, page_table=table, config=config)
+
+
+# How it is tiled
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "processors"),
+    [
+        (A100, 80, 108),
+        ("NVIDIA A10", 86, 72),
+        ("NVIDIA A10G", 86, 80),
+        (L4, 89, 58),
+        ("NVIDIA L40S", 89, 142),
+        ("NVIDIA H100 PCIe", 90, 114),
+        (H100, 90, 132),
+        ("NVIDIA H200", 90, 132),
+    ],
+)
+def test_a_chip_is_known_by_what_jax_calls_it(kind, capability, processors):
+    assert triton.find_chip(kind) == triton.Chip(capability, processors)
+
+
+def config_for(case, kind):
+    """The heuristic's tiling, and the programs that it makes of the case."""
+    programs, rows = len(case.lengths) * case.heads, case.rows * case.q_len
+    config = triton.heuristic_config(
+        triton.find_chip(kind),
+        programs=programs,
+        rows=rows,
+        key_width=case.width + case.rope,
+        value_width=case.value or case.width,
+        tokens=case.capacity,
+        page=case.page,
+        latent=case.value is None,
+    )
+    return config, programs * -(-rows // config.block_rows) * config.splits
+
+
+@pytest.mark.parametrize("kind", [A100, L4, H100])
+def test_long_contexts_are_split_until_all_processors_have_work(kind):
+    for name, case in BENCHMARKS.items():
+        _, programs = config_for(case, kind)
+        assert programs >= 0.8 * triton.find_chip(kind).processors, name
+
+
+@pytest.mark.parametrize("kind", [A100, L4, H100])
+def test_what_already_fills_the_chip_is_not_split(kind):
+    assert config_for(Case((1024,) * 4096), kind)[0].splits == 1
+    assert config_for(Case((100,)), kind)[0].splits == 1
+
+
+@pytest.mark.parametrize("page", [16, 48, 64, 80, 128])
+def test_a_page_holds_whole_blocks(page):
+    assert page % config_for(dataclasses.replace(SMALL, page=page), A100)[0].block_tokens == 0
+
+
+# Compiled ahead of time
+
+compiles = pytest.mark.skipif(
+    not installed("triton", "jax_triton", "jax_cuda13_plugin"),
+    reason="needs jax-triton and JAX's CUDA 13 plugin",
+)
+
+
+def described_mesh(kind, devices=1):
+    """GPUs that are described and not there."""
+    chip = triton.find_chip(kind)
+    major, minor = divmod(chip.capability, 10)
+    description = f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
+        shared_memory_per_block: 49152 shared_memory_per_block_optin: {chip.shared_bytes}
+        shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
+        registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
+        device_memory_size: 25769803776 cuda_compute_capability {{ major: {major} minor: {minor} }}
+      }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
+    """
+    shape = f"1x1x{devices}"
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name=shape, topology=shape, target_config=description
+    )
+    return Mesh(np.array(described.devices).reshape(devices), ("tensor",))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Name, warps, bytes of shared memory and PTX of each kernel that jax-triton makes."""
+    from jax._src.lib import gpu_triton
+
+    made, make = [], gpu_triton.TritonKernel
+
+    def spy(name, warps, ctas, shared, ptx, *rest):
+        made.append((name, warps, shared, ptx))
+        return make(name, warps, ctas, shared, ptx, *rest)
+
+    monkeypatch.setattr(gpu_triton, "TritonKernel", spy)
+    return made
+
+
+def registers(ptx, tmp_path):
+    """Registers of a thread, and bytes spilled, as ptxas counts them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx = ptx.decode() if isinstance(ptx, bytes) else ptx
+    target = re.search(r"\.target (sm_\d+a?)", ptx)[1]
+    (tmp_path / "kernel.ptx").write_text(ptx)
+    command = [get_ptxas(80).path, "-v", f"-arch={target}", "kernel.ptx", "-o", "kernel.cubin"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"Used (\d+) registers", said)[1]), int(
+        re.search(r"(\d+) bytes spill stores", said)[1]
+    )
+
+
+def lower(case, mesh, dtype=jnp.bfloat16):
+    call = abstract_call(case, dtype)
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+        return jax.jit(functools.partial(call, implementation="triton")).lower(
+            *jax.tree.map(place, call.args)
+        )
+
+
+COMPILED = {
+    **{name: BENCHMARKS[name] for name in ("mlra_4 1x128K", "mla 16x4K", "gla_2 1x128K", "gqa 1x128K")},
+    "mlra_4 all heads, pages": Case((9000, 9000), q_len=2, heads=4, page=64),
+    "no rope, narrow, pages": Case((9000,), rope=0, width=64, page=128),
+}
+
+
+@compiles
+@pytest.mark.parametrize("kind", [A100, L4, H100])
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernels_fit_into_registers_and_shared_memory(kernels, tmp_path, kind, name):
+    lower(COMPILED[name], described_mesh(kind))
+    assert [kernel[0] for kernel in kernels] == ["split_kernel", "combine_kernel"]
+    for name, warps, shared, ptx in kernels:
+        per_thread, spilled = registers(ptx, tmp_path)
+        assert spilled == 0, name
+        assert per_thread * 32 * warps <= 65536
+        assert shared <= triton.find_chip(kind).shared_bytes
+        assert name == "combine_kernel" or "cp.async" in ptx  # copies run ahead of the products
+
+
+@compiles
+@pytest.mark.parametrize("kind", [A100, L4, H100])
+def test_xla_takes_the_kernel_in_its_program(kind):
+    program = lower(Case((9000,), page=64), described_mesh(kind)).compile().as_text()
+    assert program.count('custom_call_target="triton_kernel_call') == 2
+    assert " copy(" not in program  # the cache is read where it lies
+
+
+@compiles
+def test_it_compiles_inside_shard_map_with_latent_heads_split_over_devices():
+    mesh = described_mesh(A100, devices=2)
+    call = abstract_call(Case((9000,), heads=4))
+    specs = P(None, None, "tensor"), P(None, None, "tensor"), P(None, "tensor"), P(), P()
+    with jax.set_mesh(mesh):
+        local = jax.shard_map(
+            lambda *args: call(*args, None, implementation="triton"),
+            in_specs=specs,
+            out_specs=P(None, None, "tensor"),
+            check_vma=False,
+        )
+        place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        program = jax.jit(local).lower(*map(place, call.args[:-1], specs)).compile().as_text()
+    assert "triton_kernel_call" in program
+    assert "all-" not in program
+
+
+# Numbers
+
+
+@pytest.mark.skipif(not installed("triton"), reason="needs triton")
+def test_kernels_equal_the_specification_in_tritons_interpreter(repository):
+    if np.lib.NumpyVersion(np.__version__) >= "2.5.0":
+        pytest.importorskip("triton", minversion="3.9", reason="older interpreters need NumPy before 2.5")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository)}
+    program = repository / "tests/ops/triton_interpreter.py"
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def on_gpu(test):
+    available = jax.default_backend() == "gpu" and installed("triton", "jax_triton")
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not available, reason="needs an NVIDIA GPU and jax-triton")(test)
+    )
+
+
+def check(call):
+    """As close to float32 as rounding to bfloat16 allows; the same bits again."""
+    run = jax.jit(functools.partial(call, implementation="triton"))
+    out, lse = run(*call.args)
+    wide = call.in_float32()
+    exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
+    exact = np.asarray(exact)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), exact, rtol=0, atol=2 * 2**-8 * np.abs(exact).max()
+    )
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-4)
+    for _ in range(3):
+        for again, first in zip(run(*call.args), (out, lse), strict=True):
+            np.testing.assert_array_equal(again, first)
+
+
+@on_gpu
+@pytest.mark.parametrize("splits", [None, 3])
+@pytest.mark.parametrize("name", EDGES)
+def test_numbers_at_the_limits_of_blocks_pages_and_lengths(monkeypatch, name, splits):
+    if splits:
+        heuristic = triton.heuristic_config
+        split = lambda *args, **sizes: dataclasses.replace(heuristic(*args, **sizes), splits=splits)
+        monkeypatch.setattr(triton, "heuristic_config", split)
+    check(make_case(EDGES[name]))
+
+
+@on_gpu
+@pytest.mark.parametrize("page", [None, 64])
+@pytest.mark.parametrize("rope", [0, 32, 64])
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_numbers_in_every_width(width, rope, page):
+    lengths = (0, 1, 31, 32, 33, 63, 64, 65, 1000)
+    check(
+        make_case(Case(lengths, q_len=2, heads=2, rows=32, width=width, rope=rope, page=page), width + rope)
+    )
+
+
+@on_gpu
+@pytest.mark.parametrize("q_len", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 24, 64, 128])
+def test_numbers_of_every_number_of_queries(q_len, rows):
+    check(make_case(Case((5, 700, 0, 3000), q_len=q_len, rows=rows, page=128), q_len * rows))
+
+
+@on_gpu
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (64, 128), (256, 64)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 8), (4, 3)], ids=str)
+def test_numbers_of_grouped_caches(heads, widths):
+    (groups, rows), (width, value) = heads, widths
+    check(make_case(Case((1, 0, 127, 2000), 2, groups, rows, width, 0, value)))
+
+
+@on_gpu
+def test_numbers_of_a_long_context_over_all_processors():
+    check(make_case(dataclasses.replace(BENCHMARKS["mlra_4 1x128K"], page=64)))
+
+
+@on_gpu
+def test_random_tilings_give_the_same_numbers(monkeypatch):
+    rng = np.random.default_rng(0)
+    for seed in range(12):
+        config = triton.Config(
+            block_rows=int(rng.choice([16, 32, 64])),
+            block_tokens=int(rng.choice([16, 32, 64, 128])),
+            splits=int(rng.integers(1, 12)),
+            warps=int(rng.choice([4, 8])),
+            stages=int(rng.integers(1, 4)),
+        )
+        monkeypatch.setattr(triton, "heuristic_config", lambda *_, config=config, **__: config)
+        lengths = tuple(int(n) for n in rng.integers(0, 2000, 3))
+        check(make_case(Case(lengths, q_len=3, rows=24, page=128), seed))
