@@ -94,5 +94,5 @@ if __name__ == "__main__":
         mock.patch.object(triton, "current_device", return_value=("gpu", "NVIDIA L4")),
     ):
         for case in EDGES.values():
-            check(case, triton.Config(block_rows=64, block_tokens=64, splits=2, warps=4, stages=2))
+            check(case, triton.Config(block_rows=64, block_tokens=64, splits=3, warps=4, stages=2))
         check_any()
