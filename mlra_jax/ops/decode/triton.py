@@ -19,6 +19,7 @@ from mlra_jax.ops.decode.reference import Parts
 from mlra_jax.ops.device import current_device
 
 MAX_SPLITS = 256
+"""Most splits of a row; the kernel that merges them takes them all at once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,16 +204,19 @@ def decode_attention(
     )
     if config.splits == 1:
         return parts_of_output
+    columns = min(
+        width, 8192 // _power_of_two(config.splits)
+    )  # so that a program holds them all in registers
     return _launch(
         kernels.combine_kernel,
         parts_of_output,
         out,
-        grid=(t * m, heads, b),
+        grid=(t * m * (width // columns), heads, b),
         capability=chip.capability,
         warps=4,
-        stages=2,
+        stages=1,
         SPLITS_2=_power_of_two(config.splits),
-        CHUNK=min(_power_of_two(config.splits), 32),
+        COLUMNS=columns,
         **sizes,
     )
 

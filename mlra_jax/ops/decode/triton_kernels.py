@@ -154,29 +154,28 @@ def combine_kernel(
     V: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_2: tl.constexpr,  # SPLITS or the next power of two
-    CHUNK: tl.constexpr,  # splits taken at a time
+    COLUMNS: tl.constexpr,  # of V that one program merges
 ):
-    """Merges the splits of one row by their log-sum-exps, always in the same order."""
-    row = tl.program_id(0)
+    """Merges the splits of one row by their log-sum-exps, all at once and always in the same order."""
+    row = tl.program_id(0) // (V // COLUMNS)
+    column = tl.program_id(0) % (V // COLUMNS) * COLUMNS
     head = tl.program_id(1)
     batch = tl.program_id(2)
-    of_row = (batch.to(tl.int64) * L + head) * SPLITS * (T * M) + row
     splits = tl.arange(0, SPLITS_2)
-    lse = tl.load(part_lse_ptr + of_row + splits * (T * M), mask=splits < SPLITS, other=float("-inf"))
+    there = splits < SPLITS
+    address = ((batch.to(tl.int64) * L + head) * SPLITS + splits) * (T * M) + row
+    columns = column + tl.arange(0, COLUMNS)
+    part = tl.load(part_ptr + address[:, None] * V + columns[None, :], mask=there[:, None], other=0.0)
+    lse = tl.load(part_lse_ptr + address, mask=there, other=float("-inf"))
     top = tl.max(lse, axis=0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse - base), axis=0)
-    values = tl.arange(0, V)
-    acc = tl.zeros([V], tl.float32)
-    for start in range(0, SPLITS, CHUNK):
-        chunk = start + tl.arange(0, CHUNK)
-        inside = chunk < SPLITS
-        at = of_row + chunk * (T * M)
-        weight = tl.exp2(tl.load(part_lse_ptr + at, mask=inside, other=float("-inf")) - base)
-        part = tl.load(part_ptr + at[:, None] * V + values[None, :], mask=inside[:, None], other=0.0)
-        acc += tl.sum(weight[:, None] * part, axis=0)
+    weight = tl.exp2(lse - base)
+    total = tl.sum(weight, axis=0)
     some = total > 0
     divisor = tl.where(some, total, 1.0)
+    out = tl.sum(weight[:, None] * part, axis=0) / divisor
     address = ((batch.to(tl.int64) * T + row // M) * L + head) * M + row % M
-    tl.store(out_ptr + address * V + values, (acc / divisor).to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr + address, tl.where(some, (base + tl.log2(divisor)) * LN_2, float("-inf")))
+    tl.store(out_ptr + address * V + columns, out.to(out_ptr.dtype.element_ty))
+    tl.store(
+        lse_ptr + address, tl.where(some, (base + tl.log2(divisor)) * LN_2, float("-inf")), mask=column == 0
+    )
