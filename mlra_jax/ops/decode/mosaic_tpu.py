@@ -1,16 +1,17 @@
-"""Decode attention on TPU: the Pallas Mosaic kernel over a feature-major cache, its limits and its block sizes."""
+"""Decode attention on TPU: the kernel of `mosaic_tpu_kernel` over a feature-major cache, its limits and block sizes."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from mlra_jax.ops.decode.mosaic_tpu_kernel import LANES, Shape, kernel
+from mlra_jax.ops.decode.mosaic_tpu_kernel import LANES, Ref, Shape, kernel
 from mlra_jax.ops.decode.reference import Parts
 from mlra_jax.ops.decode.xla import merge
 
@@ -27,13 +28,19 @@ class Config:
     step: int
     """Of one softmax; a block holds several, which overlap."""
     tail: int
-    """Copied and attended at a time past the last whole block."""
+    """Copied and attended at a time past the last whole block, in two steps."""
     shares: int = 1
     """Cores that share the tokens of each row (1, or all cores of the device); with 1 they share the rows."""
 
 
 def heuristic(
-    *, widths: tuple[tuple[int, int], ...], rows: int, batch: int, page_slots: int, capacity: int, info: pltpu.TpuInfo
+    *,
+    widths: tuple[tuple[int, int], ...],
+    rows: int,
+    batch: int,
+    page_slots: int,
+    capacity: int,
+    info: pltpu.TpuInfo,
 ) -> Config:
     """Block sizes that the compiler's estimates favour (benchmarks/results/tpu_static.md), within the core's VMEM.
 
@@ -46,14 +53,15 @@ def heuristic(
       info: of the TPU.
     """
     bytes_per_token = sum(heads * width for heads, width in widths) * 2
-    # Two buffers, and for each token of a step its scores, weights and turned values: half of VMEM for all.
-    fits = info.vmem_capacity_bytes // 2 // (2 * bytes_per_token + rows * 6)
-    block = _power_of_two(min(8192, capacity, fits))
-    step = _power_of_two(min(max(block // 2, LANES), max(LANES, 64 * 4096 // rows)))
-    # Cores take a share of every row where that gives each of them work at the longest lengths, else whole rows.
     cores = info.num_cores
-    shares = cores if cores > 1 and (batch % cores or capacity >= 4 * cores * block) else 1
-    return Config(block=block, step=step, tail=min(1024, block), shares=shares)
+    # Cores take a share of every row where rows are long or do not divide among them, else whole rows.
+    shares = cores if cores > 1 and (batch % cores or capacity >= 8192 * 4 * cores) else 1
+    # Two buffers; a step's scores, weights and turned values take a few times the bytes of one. Half of VMEM for all.
+    fits = info.vmem_capacity_bytes // 2 // (2 * bytes_per_token + 8 * rows)
+    wanted = min(16384, max(8192, capacity // shares // 16))
+    block = _power_of_two(min(wanted, capacity, fits))
+    # Two steps at least, so that one overlaps the other; long ones, which wait less often for a reduction over lanes.
+    return Config(block=block, step=min(4096, max(block // 2, LANES)), tail=min(2048, block), shares=shares)
 
 
 def _power_of_two(n: int) -> int:
@@ -69,7 +77,7 @@ def tpu_info() -> pltpu.TpuInfo:
     try:
         return pltpu.get_tpu_info()
     except ValueError as e:
-        raise NotImplementedError(f"It needs a TPU ({e}).") from e
+        raise NotImplementedError("It needs a TPU.") from e
 
 
 def decode_attention(
@@ -124,7 +132,8 @@ def decode_attention(
         raise NotImplementedError(f"A page table of {size} bytes does not fit the core's scalar memory.")
     tiles = -(-t * m // MAX_ROWS)
     rows = -(-t * m // (8 * tiles)) * 8
-    widths = tuple(x.shape[1:3] for x in arrays)
+    widths = tuple((x.shape[1], x.shape[2]) for x in arrays)
+    kv_len_BT = jnp.minimum(kv_len_BT, page_slots * row_pages)
     config = config or heuristic(
         widths=widths, rows=rows, batch=b, page_slots=page_slots, capacity=page_slots * row_pages, info=info
     )
@@ -145,27 +154,29 @@ def decode_attention(
         scale=scale,
         static=static,
     )
-    by_tile = lambda x: jnp.pad(x, ((0, 0), (0, tiles * rows - t * m), *((0, 0),) * (x.ndim - 2)), mode="edge")
     q = jnp.concatenate([q for q, _ in parts], axis=-1).swapaxes(1, 2).reshape(b, heads, t * m, -1)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, tiles * rows - t * m), (0, 0))).reshape(b, heads * tiles, rows, -1)
-    seen = by_tile(jnp.repeat(kv_len_BT, m, axis=1)).reshape(b, tiles, 1, rows)
+    padding = (0, tiles * rows - t * m)
+    q = jnp.pad(q, ((0, 0), (0, 0), padding, (0, 0))).reshape(b, heads * tiles, rows, -1)
+    seen = jnp.pad(jnp.repeat(kv_len_BT, m, axis=1), ((0, 0), padding)).reshape(b, tiles, 1, rows)
     if page_table is None:
         page_table = jnp.arange(b, dtype=jnp.int32)[:, None]
     out, lse = _call(shape, cores, info, interpret)(
         kv_len_BT.max(axis=1), kv_len_BT.min(axis=1), page_table.reshape(-1), seen, q, *arrays
     )
-    outs = [
-        (
-            o.reshape(b, heads, tiles * rows, -1)[:, :, : t * m].reshape(b, heads, t, m, -1).swapaxes(1, 2),
-            s.reshape(b, heads, tiles * rows)[:, :, : t * m].reshape(b, heads, t, m).swapaxes(1, 2),
-        )
-        for o, s in zip(out, lse, strict=True)
-    ]
-    merged, lse = functools.reduce(lambda x, y: merge(*x, *y), outs)
-    return merged.astype(parts[0][0].dtype), lse
+    lse = lse.reshape(*out.shape[:-1])
+    out, lse = functools.reduce(lambda x, y: merge(*x, *y), zip(out, lse, strict=True))
+    by_query = lambda x: (
+        x.reshape(b, heads, tiles * rows, *x.shape[3:])[:, :, : t * m]
+        .reshape(b, heads, t, m, *x.shape[3:])
+        .swapaxes(1, 2)
+    )
+    return by_query(out).astype(parts[0][0].dtype), by_query(lse)
 
 
-def _call(shape: Shape, cores: int, info: pltpu.TpuInfo, interpret: bool | pltpu.InterpretParams):
+def _call(
+    shape: Shape, cores: int, info: pltpu.TpuInfo, interpret: bool | pltpu.InterpretParams
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The compiled kernel as a function of what `kernel` reads; outputs by share, row, tile of queries."""
     batch = shape.items * (cores // shape.shares)
     tiles, rows, v = shape.heads * shape.tiles, shape.rows, shape.value_width
     key = sum(width for _, width in shape.widths[: shape.parts])
@@ -173,7 +184,7 @@ def _call(shape: Shape, cores: int, info: pltpu.TpuInfo, interpret: bool | pltpu
     def of_row(*block: int, outputs: bool = False) -> pl.BlockSpec:
         zeros = (0,) * len(block)
 
-        def index(core: jax.Array, item: jax.Array, *_: jax.Ref) -> tuple[jax.Array | int, ...]:
+        def index(core: jax.Array, item: jax.Array, *_: Ref) -> tuple[jax.Array | int, ...]:
             row = item if shape.shares > 1 else core * shape.items + item
             share = core if shape.shares > 1 else 0
             return (share, row, *zeros) if outputs else (row, *zeros)
@@ -204,7 +215,9 @@ def _call(shape: Shape, cores: int, info: pltpu.TpuInfo, interpret: bool | pltpu
         functools.partial(kernel, shape),
         grid_spec=grid,
         out_shape=[
-            jax.ShapeDtypeStruct((shape.shares, batch, tiles, rows, v), jnp.bfloat16 if shape.shares == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(
+                (shape.shares, batch, tiles, rows, v), jnp.bfloat16 if shape.shares == 1 else jnp.float32
+            ),
             jax.ShapeDtypeStruct((shape.shares, batch, tiles, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-LOG2_E = math.log2(math.e)
+Index = jax.Array | int
+Ref = Any
+"""A `jax.Ref` or a view of one."""
 _UNSEEN = -1e38  # below every score; finite, so that differences are
 _TRANSPOSED = 256  # tokens of values turned at a time: a matrix unit's depth
 
@@ -65,22 +68,30 @@ class Shape:
 
 def kernel(
     shape: Shape,
-    longest_ref: jax.Ref,  # SMEM int32 [B]: tokens that some query of the row sees
-    shortest_ref: jax.Ref,  # SMEM int32 [B]: tokens that all of them see
-    table_ref: jax.Ref,  # SMEM int32 [B * N]: pages
-    seen_ref: jax.Ref,  # VMEM int32 [1, tiles, 1, rows]: tokens that each query row sees
-    q_ref: jax.Ref,  # VMEM bf16 [1, heads * tiles, rows, key width]
-    *refs: jax.Ref,
+    longest_ref: Ref,  # SMEM int32 [B]: tokens that some query of the row sees
+    shortest_ref: Ref,  # SMEM int32 [B]: tokens that all of them see
+    table_ref: Ref,  # SMEM int32 [B * N]: pages
+    seen_ref: Ref,  # VMEM int32 [1, tiles, 1, rows]: tokens that each query row sees
+    q_ref: Ref,  # VMEM bf16 [1, heads * tiles, rows, key width]
+    *refs: Ref,
 ) -> None:
-    """Attends the rows of the batch `core * items` on; `refs` are the cache, the two outputs and the scratch."""
+    """Attends one row of the batch, or a share of its tokens; grid: cores, rows of each core.
+
+    `refs` are the cached arrays in HBM, bf16 [P, heads, width, page_slots]; the outputs in VMEM, [1, 1, heads * tiles,
+    rows, V] and the log-sum-exp float32 [1, 1, heads * tiles, 1, rows]; and the scratch.
+    """
     n = len(shape.widths)
     cache, (out_ref, lse_ref) = refs[:n], refs[n : n + 2]
-    *buffers, copied, state_ref, m_ref, l_ref, acc_ref = refs[n + 2 :]
+    *buffers, copied, state_ref, top_ref, sum_ref, acc_ref = refs[n + 2 :]
     core, item = pl.program_id(0), pl.program_id(1)
     row, share = _row(shape, core, item)
+    slot_of_next, has_begun = (
+        0,
+        1,
+    )  # in `state_ref`: the next unit's buffer, and whether its copies have begun
 
-    def units(row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """This share's whole blocks and tail blocks of a row."""
+    def units(row: Index) -> tuple[Index, Index]:
+        """How many whole blocks and tail blocks of a row are this share's."""
         if shape.static:
             return shape.page_slots * shape.row_pages // shape.block // shape.shares, 0
         whole = shortest_ref[row] // shape.block
@@ -88,172 +99,177 @@ def kernel(
         mine = lambda n: (n - share + shape.shares - 1) // shape.shares
         return mine(whole), mine(tail)
 
-    def copies(row: jax.Array, unit: jax.Array, slot: jax.Array, do: Callable) -> None:
-        """`do` to each copy of a unit of a row to a slot: whole blocks come first, then the tail."""
+    def tail_start(row: Index, i: Index) -> Index:
+        """First token of this share's i-th tail block."""
+        return shortest_ref[row] // shape.block * shape.block + (share + i * shape.shares) * shape.tail
+
+    def copies(do: Callable[..., None], row: Index, unit: Index, slot: Index) -> None:
+        """`do` to each copy of a unit to a buffer. A row's units are its whole blocks, then its tail blocks."""
         if shape.static:
             return
         whole, _ = units(row)
-        all_whole = shortest_ref[row] // shape.block
 
-        def chunks(start: jax.Array, size: int, count: jax.Array | int) -> None:
-            def one(i: jax.Array, _: None) -> None:
+        def chunks(start: Index, size: int, count: Index) -> None:
+            @pl.loop(0, count)
+            def chunk(i: jax.Array) -> None:
                 at = start + i * size
                 page = table_ref[row * shape.row_pages + at // shape.page_slots]
                 source = pl.ds(pl.multiple_of(at % shape.page_slots, LANES), size)
                 target = pl.ds(pl.multiple_of(i * size, LANES), size)
                 for array, buffer in zip(cache, buffers, strict=True):
-                    do(
-                        pltpu.make_async_copy(
-                            array.at[page, :, :, source], buffer.at[slot, :, :, target], copied.at[slot]
-                        )
-                    )
-
-            jax.lax.fori_loop(0, count, one, None)
+                    do(array.at[page, :, :, source], buffer.at[slot, :, :, target], copied.at[slot])
 
         @pl.when(unit < whole)
-        def _() -> None:
+        def copy_whole() -> None:
             size = math.gcd(shape.block, shape.page_slots)
             chunks((share + unit * shape.shares) * shape.block, size, shape.block // size)
 
         @pl.when(unit >= whole)
-        def _() -> None:
+        def copy_tail() -> None:
             size = math.gcd(shape.tail, shape.page_slots)
-            start = all_whole * shape.block + (share + (unit - whole) * shape.shares) * shape.tail
+            start = tail_start(row, unit - whole)
             chunks(start, size, pl.cdiv(jnp.minimum(longest_ref[row] - start, shape.tail), size))
 
-    start = functools.partial(copies, do=lambda copy: copy.start())
-    wait = functools.partial(copies, do=lambda copy: copy.wait())
+    start, wait = functools.partial(copies, _start), functools.partial(copies, _wait)
 
     @pl.when(item == 0)
-    def _() -> None:
-        state_ref[0] = 0  # the slot of the next unit
-        state_ref[1] = 0  # whether its copy has begun
+    def reset() -> None:
+        state_ref[slot_of_next] = 0
+        state_ref[has_begun] = 0
 
-    for ref, value in ((m_ref, _UNSEEN), (l_ref, 0.0), (acc_ref, 0.0)):
+    for ref, value in ((top_ref, _UNSEEN), (sum_ref, 0.0), (acc_ref, 0.0)):
         ref[...] = jnp.full_like(ref, value)
 
     whole, tail = units(row)
     total = whole + tail
 
-    @pl.when((total > 0) & (state_ref[1] == 0))
-    def _() -> None:
-        start(row, 0, state_ref[0])
+    @pl.when((total > 0) & (state_ref[has_begun] == 0))
+    def begin() -> None:
+        start(row, 0, state_ref[slot_of_next])
 
-    def unit(i: jax.Array, _: None, *, is_tail: bool) -> None:
-        slot = state_ref[0]
+    def attend_unit(i: jax.Array, is_tail: bool) -> None:
+        slot = state_ref[slot_of_next]
         if not shape.static:
-            next_row, _ = _row(shape, core, jnp.minimum(item + 1, shape.items - 1))
-            more = i + 1 < total
 
-            @pl.when(more)
-            def _() -> None:
+            @pl.when(i + 1 < total)
+            def fetch_next_of_row() -> None:
                 start(row, i + 1, 1 - slot)
 
-            @pl.when(jnp.logical_not(more))
-            def _() -> None:
+            @pl.when(i + 1 == total)
+            def fetch_first_of_next_row() -> None:
+                next_row, _ = _row(shape, core, jnp.minimum(item + 1, shape.items - 1))
                 begins = (item + 1 < shape.items) & (sum(units(next_row)) > 0)
-                state_ref[1] = begins.astype(jnp.int32)
+                state_ref[has_begun] = begins.astype(jnp.int32)
 
                 @pl.when(begins)
-                def _() -> None:
+                def fetch() -> None:
                     start(next_row, 0, 1 - slot)
 
-            state_ref[0] = 1 - slot
+            state_ref[slot_of_next] = 1 - slot
             wait(row, i, slot)
 
-        def tile(h: jax.Array, _: None) -> None:
-            head = h // shape.tiles
-            read = lambda buffer, heads, tokens: buffer[slot, head if heads > 1 else 0, :, tokens]
+        @_loop(shape.heads * shape.tiles)
+        def attend_tile(h: Index) -> None:
             if is_tail:
-                at = (shortest_ref[row] // shape.block) * shape.block
-                at = at + (share + (i - whole) * shape.shares) * shape.tail
+                at = tail_start(row, i - whole)
                 seen = jnp.broadcast_to(seen_ref[0, h % shape.tiles], (LANES, shape.rows)).T[:, :1] - at
-                longest = longest_ref[row] - at
-                tokens, step = shape.tail, min(shape.step, shape.tail)
+                limits, tokens, step = (seen, longest_ref[row] - at), shape.tail, max(shape.tail // 2, LANES)
             else:
-                seen, longest, tokens, step = None, None, shape.block, shape.step
-            _attend(shape, read, buffers, q_ref[0, h], seen, longest, tokens, step, m_ref.at[h], l_ref.at[h], acc_ref.at[h])
+                limits, tokens, step = None, shape.block, shape.step
+            head = h // shape.tiles
+            arrays = [
+                buffer.at[slot, head if heads > 1 else 0]
+                for buffer, (heads, _) in zip(buffers, shape.widths, strict=True)
+            ]
+            running = (top_ref.at[h], sum_ref.at[h], acc_ref.at[h])
+            _attend(shape, q_ref[0, h], arrays, limits, tokens, step, *running)
 
-        if shape.heads * shape.tiles == 1:
-            tile(jnp.int32(0), None)
-        else:
-            jax.lax.fori_loop(0, shape.heads * shape.tiles, tile, None)
-
-    jax.lax.fori_loop(0, whole, functools.partial(unit, is_tail=False), None)
+    pl.loop(0, whole)(functools.partial(attend_unit, is_tail=False))
     if not shape.static:
-        jax.lax.fori_loop(whole, total, functools.partial(unit, is_tail=True), None)
+        pl.loop(whole, total)(functools.partial(attend_unit, is_tail=True))
 
-    def write(h: jax.Array, _: None) -> None:
-        l = l_ref[h].sum(axis=-1, keepdims=True)
-        some = l > 0
-        out_ref[0, 0, h] = jnp.where(some, acc_ref[h] / jnp.where(some, l, 1.0), 0.0).astype(out_ref.dtype)
-        lse = jnp.where(some, m_ref[h] * shape.scale + jnp.log(jnp.where(some, l, 1.0)), -jnp.inf)
+    @_loop(shape.heads * shape.tiles)
+    def write(h: Index) -> None:
+        weight = sum_ref[h].sum(axis=-1, keepdims=True)
+        some = weight > 0
+        weight = jnp.where(some, weight, 1.0)
+        out_ref[0, 0, h] = jnp.where(some, acc_ref[h] / weight, 0.0).astype(out_ref.dtype)
+        lse = jnp.where(some, top_ref[h] * shape.scale + jnp.log(weight), -jnp.inf)
         lse_ref[0, 0, h] = lse.T[:1]
 
-    jax.lax.fori_loop(0, shape.heads * shape.tiles, write, None)
+
+def _start(*copy: Ref) -> None:
+    pltpu.make_async_copy(*copy).start()
 
 
-def _row(shape: Shape, core: jax.Array, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _wait(*copy: Ref) -> None:
+    pltpu.make_async_copy(*copy).wait()
+
+
+def _loop(n: int) -> Callable[[Callable[[Index], None]], None]:
+    """`pl.loop(0, n)`, without a loop where n is 1."""
+    return (lambda body: body(0)) if n == 1 else pl.loop(0, n)
+
+
+def _row(shape: Shape, core: Index, item: Index) -> tuple[Index, Index]:
     """The row of the batch that a core attends as its `item`-th, and which share of its tokens."""
-    if shape.shares > 1:
-        return item, core
-    return core * shape.items + item, jnp.int32(0)
+    return (item, core) if shape.shares > 1 else (core * shape.items + item, 0)
 
 
 def _attend(
     shape: Shape,
-    read: Callable,
-    buffers: Sequence[jax.Ref],
     q: jax.Array,  # [rows, key width]
-    seen: jax.Array | None,  # [rows, 1]; None: every query sees every token
-    longest: jax.Array | None,  # tokens of the block that have been copied
+    arrays: Sequence[Ref],  # of one head, [width, tokens] each
+    limits: tuple[jax.Array, Index] | None,
     tokens: int,
     step: int,
-    m_ref: jax.Ref,  # [rows, 128], the same in each lane
-    l_ref: jax.Ref,  # [rows, 128], a sum for each lane
-    acc_ref: jax.Ref,  # [rows, V]
+    top_ref: Ref,  # [rows, 128]: the largest score, the same in each lane
+    sum_ref: Ref,  # [rows, 128]: sums of weights, one for each lane
+    acc_ref: Ref,  # [rows, V]: weighted sum of values
 ) -> None:
-    """One block of tokens into the running softmax of one tile of query rows.
+    """A block of tokens, `step` at a time, into the running softmax of one tile of query rows.
 
-    Scores of a step are computed before the weighted sum of the step before it is: the compiler, which does not look
-    across a loop's end, then has products, exponentials and transposes to run side by side.
+    The next step's scores are computed before this step's weighted sum: the compiler, which does not look across the
+    end of a loop, then finds products, exponentials and transposes to run side by side.
+
+    `limits`: how many tokens of the block each row sees, [rows, 1], and how many were copied; None: all.
     """
-    keys = list(zip(buffers, shape.widths, strict=True))[: shape.parts]
-    value, (value_heads, _) = list(zip(buffers, shape.widths, strict=True))[shape.parts % len(buffers)]
-    factor = shape.scale * LOG2_E
+    keys, values_ref = arrays[: shape.parts], arrays[shape.parts % len(arrays)]
+    factor = shape.scale * math.log2(math.e)
+    # Whatever `jax_default_matmul_precision` says: there is but one for bfloat16.
+    precision = jax.lax.Precision.DEFAULT
+    product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
+    lanes = lambda x: [x[:, i : i + LANES] for i in range(0, step, LANES)]
 
     def scores(at: int) -> tuple[jax.Array, jax.Array]:
-        k = jnp.concatenate([read(buffer, heads, pl.ds(at, step)) for buffer, (heads, _) in keys], axis=0)
-        s = jnp.dot(q, k, preferred_element_type=jnp.float32)
-        if seen is not None:
+        k = jnp.concatenate([key[:, at : at + step] for key in keys], axis=0)
+        s = product(q, k)
+        if limits is not None:
             token = at + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            s = jnp.where(token < seen, s, -jnp.inf)
-        by_lane = functools.reduce(jnp.maximum, [s[:, i : i + LANES] for i in range(0, step, LANES)])
-        return s, by_lane.max(axis=-1, keepdims=True)
+            s = jnp.where(token < limits[0], s, -jnp.inf)
+        return s, functools.reduce(jnp.maximum, lanes(s)).max(axis=-1, keepdims=True)
 
     def values(at: int) -> jax.Array:
         """[step, V]."""
         turned = []
         for i in range(at, at + step, _TRANSPOSED):
-            size = min(_TRANSPOSED, at + step - i)
-            v = read(value, value_heads, pl.ds(i, size))
-            if longest is not None:  # 0 * NaN is NaN: what was never written must not be multiplied
+            v = values_ref[:, i : min(i + _TRANSPOSED, at + step)]
+            if limits is not None:  # 0 * NaN is NaN: what was never written must not be multiplied
                 token = i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
-                v = jnp.where(token < longest, v.astype(jnp.float32), 0.0).astype(v.dtype)
+                v = jnp.where(token < limits[1], v.astype(jnp.float32), 0.0).astype(v.dtype)
             turned.append(v.T)
         return jnp.concatenate(turned, axis=0)
 
-    m, l, acc = m_ref[...], l_ref[...], acc_ref[...]
+    top, total, acc = top_ref[...], sum_ref[...], acc_ref[...]
     ahead = scores(0)
     for at in range(0, tokens, step):
-        s, top = ahead
+        s, top_of_step = ahead
         if at + step < tokens:
             ahead = scores(at + step)
-        new_m = jnp.maximum(m, top)
-        shrink = jnp.exp2((m - new_m) * factor)
-        p = jnp.exp2((s - new_m[:, :1]) * factor)
-        l = l * shrink + functools.reduce(jnp.add, [p[:, i : i + LANES] for i in range(0, step, LANES)])
-        pv = jnp.dot(p.astype(q.dtype), values(at), preferred_element_type=jnp.float32)
-        acc = acc * shrink[:, :1] + pv
-        m = new_m
-    m_ref[...], l_ref[...], acc_ref[...] = m, l, acc
+        new_top = jnp.maximum(top, top_of_step)
+        shrink = jnp.exp2((top - new_top) * factor)
+        p = jnp.exp2((s - new_top[:, :1]) * factor)
+        total = total * shrink + functools.reduce(jnp.add, lanes(p))
+        acc = acc * shrink[:, :1] + product(p.astype(q.dtype), values(at))
+        top = new_top
+    top_ref[...], sum_ref[...], acc_ref[...] = top, total, acc

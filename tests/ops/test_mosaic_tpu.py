@@ -1,0 +1,201 @@
+"""The TPU kernel of decode attention: its numbers and copies in an interpreter, its programs by the TPU compiler."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.ops.decode import mosaic_tpu, mosaic_tpu_kernel
+from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+from mlra_jax.ops.decode.mosaic_tpu import Config
+
+ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
+TOPOLOGIES = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def on_tpu(case):
+    """The case with the cache that the kernel takes: feature-major, in pages of a multiple of 128 tokens."""
+    up = lambda n: -(-n // 128) * 128
+    page = None if case.page is None else up(case.page)
+    return dataclasses.replace(case, layout="feature_major", slots=up(case.capacity), page=page)
+
+
+def check(case, seed=0, interpret=True, info=ONE_CORE, config=None):
+    """The kernel, in an interpreter, against the reference in float32."""
+    call = make_case(case, seed)
+    args = [x.astype(jnp.float32) if x is not None and x.dtype == jnp.bfloat16 else x for x in call.args]
+    exact, exact_lse = jax.jit(functools.partial(call, implementation="reference"))(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        backend = functools.partial(
+            mosaic_tpu.decode_attention, interpret=interpret, info=info, config=config
+        )
+        patch.setattr("mlra_jax.ops.decode.api.IMPLEMENTATIONS", {"interpreted": backend})
+        out, lse = jax.jit(functools.partial(call))(*call.args)
+    out = np.asarray(out, np.float32)
+    assert np.linalg.norm(out - exact) <= 4e-3 * np.linalg.norm(exact)  # bfloat16 rounds by 2e-3 on average
+    np.testing.assert_allclose(lse, exact_lse, atol=1e-4, rtol=0)
+    assert np.all(out[np.isneginf(exact_lse)] == 0)
+
+
+@st.composite
+def sizes(draw):
+    """Those of calls of either op, a cache of 1280 tokens."""
+    lengths = st.one_of(st.sampled_from([0, 1, 127, 128, 129, 511, 512, 513]), st.integers(0, 1280))
+    latent = draw(st.booleans())
+    return {
+        "lengths": tuple(draw(st.lists(lengths, min_size=1, max_size=4))),
+        "q_len": draw(st.sampled_from([1, 1, 2, 8])),
+        "heads": draw(st.integers(1, 3)),
+        "rows": draw(st.sampled_from([1, 5, 16, 24])),
+        "width": draw(st.sampled_from([64, 128])),
+        "rope": draw(st.sampled_from([0, 32, 64])) if latent else 0,
+        "value": None if latent else draw(st.sampled_from([64, 128])),
+        "page": draw(st.sampled_from([None, 128, 256, 640])),
+    }
+
+
+@settings(max_examples=6, deadline=None)
+@given(sizes=sizes(), seed=st.integers(0, 99), tail=st.sampled_from([128, 256]), shares=st.integers(1, 2))
+def test_kernel_gives_the_reference_over_lengths_pages_and_nan_in_unseen_slots(sizes, seed, tail, shares):
+    config = Config(block=512, step=256, tail=tail, shares=shares)
+    check(Case(slots=1280, layout="feature_major", **sizes), seed, info=TWO_CORES, config=config)
+
+
+@pytest.mark.parametrize("name", ["nothing", "wide", "odd rows", "many rows", "long pages"])
+def test_kernel_gives_the_reference_at_the_edges_with_the_sizes_it_chooses(name):
+    check(on_tpu(EDGES[name]))
+
+
+def test_queries_past_the_cache_see_all_of_it():
+    call = make_case(Case((128,), rows=8, width=64, rope=0, layout="feature_major"))
+    q, _, latent, _, kv_len, _ = call.args
+    keywords = {"scale": 1.0, "layout": "feature_major", "info": ONE_CORE, "interpret": True}
+    run = jax.jit(lambda n: mosaic_tpu.decode_attention([(q, latent)], None, n, **keywords))
+    for ours, expected in zip(run(kv_len + 1), run(kv_len), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def races_found():
+    """Whether the interpreter's last run saw a copy and a read or write of the same memory, unordered."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races.races_found
+
+
+WITH_COPIES = pltpu.InterpretParams(detect_races=True)
+RAGGED_PAGES = Case(
+    (700, 0, 130, 1024), rows=8, width=64, rope=32, slots=1024, page=256, layout="feature_major"
+)
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+def test_copies_do_not_race_with_what_reads_them(shares):
+    config = Config(block=256, step=128, tail=128, shares=shares)
+    check(RAGGED_PAGES, interpret=WITH_COPIES, info=TWO_CORES, config=config)
+    assert not races_found()
+
+
+def test_a_kernel_that_does_not_wait_for_its_copies_races(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu_kernel, "_wait", lambda *copy: None)
+    with contextlib.suppress(AssertionError):  # what has not arrived is NaN
+        eager = dataclasses.replace(WITH_COPIES, dma_execution_mode="eager")
+        check(RAGGED_PAGES, interpret=eager, config=Config(block=256, step=128, tail=128))
+    assert races_found()
+
+
+def test_reasons_to_decline_name_the_limit():
+    for match, case, dtype in (
+        ("TPU", Case((128,), layout="feature_major"), jnp.bfloat16),
+        ("feature_major", Case((128,)), jnp.bfloat16),
+        ("bfloat16", Case((128,), layout="feature_major"), jnp.float32),
+        ("multiple of 128 tokens; got 64", Case((128,), page=64, layout="feature_major"), jnp.bfloat16),
+        (
+            "multiples of 16, at most 512; got 24",
+            Case((128,), width=24, layout="feature_major"),
+            jnp.bfloat16,
+        ),
+        ("got 1024", Case((128,), width=1024, layout="feature_major"), jnp.bfloat16),
+    ):
+        call = abstract_call(case, dtype)
+        with pytest.raises(NotImplementedError, match=match):
+            jax.eval_shape(functools.partial(call, implementation="mosaic_tpu"), *call.args)
+
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.fixture
+def as_users_compile():
+    """Without what the other tests set: highest precision, and few optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def compile_for(topology, case, **keywords):
+    """The call compiled for one device of a topology; the back end must take it."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    call = abstract_call(case)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    args = [
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in call.args
+    ]
+    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
+        backend = functools.partial(mosaic_tpu.decode_attention, **keywords)
+        patch.setattr("mlra_jax.ops.decode.api.IMPLEMENTATIONS", {"mosaic_tpu": backend})
+        return jax.jit(functools.partial(call)).lower(*args).compile()
+
+
+COMPILED = {
+    "mlra_4 1x128K": BENCHMARKS["mlra_4 1x128K"],
+    "four latents, eight queries": dataclasses.replace(BENCHMARKS["mlra_4 all heads 1x512K"], q_len=8),
+    "mla pages": dataclasses.replace(BENCHMARKS["mla 16x16K"], page=512),
+    "mha": Case((4096,) * 16, heads=24, rows=1, rope=0, value=128),
+}
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("as_users_compile")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernel_compiles_within_the_memory_that_jax_names_and_reads_the_cache_once(name, topology):
+    case = on_tpu(COMPILED[name])
+    compiled = compile_for(topology, case)
+    assert compiled.cost_analysis()["bytes accessed"] < 1.1 * case.cache_bytes
+    moved = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|transpose|reshape)\(", compiled.as_text())
+    caches = [x.size for x in abstract_call(case).args if x is not None and x.ndim in (3, 4)]
+    assert all(np.prod([int(n) for n in shape.split(",")]) < min(caches) for shape in moved)
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("as_users_compile")
+def test_compiler_refuses_what_exceeds_the_memory_that_jax_names():
+    small = dataclasses.replace(ONE_CORE, vmem_capacity_bytes=4 << 20)
+    config = Config(block=8192, step=4096, tail=2048)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"(?i)vmem"):
+        compile_for("v5e:2x2", on_tpu(BENCHMARKS["mlra_4 1x128K"]), info=small, config=config)
+
+
+def test_sizes_follow_the_memory_and_the_cores_that_jax_names():
+    sizes = {"widths": ((4, 128), (1, 64)), "rows": 64, "page_slots": 1 << 19, "capacity": 1 << 19}
+    choose = functools.partial(mosaic_tpu.heuristic, **sizes)
+    small = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V4, 1)
+    assert choose(batch=1, info=small).block < choose(batch=1, info=ONE_CORE).block
+    assert [choose(batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 2]
+    short = dict(sizes, page_slots=4096, capacity=4096)
+    assert [mosaic_tpu.heuristic(**short, batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 1]
