@@ -215,6 +215,7 @@ COMPILED = {
     **{name: BENCHMARKS[name] for name in ("mlra_4 1x128K", "mla 16x4K", "gla_2 1x128K", "gqa 1x128K")},
     "mlra_4 all heads, pages": Case((9000, 9000), q_len=2, heads=4, page=64),
     "no rope, narrow, pages": Case((9000,), rope=0, width=64, page=128),
+    "wide keys": Case((9000,), rope=0, width=512, value=128),
 }
 
 

@@ -96,12 +96,11 @@ def heuristic_config(
       page: slots of a page, or None.
       latent: the keys are the values.
     """
-    # Queries, scores and sums of a tile live in registers: the wider a row, the fewer rows.
-    most_rows = 64 if value_width <= 128 else 32 if value_width <= 256 else 16
+    # Scores and sums of a tile live in registers, its queries in shared memory: the wider a row, the fewer rows.
+    width = value_width + max(key_width, value_width)
+    most_rows = 64 if width <= 384 else 32 if width <= 640 else 16
     block_rows = max(16, min(most_rows, _power_of_two(rows)))
-    block_tokens = 64 if value_width <= 256 else 32
-    while page is not None and page % block_tokens:
-        block_tokens //= 2
+    block_tokens = 64 if width <= 640 else 32
 
     def stages_for(resident: int) -> int:
         """Most blocks in flight that leave room for so many programs on a processor, which keeps 1 KiB of each."""
@@ -110,6 +109,8 @@ def heuristic_config(
         left = (chip.shared_bytes + 1024) // resident - 1024 - queries
         return min(4, left // block + (chip.capability < 90))
 
+    while block_tokens > 16 and (stages_for(1) < 2 or (page is not None and page % block_tokens)):
+        block_tokens //= 2
     # Before Hopper one program's softmax hides behind another's products.
     resident = 2 if chip.capability < 90 and stages_for(2) >= 2 else 1
     stages = max(1, stages_for(resident))
