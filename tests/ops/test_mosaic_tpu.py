@@ -109,10 +109,15 @@ def test_copies_do_not_race_with_what_reads_them(shares):
 
 def test_a_kernel_that_does_not_wait_for_its_copies_races(monkeypatch):
     monkeypatch.setattr(mosaic_tpu_kernel, "_wait", lambda *copy: None)
-    with contextlib.suppress(AssertionError):  # what has not arrived is NaN
-        eager = dataclasses.replace(WITH_COPIES, dma_execution_mode="eager")
-        check(RAGGED_PAGES, interpret=eager, config=Config(block=256, step=128, tail=128))
-    assert races_found()
+    eager = dataclasses.replace(WITH_COPIES, dma_execution_mode="eager")
+    try:
+        with contextlib.suppress(AssertionError):  # of wrong numbers
+            check(RAGGED_PAGES, interpret=eager, config=Config(block=256, step=128, tail=128))
+        found = races_found()
+    except jax.errors.JaxRuntimeError as e:  # from JAX 0.12 a race raises
+        pltpu.reset_tpu_interpret_mode_state()
+        found = "RACE DETECTED" in str(e)
+    assert found
 
 
 def test_reasons_to_decline_name_the_limit():
