@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -197,10 +198,24 @@ def test_compiler_refuses_what_exceeds_the_memory_that_jax_names():
 
 
 def test_sizes_follow_the_memory_and_the_cores_that_jax_names():
-    sizes = {"widths": ((4, 128), (1, 64)), "rows": 64, "page_slots": 1 << 19, "capacity": 1 << 19}
+    sizes = {"widths": ((4, 128), (1, 64)), "rows": 64, "capacity": 1 << 19}
     choose = functools.partial(mosaic_tpu.heuristic, **sizes)
     small = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V4, 1)
     assert choose(batch=1, info=small).block < choose(batch=1, info=ONE_CORE).block
     assert [choose(batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 2]
-    short = dict(sizes, page_slots=4096, capacity=4096)
+    short = dict(sizes, capacity=4096)
     assert [mosaic_tpu.heuristic(**short, batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 1]
+
+
+@needs_libtpu
+def test_compiler_expects_no_more_than_the_goal_on_the_chip_with_the_least_room(repository):
+    spec = importlib.util.spec_from_file_location("tpu_static", repository / "benchmarks" / "tpu_static.py")
+    tpu_static = importlib.util.module_from_spec(spec)
+    sys.modules["tpu_static"] = tpu_static  # dataclasses look there
+    spec.loader.exec_module(tpu_static)
+    chip, lengths = tpu_static.CHIPS["tpu7x"], tpu_static.LENGTHS["1 x 128K"]
+    estimate = tpu_static.estimate(chip, 64, lengths)
+    nanoseconds = tpu_static.case(64, lengths).cache_bytes / chip.terabytes_per_second / 1e3
+    assert estimate.stalls
+    assert estimate.cycles < 1.2 * nanoseconds * chip.gigahertz
+    assert estimate.binding.startswith("MAT")

@@ -38,7 +38,6 @@ def heuristic(
     widths: tuple[tuple[int, int], ...],
     rows: int,
     batch: int,
-    page_slots: int,
     capacity: int,
     info: pltpu.TpuInfo,
 ) -> Config:
@@ -48,7 +47,6 @@ def heuristic(
       widths: heads and width of each cached array.
       rows: query rows of a tile.
       batch: rows of the batch.
-      page_slots: tokens of a page.
       capacity: tokens that a row has room for.
       info: of the TPU.
     """
@@ -135,7 +133,7 @@ def decode_attention(
     widths = tuple((x.shape[1], x.shape[2]) for x in arrays)
     kv_len_BT = jnp.minimum(kv_len_BT, page_slots * row_pages)
     config = config or heuristic(
-        widths=widths, rows=rows, batch=b, page_slots=page_slots, capacity=page_slots * row_pages, info=info
+        widths=widths, rows=rows, batch=b, capacity=page_slots * row_pages, info=info
     )
     cores = info.num_cores if config.shares == 1 and b % info.num_cores == 0 else config.shares
     shape = Shape(

@@ -1,0 +1,252 @@
+"""What the TPU compiler expects of the decode attention kernel, without a TPU: its cycles against those that HBM needs.
+
+    python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md
+
+Needs `libtpu`. Each kernel is compiled in a process of its own, by the compiler that would run on the machine, which
+is asked to write down its schedule and its estimate. The kernel is the shipped one but for one flag, `static`: rows are
+full, which is known when compiling, and blocks are not copied from HBM, for the estimate counts code behind a condition
+of run time as not run, and a copy as a fixed latency. What remains is what the core computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.ops.decode import mosaic_tpu
+from mlra_jax.ops.decode.cases import Case, abstract_call
+
+KERNEL = "decode_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device of a TPU generation."""
+
+    topology: str
+    version: pltpu.ChipVersion
+    cores: int
+    gigahertz: float
+    """Assumed: Google does not publish clocks. They follow from peak FLOPs and the number and size of matrix units."""
+    terabytes_per_second: float
+    """Of HBM, from Google Cloud's system architecture pages; of v4 and TPU7x half a chip's, which is one device."""
+
+
+CHIPS = {
+    "v4": Chip("v4:2x2x1", pltpu.ChipVersion.TPU_V4, 1, 1.05, 1.2 / 2),
+    "v5e": Chip("v5e:2x2", pltpu.ChipVersion.TPU_V5E, 1, 1.5, 0.819),
+    "v5p": Chip("v5p:2x2x1", pltpu.ChipVersion.TPU_V5P, 2, 1.75, 2.765),
+    "v6e": Chip("v6e:2x2", pltpu.ChipVersion.TPU_V6E, 1, 1.75, 1.64),
+    "tpu7x": Chip("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 1, 2.2, 7.38 / 2),
+}
+ROWS = (24, 32, 64)
+LENGTHS = {"1 x 128K": (128 * 1024,), "16 x 4K": (4096,) * 16}
+UNITS = {
+    "MATMUL": "matrix unit (rows in)",
+    "MATPUSH": "matrix unit (weights in)",
+    "XLU": "cross-lane unit (XLU)",
+    "VALU": "vector arithmetic",
+    "VPOP": "results out of matrix and cross-lane units",
+    "EUP": "exponentials",
+    "VLOAD": "vector loads",
+    "VSTORE": "vector stores",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one kernel, by the compiler."""
+
+    cycles: int
+    """Of each core over the whole call."""
+    stalls: bool
+    """Whether `cycles` counts stalls too; if not, it is the number of instruction bundles issued, a lower bound."""
+    use: dict[str, tuple[int, float]]
+    """By unit: instructions in the kernel's code, and the share of its slots in the bundles that they fill."""
+    block: int
+    """Tokens of the kernel's inner loop, which is nearly all of its code."""
+
+    @property
+    def binding(self) -> str:
+        """The unit that the schedule uses most."""
+        return max(UNITS, key=lambda unit: self.use[unit][1])
+
+    @property
+    def spills(self) -> float:
+        """Vector registers spilled for each 1024 tokens."""
+        return self.use["VSTORE:SPILL"][0] / self.block * 1024
+
+
+def case(rows: int, lengths: tuple[int, ...]) -> Case:
+    """One latent head of MLRA, C = 128 and R = 64."""
+    return Case(lengths, rows=rows, layout="feature_major")
+
+
+def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
+    """Compiles one kernel; the compiler writes to where `LIBTPU_INIT_ARGS` say."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    call = abstract_call(case(rows, lengths))
+    q_nope, q_rope, kv_latent, k_rope, kv_len, _ = (
+        None
+        if x is None
+        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+        for x in call.args
+    )
+    attend = functools.partial(
+        mosaic_tpu.decode_attention, scale=call.static["scale"], layout="feature_major", static=True
+    )
+    run = lambda q, qr, kv, kr, n: attend(parts=[(q, kv), (qr, kr[:, None])], v=None, kv_len_BT=n)
+    with jax.set_mesh(mesh):
+        jax.jit(run).lower(q_nope, q_rope, kv_latent, k_rope, kv_len).compile()
+
+
+def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
+    """Compiles one kernel in a process of its own and reads what the compiler wrote."""
+    block = chosen_block(chip, rows, lengths)
+    for with_stalls in (True, False):
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            failure = compile_in_process(chip, rows, lengths, folder, with_stalls)
+            schedules = list(folder.glob(f"*-{KERNEL}*-final_bundles.txt"))
+            profiles = list(folder.glob(f"{KERNEL}*_static_llo_profile.textproto"))
+            if schedules and (profiles or not with_stalls):
+                [table] = folder.glob(f"*-{KERNEL}*-per-bundle-utilization.txt")
+                use = utilization(table.read_text())
+                if with_stalls:
+                    found = re.search(r"estimated_cycles: (\d+)", profiles[0].read_text())
+                    assert found is not None
+                    return Estimate(int(found[1]), True, use, block)
+                [schedule] = [f for f in schedules if "schedule-analysis" not in f.name]
+                in_loops = len(re.findall(r"^ +0x\w+ +(?:\w+)?: >+ ", schedule.read_text(), re.MULTILINE))
+                return Estimate(in_loops * sum(lengths) // block, False, use, block)
+    raise RuntimeError(f"The compiler wrote no schedule for {chip.topology}:\n{failure[-2000:]}")
+
+
+def compile_in_process(
+    chip: Chip, rows: int, lengths: tuple[int, ...], folder: pathlib.Path, with_stalls: bool
+) -> str:
+    """Has the compiler write to a folder; returns what it printed.
+
+    The compiler may abort over a check in its own estimate, before it has written it (v4) or after (v5e). So what
+    counts is what was written, and without an estimate the kernel is compiled again, for its schedule alone.
+    """
+    flags = {
+        "xla_jf_dump_to": folder,
+        "xla_jf_dump_llo_text": "true",
+        "xla_jf_dump_llo_pass_label_regex": "final.*",
+    }
+    if with_stalls:
+        flags["xla_jf_dump_static_llo_profile_to"] = folder
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": " ".join(f"--{k}={v}" for k, v in flags.items()),
+    }
+    command = [sys.executable, __file__, "--compile", chip.topology, str(rows), *map(str, lengths)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def chosen_block(chip: Chip, rows: int, lengths: tuple[int, ...]) -> int:
+    """Tokens of the block that the kernel chooses."""
+    sizes = case(rows, lengths)
+    return mosaic_tpu.heuristic(
+        widths=((1, sizes.width), (1, sizes.rope)),
+        rows=rows,
+        batch=len(lengths),
+        capacity=sizes.capacity,
+        info=pltpu.get_tpu_info_for_chip(chip.version, chip.cores),
+    ).block
+
+
+def utilization(text: str) -> dict[str, tuple[int, float]]:
+    """Reads the compiler's table of the slots that each bundle uses."""
+    _, names, capacities, _, *lines = text.splitlines()
+    bundles = [[int(n) for n in line.split()] for line in lines if line.strip()]
+    sums = [sum(column) for column in zip(*bundles, strict=True)]
+    return {
+        name.strip(): (n, n / (int(capacity) * len(bundles)))
+        for name, n, capacity in zip(names.split(","), sums, capacities.split(), strict=True)
+    }
+
+
+def report(chips: list[str]) -> str:
+    """The table, with what it was made with."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    command = "python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md"
+    lines = [
+        "# Decode attention on TPU, as its compiler expects",
+        "",
+        f"{datetime.date.today()}, {versions}. `{command}`. Nothing was run on a TPU.",
+        "",
+        "One latent head, C = 128, R = 64, bfloat16, 384 bytes a token. *Cycles*: of each core over the whole call, by",
+        "the compiler's estimate, stalls included, of the shipped kernel without its copies from HBM. *HBM*: cycles",
+        "in which the device reads the cache once at its public bandwidth. *Ratio*: cycles / HBM; below 1 the copies,",
+        "which run beside the computation, decide. *Binding unit*: the one whose slots the schedule fills most, and",
+        "how far. *Spills*: vector registers stored as spills for each 1024 tokens. The scores and the turned values",
+        "of a step, rows + 64 registers for each 1024 tokens, do not fit the 64 that there are and go through VMEM;",
+        "the compiler books these as spills.",
+        "",
+        "| chip | assumed clock | HBM bandwidth of a device | cores of a device |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name in chips:
+        c = CHIPS[name]
+        lines.append(f"| {name} | {c.gigahertz} GHz | {c.terabytes_per_second:.3g} TB/s | {c.cores} |")
+    lines += [
+        "",
+        "| chip | context | rows | cycles | HBM | ratio | binding unit | spills |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in chips:
+        for context, lengths in LENGTHS.items():
+            for rows in ROWS:
+                chip, e = CHIPS[name], estimate(CHIPS[name], rows, lengths)
+                hbm = case(rows, lengths).cache_bytes / chip.terabytes_per_second / 1e3 * chip.gigahertz
+                least = "" if e.stalls else "≥ "
+                unit = f"{UNITS[e.binding]}, {e.use[e.binding][1]:.0%}"
+                row = f"| {name} | {context} | {rows} | {least}{e.cycles / 1e3:.1f}K | {hbm / 1e3:.1f}K "
+                lines.append(row + f"| {least}{e.cycles / hbm:.2f} | {unit} | {e.spills:.0f} |")
+                print(lines[-1], file=sys.stderr, flush=True)
+    if "v4" in chips:
+        lines += [
+            "",
+            "≥: for v4 the compiler's estimate fails a check of its own; bundles are counted, without stalls.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Prints the table, or writes it to a file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--chips", nargs="*", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--compile", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.compile:
+        topology, rows, *lengths = args.compile
+        compile_static(topology, int(rows), tuple(map(int, lengths)))
+    elif args.out:
+        args.out.write_text(report(args.chips))
+    else:
+        print(report(args.chips))
+
+
+if __name__ == "__main__":
+    main()
