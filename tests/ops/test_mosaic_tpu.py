@@ -190,6 +190,27 @@ def test_kernel_compiles_within_the_memory_that_jax_names_and_reads_the_cache_on
 
 @needs_libtpu
 @pytest.mark.usefixtures("as_users_compile")
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_kernel_compiles_on_four_devices_that_hold_a_latent_head_each(topology):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:4]), ("tensor",), axis_types=(AxisType.Explicit,))
+    call = abstract_call(on_tpu(dataclasses.replace(BENCHMARKS["mlra_4 all heads 16x4K"], rows=24)))
+    heads, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+    specs = (heads, heads, PartitionSpec(None, "tensor"), whole, whole)
+    args = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+        for x, spec in zip(call.args, specs, strict=False)
+    ]
+    run = lambda *args: call(*args, None, implementation="mosaic_tpu")
+    with jax.set_mesh(mesh):
+        compiled = (
+            jax.jit(jax.shard_map(run, in_specs=specs, out_specs=(heads, heads))).lower(*args).compile()
+        )
+    assert "all-" not in compiled.as_text()
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("as_users_compile")
 def test_compiler_refuses_what_exceeds_the_memory_that_jax_names():
     small = dataclasses.replace(ONE_CORE, vmem_capacity_bytes=4 << 20)
     config = Config(block=8192, step=4096, tail=2048)

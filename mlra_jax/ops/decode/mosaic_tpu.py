@@ -158,9 +158,10 @@ def decode_attention(
     seen = jnp.pad(jnp.repeat(kv_len_BT, m, axis=1), ((0, 0), padding)).reshape(b, tiles, 1, rows)
     if page_table is None:
         page_table = jnp.arange(b, dtype=jnp.int32)[:, None]
-    out, lse = _call(shape, cores, info, interpret)(
-        kv_len_BT.max(axis=1), kv_len_BT.min(axis=1), page_table.reshape(-1), seen, q, *arrays
-    )
+    inputs = (kv_len_BT.max(axis=1), kv_len_BT.min(axis=1), page_table.reshape(-1), seen, q, *arrays)
+    # Inside `shard_map`, what comes out differs between devices wherever something that goes in does.
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    out, lse = _call(shape, cores, info, interpret, varying)(*inputs)
     lse = lse.reshape(*out.shape[:-1])
     out, lse = functools.reduce(lambda x, y: merge(*x, *y), zip(out, lse, strict=True))
     by_query = lambda x: (
@@ -172,9 +173,13 @@ def decode_attention(
 
 
 def _call(
-    shape: Shape, cores: int, info: pltpu.TpuInfo, interpret: bool | pltpu.InterpretParams
+    shape: Shape,
+    cores: int,
+    info: pltpu.TpuInfo,
+    interpret: bool | pltpu.InterpretParams,
+    varying: frozenset[str],
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The compiled kernel as a function of what `kernel` reads; outputs by share, row, tile of queries."""
+    """The kernel as a function of what it reads; its outputs by share, row of the batch, head and tile."""
     batch = shape.items * (cores // shape.shares)
     tiles, rows, v = shape.heads * shape.tiles, shape.rows, shape.value_width
     key = sum(width for _, width in shape.widths[: shape.parts])
@@ -189,6 +194,9 @@ def _call(
 
         return pl.BlockSpec((1, 1, *block) if outputs else (1, *block), index)
 
+    output = lambda block, dtype: jax.ShapeDtypeStruct(
+        (shape.shares, batch, *block), dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
+    )
     tokens = batch * shape.page_slots * shape.row_pages
     token_bytes = 2 * sum(heads * width for heads, width in shape.widths)
     grid = pltpu.PrefetchScalarGridSpec(
@@ -213,10 +221,8 @@ def _call(
         functools.partial(kernel, shape),
         grid_spec=grid,
         out_shape=[
-            jax.ShapeDtypeStruct(
-                (shape.shares, batch, tiles, rows, v), jnp.bfloat16 if shape.shares == 1 else jnp.float32
-            ),
-            jax.ShapeDtypeStruct((shape.shares, batch, tiles, 1, rows), jnp.float32),
+            output((tiles, rows, v), jnp.bfloat16 if shape.shares == 1 else jnp.float32),
+            output((tiles, 1, rows), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=info.vmem_capacity_bytes * 7 // 8
