@@ -1,6 +1,7 @@
 """Causal attention: the specification against NumPy, the other back ends against the specification."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from mlra_jax.ops.attention import causal_attention, xla
+from mlra_jax.ops.attention import causal_attention, splash, xla
+from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 
 
 def by_hand(q, k, v, scale, q_start):
@@ -116,3 +120,82 @@ def test_shapes_and_types_of_the_public_op_are_checked_in_tests():
     for wrong in (q[0], q.astype(jnp.int32), np.asarray(q)):
         with pytest.raises(TypeCheckError):
             causal_attention(wrong, k, v, scale=1.0)
+
+
+@pytest.fixture
+def interpreted_splash(monkeypatch):
+    """Splash attention, interpreted."""
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", functools.partial(splash.causal_attention, interpret=True))
+
+
+def value_and_grads(name, q_start=0, wrap=lambda f: f):
+    """The attention output and the gradients of a loss with unequal cotangents, compiled."""
+    attend = wrap(functools.partial(causal_attention, scale=0.1, q_start=q_start, implementation=name))
+
+    def loss(*args):
+        out = attend(*args)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(*args):
+        (_, out), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*args)
+        return out, *grads
+
+    return jax.jit(run)
+
+
+def check_all(ours, expected, tolerance=1e-4):
+    for x, y in zip(ours, expected, strict=True):
+        assert np.linalg.norm(np.asarray(x) - y) < tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.usefixtures("interpreted_splash")
+def test_splash_gives_the_reference_and_its_gradients_with_grouped_heads_and_earlier_keys():
+    args = put(*arrays(0, 1, 128, 256, 4, 2, 192, 128))
+    check_all(value_and_grads("splash", 128)(*args), value_and_grads("reference", 128)(*args))
+
+
+@pytest.mark.usefixtures("interpreted_splash")
+def test_splash_gives_the_reference_and_its_gradients_inside_shard_map():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Explicit,) * 2)
+    heads, shared = (
+        PartitionSpec("data", None, "tensor"),
+        PartitionSpec("data"),
+    )  # one KV head on both devices
+    specs = {"in_specs": (heads, shared, shared), "out_specs": heads}
+    args = put(*arrays(0, 2, 128, 128, 2, 1, 64, 64))
+    expected = value_and_grads("reference")(*args)
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs["in_specs"], strict=True)
+        ]
+        ours = value_and_grads("splash", wrap=lambda f: jax.shard_map(f, **specs))(*placed)
+    check_all(ours, expected)
+
+
+def test_splash_names_why_it_declines(monkeypatch):
+    attend = functools.partial(causal_attention, scale=0.1, implementation="splash")
+    with pytest.raises(NotImplementedError, match="a TPU"):
+        attend(*put(*arrays(0, 1, 128, 128, 2, 1, 64, 64)))
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", functools.partial(splash.causal_attention, interpret=True))
+    for match, sizes, q_start in (
+        ("100 queries", (1, 100, 128, 2, 1, 64, 64), 0),
+        ("got 64 and 48", (1, 128, 128, 2, 1, 64, 48), 0),
+        ("q_start", (1, 128, 128, 2, 1, 64, 64), jnp.int32(0)),
+    ):
+        with pytest.raises(NotImplementedError, match=match):
+            attend(*put(*arrays(0, *sizes)), q_start=q_start)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_tpus_attend_with_splash_forward_and_backward(topology):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:4]
+    mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    spec = PartitionSpec("data", None, "tensor")
+    shapes = ((4, 2048, 24, 192), (4, 2048, 4, 192), (4, 2048, 4, 128))
+    args = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, spec)) for s in shapes]
+    wrap = lambda f: jax.shard_map(f, in_specs=(spec,) * 3, out_specs=spec)
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        program = value_and_grads(None, wrap=wrap).lower(*args).compile().as_text()
+    assert program.count("splash_mha_fwd") > 0
+    assert program.count("splash_mha_dkv") > 0

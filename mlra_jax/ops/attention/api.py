@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.attention import reference, xla
+from mlra_jax.ops.attention import reference, splash, xla
 from mlra_jax.ops.dispatch import dispatch
 
-IMPLEMENTATIONS = {"xla": xla.causal_attention, "reference": reference.causal_attention}
+IMPLEMENTATIONS = {
+    "splash": splash.causal_attention,
+    "xla": xla.causal_attention,
+    "reference": reference.causal_attention,
+}
+"""Best first; each takes what `reference.causal_attention` takes, or declines."""
 
 
 def causal_attention(
@@ -33,7 +37,7 @@ def causal_attention(
       v: values.
       scale: multiplies the scores (the paper: 1/sqrt(H) of the expanded form).
       q_start: position of the first query.
-      implementation: None (the first that takes the arguments), or one name or several of `xla`, `reference`.
+      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
 
     Returns:
       The attention output in the type of `q`.
@@ -59,5 +63,5 @@ def causal_attention(
         k,
         v,
         scale=scale,
-        q_start=jax.numpy.asarray(q_start),
+        q_start=q_start,
     )

@@ -1,0 +1,114 @@
+"""Causal attention on TPU: the Splash attention that JAX brings, inside `shard_map` with its checks or without."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import PartitionSpec
+
+BLOCKS = (512, 256, 128)
+"""Tokens of a block of queries or keys: the first that divides them."""
+
+
+def causal_attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKV: jax.Array,
+    *,
+    scale: float,
+    q_start: jax.Array | int,
+    interpret: bool = False,
+) -> jax.Array:
+    """See `mlra_jax.ops.attention.causal_attention`; differentiable once.
+
+    Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKV: values.
+      scale: multiplies the scores.
+      q_start: position of the first query, known when compiling.
+      interpret: runs the kernels on the CPU.
+
+    Raises:
+      NotImplementedError: not a TPU, a position known at run time alone, or sizes that its blocks do not fit.
+    """
+    if not interpret and not pltpu.is_tpu_device():
+        raise NotImplementedError("It needs a TPU.")
+    if not isinstance(q_start, int | np.integer):
+        raise NotImplementedError("It needs a q_start that is known when compiling.")
+    t, s, n = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
+    if t % BLOCKS[-1] or s % BLOCKS[-1]:
+        raise NotImplementedError(
+            f"It needs lengths that are multiples of {BLOCKS[-1]}; got {t} queries, {s} keys."
+        )
+    if any(width % 64 for width in (k_BSKH.shape[-1], v_BSKV.shape[-1])):
+        raise NotImplementedError(
+            f"It needs widths that are multiples of 64; got {k_BSKH.shape[-1]} and {v_BSKV.shape[-1]}."
+        )
+    block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (t, s))
+    sizes = splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=block_kv,
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=block_kv,
+        use_fused_bwd_kernel=True,
+    )
+    mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=int(q_start))] * n)
+    attend = jax.vmap(
+        splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)  # takes no scale
+    )
+    q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+    return unchecked(attend)(*(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
+
+
+def unchecked(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`f`, also where `shard_map` checks over which axes arrays vary, which `f`'s kernels do not say.
+
+    Forward and backward pass are traced without the axes and run in an inner `shard_map` without the checks; what comes
+    out is then said to vary over every axis over which something that goes in does.
+    """
+
+    def call(*args: jax.Array) -> jax.Array:
+        of = lambda x: jax.typeof(x).manual_axis_type.varying
+        axes = frozenset().union(*map(of, args))
+        if not axes:
+            return f(*args)
+
+        def vary(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying"), tree)
+
+        def unsafe(g: Callable[..., Any], *args: Any) -> Any:
+            def traced(*args: Any) -> Any:
+                plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+                jaxpr, out = jax.make_jaxpr(g, return_shape=True)(*plain)
+                return jax.tree.unflatten(
+                    jax.tree.structure(out), jaxpr_as_fun(jaxpr)(*jax.tree.leaves(args))
+                )
+
+            whole = PartitionSpec()
+            inner = jax.shard_map(
+                traced, in_specs=whole, out_specs=whole, axis_names=frozenset(), check_vma=False
+            )
+            return vary(inner(*args))
+
+        @jax.custom_vjp
+        def run(*args: jax.Array) -> jax.Array:
+            return unsafe(f, *args)
+
+        run.defvjp(
+            lambda *args: unsafe(functools.partial(jax.vjp, f), *args),
+            lambda pullback, g: unsafe(lambda pullback, g: pullback(g), pullback, g),
+        )
+        return run(*vary(args))  # gradients are summed over the axes that this adds
+
+    return call
