@@ -16,7 +16,7 @@ def current_device() -> tuple[str, str]:
     if not mesh.empty and mesh.abstract_device is not None:
         platform, kind = mesh.abstract_device.platform, mesh.abstract_device.device_kind
     else:
-        device = jax.config.jax_default_device or jax.devices()[0]
+        device = jax.config.values["jax_default_device"] or jax.devices()[0]
         if isinstance(device, str):
             device = jax.devices(device)[0]
         platform, kind = device.platform, device.device_kind

@@ -85,7 +85,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
       For each op the names in the order in which they are tried, each with its reason to decline, or None: it takes
       the call. The first None is what `implementation=None` runs.
     """
-    token = _asked.set(found := {})
+    found: dict[str, dict[str, str | None]] = {}
+    token = _asked.set(found)
     try:
         jax.eval_shape(lambda *args: function(*args, **kwargs), *args)
     finally:

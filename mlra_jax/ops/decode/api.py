@@ -8,12 +8,13 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.decode import mosaic_tpu, reference, triton, xla
+from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, reference, triton, xla
 from mlra_jax.ops.dispatch import dispatch
 
 Layout = Literal["token_major", "feature_major"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "mosaic_gpu": mosaic_gpu.decode_attention,
     "triton": triton.decode_attention,
     "mosaic_tpu": mosaic_tpu.decode_attention,
     "xla": xla.decode_attention,

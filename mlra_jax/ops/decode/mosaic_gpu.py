@@ -1,0 +1,187 @@
+"""Decode and prefill attention on Hopper GPUs: when the Pallas Mosaic GPU kernel applies, and how it cuts the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.device import current_device
+
+ROWS = 64
+"""Query rows of a warpgroup: the height of its matrix products."""
+SHARED_MEMORY = 227 * 1024
+"""Bytes of shared memory that one program may hold on Hopper."""
+PROCESSORS = {r"H100 PCIe": 114, r"H20\b": 78, r"H100|H200|H800|GH200": 132}
+"""Streaming multiprocessors, by what the device's name in JAX holds; numbers from NVIDIA's data sheets."""
+
+
+def find_processors(kind: str) -> int | None:
+    """Streaming multiprocessors of the Hopper GPU that a JAX device kind names; None: it is none."""
+    return next((n for name, n in PROCESSORS.items() if re.search(name, kind)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of a call."""
+
+    batch: int
+    q_len: int
+    heads: int
+    """Latent or KV heads (L)."""
+    rows_per_query: int
+    """M."""
+    widths: tuple[int, ...]
+    """Of the parts of the key."""
+    shared: tuple[bool, ...]
+    """Which parts all heads share."""
+    v_width: int
+    latent: bool
+    """Whether the value is the first part of the key."""
+    page: int
+    """Slots of a page."""
+    pages: int
+    row_pages: int | None
+    """Entries of a row of the page table; None: contiguous."""
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a head: T * M."""
+        return self.q_len * self.rows_per_query
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row may hold."""
+        return self.page * (self.row_pages or 1)
+
+    @property
+    def value_groups(self) -> int:
+        """Warpgroups that share the columns of the output: 256 float32 columns fill half of one's registers."""
+        return max(1, self.v_width // 256)
+
+    @classmethod
+    def of(cls, parts: Parts, v: jax.Array | None, page_table: jax.Array | None) -> Shape:
+        """The sizes of a call in the token-major layout."""
+        (b, t, heads, m, _), keys = parts[0][0].shape, [k for _, k in parts]
+        return cls(
+            batch=b,
+            q_len=t,
+            heads=heads,
+            rows_per_query=m,
+            widths=tuple(k.shape[-1] for k in keys),
+            shared=tuple(k.shape[1] < heads for k in keys),
+            v_width=(keys[0] if v is None else v).shape[-1],
+            latent=v is None,
+            page=keys[0].shape[2],
+            pages=keys[0].shape[0],
+            row_pages=None if page_table is None else page_table.shape[1],
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a call is cut.
+
+    Attributes:
+      n_splits: shares into which the tokens of all sequences, laid end to end, are cut for each tile of rows; their
+        parts are merged after. One: each program takes a whole sequence, and there is nothing to merge.
+      block: tokens that a program takes at a time: 64 or 128; a page holds a whole number of them.
+      stages: blocks in flight, 2 or more.
+      row_groups: warpgroups of a program, each with 64 query rows of its own, that share its blocks.
+    """
+
+    n_splits: int
+    block: int
+    stages: int
+    row_groups: int = 1
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Bytes of shared memory of a program, at most: queries, blocks, weights, and what is small."""
+        queries = 2 * self.row_groups * ROWS * sum(shape.widths)
+        if self.n_splits == 1 and shape.v_width != shape.widths[0]:
+            queries += (
+                2 * self.row_groups * ROWS * shape.v_width
+            )  # outputs on their way; else over the queries
+        block = 2 * self.block * (sum(shape.widths) + (0 if shape.latent else shape.v_width))
+        weights = 2 * ROWS * self.block if shape.value_groups > 1 else 0
+        return queries + self.stages * block + weights + 2304
+
+    @classmethod
+    def heuristic(cls, shape: Shape, processors: int) -> Config:
+        """A cut that fits the GPU (docs/kernels.md has the measurements behind it)."""
+        row_groups = 2 if shape.rows > ROWS and shape.value_groups == 1 else 1
+        tiles = shape.heads * -(-shape.rows // (ROWS * row_groups))
+        # A single program for each sequence spares the merge, where that keeps all processors at work.
+        programs = tiles * shape.batch
+        whole = 0.9 * processors <= programs <= processors or programs >= 4 * processors
+        n_splits = 1 if whole else max(1, processors // tiles)
+        # Long runs over many rows are bound by arithmetic: larger blocks have fewer steps between products.
+        block = 128 if row_groups == 2 and shape.page % 128 == 0 and sum(shape.widths) <= 192 else 64
+        config = cls(n_splits, block, 4, row_groups)
+        while config.stages > 2 and config.shared_bytes(shape) > SHARED_MEMORY:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        return config
+
+
+def decode_attention(
+    parts: Parts,
+    v: jax.Array | None,
+    kv_len_BT: jax.Array,
+    *,
+    scale: float,
+    page_table: jax.Array | None = None,
+    layout: str = "token_major",
+    config: Config | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `mlra_jax.ops.decode.reference.decode_attention`; bfloat16 in and out, float32 softmax and sums.
+
+    Args:
+      parts: pairs of queries and keys.
+      v: values, or None.
+      kv_len_BT: how many of the leading tokens each query sees.
+      scale: multiplies the scores.
+      page_table: pages of each row, or None.
+      layout: of keys and values.
+      config: how the call is cut; None: as tuned for the device, or as the heuristic says.
+      interpret: `plgpu.InterpretGPUParams` run the kernel on the CPU.
+
+    Raises:
+      NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernel takes.
+    """
+    platform, kind = current_device()
+    processors = 132 if interpret is not None else find_processors(kind)
+    if interpret is None and (platform != "gpu" or processors is None):
+        raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
+        )
+    if layout != "token_major":
+        raise NotImplementedError(f"the Mosaic GPU kernel reads token-major caches; this one is {layout}.")
+    arrays = [x for pair in parts for x in pair] + ([] if v is None else [v])
+    if not_bf16 := {str(x.dtype) for x in arrays if x.dtype != jnp.bfloat16}:
+        raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16; got {', '.join(sorted(not_bf16))}.")
+    shape = Shape.of(parts, v, page_table)
+    if any(w != 32 and w % 64 for w in shape.widths) or shape.v_width not in (64, 128, 256, 512):
+        raise NotImplementedError(
+            "the Mosaic GPU kernel takes keys of 32 or a multiple of 64 features and values of 64, 128, 256 or 512; "
+            f"got {' + '.join(map(str, shape.widths))} and {shape.v_width}."
+        )
+    if shape.page % 64:
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel takes pages, or contiguous caches, of a multiple of 64 tokens; got {shape.page}."
+        )
+    config = config or Config.heuristic(shape, processors or 132)
+    if (needed := config.shared_bytes(shape)) > SHARED_MEMORY:
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are {SHARED_MEMORY}."
+        )
+    from mlra_jax.ops.decode.mosaic_gpu_kernel import attend
+
+    args = tuple(parts), v, kv_len_BT, page_table
+    return attend(*args, shape=shape, scale=scale, config=config, interpret=interpret)

@@ -1,0 +1,526 @@
+"""Attention over a KV cache for Hopper GPUs: a Pallas Mosaic GPU kernel that streams the cache through shared memory once.
+
+A program holds a tile of query rows of one head. One warpgroup issues the copies of blocks of tokens into a ring of
+stages; the others compute. Where there are many rows, each computing warpgroup has 64 of its own; where the value is
+too wide for one, each owns some of its columns, and the first makes the weights for all.
+
+With few rows the blocks of all sequences, laid end to end, are cut into equal shares, so that ragged batches balance
+too; a second kernel merges the parts by their log-sum-exp, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from mlra_jax.ops.decode.mosaic_gpu import ROWS, Config, Shape
+from mlra_jax.ops.decode.reference import Parts
+
+LOG2E = math.log2(math.e)
+LOWEST = -1e30
+"""Where running maxima start: finite, so that the difference of two is never NaN."""
+
+# Reductions here are along rows, inside a warp: they need next to none of the scratch memory set aside for others.
+_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024)
+_MATRIX = plgpu.Layout.WGMMA
+_ROW = plgpu.Layout.WGMMA.reduce(1)
+
+
+def _transforms(width: int) -> tuple[Any, ...]:
+    """How the tensor cores want a bfloat16 array of so many columns to lie in shared memory."""
+    swizzle = min(64, width)
+    return plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(2 * swizzle)
+
+
+def _accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
+    """`acc + a @ b`, in place; the interpreter knows only products that start from zero."""
+
+    def product(ref: Any) -> Any:
+        plgpu.wgmma(ref, a, b)
+        return ref[...] if interpret else None
+
+    if interpret:
+        return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def _blocks(tokens: jax.Array, block: int) -> jax.Array:
+    """Blocks of so many tokens; one at least, so that every row has an output."""
+    return jnp.maximum(1, lax.div(tokens + (block - 1), block))
+
+
+def make_table(longest: jax.Array, config: Config) -> jax.Array:
+    """Which sequences each share has, worked out once for all layers with the same lengths.
+
+    Laid end to end, the blocks of all sequences are cut into equal shares; share i has those from i * `per` on.
+
+    Args:
+      longest: tokens of each sequence that its longest query sees, [B].
+      config: of the kernel.
+
+    Returns:
+      int32 [B + 1 + 2 * n_splits]: the first block of each sequence and the number of all; the first sequence of
+      each share; the last one (less than the first where the share is empty).
+    """
+    ends = jnp.cumsum(_blocks(longest, config.block))
+    per = -(-ends[-1] // config.n_splits)
+    low = jnp.arange(config.n_splits) * per
+    high = jnp.minimum(low + per, ends[-1])
+    first = jnp.sum(ends <= low[:, None], axis=1)
+    last = jnp.where(low < high, jnp.sum(ends < high[:, None], axis=1), first - 1)
+    return jnp.concatenate([jnp.zeros(1, ends.dtype), ends, first, last]).astype(jnp.int32)
+
+
+class Schedule:
+    """What a program reads off the table of `make_table`; a single sequence needs none, and is in every share."""
+
+    def __init__(self, longest_ref: Any, table_ref: Any, shape: Shape, config: Config):
+        self.longest_ref, self.table_ref, self.config = longest_ref, table_ref, config
+        self.batch = shape.batch
+        self.total = self.blocks(0) if table_ref is None else table_ref[shape.batch]
+        self.per = lax.div(self.total + (config.n_splits - 1), config.n_splits)
+
+    def blocks(self, b: Any) -> jax.Array:
+        """Blocks of sequence b."""
+        return _blocks(self.longest_ref[b], self.config.block)
+
+    def begin(self, b: Any) -> jax.Array:
+        """The first block of sequence b."""
+        return jnp.int32(0) if self.table_ref is None else self.table_ref[b]
+
+    def sequences(self, i: jax.Array) -> tuple[Any, Any]:
+        """The first and the last sequence of share i."""
+        if self.table_ref is None:
+            return jnp.int32(0), jnp.int32(0)
+        at = self.batch + 1 + i
+        return self.table_ref[at], self.table_ref[at + self.config.n_splits]
+
+    def parts(self, b: jax.Array) -> tuple[Any, Any]:
+        """The slots [first, end) of the parts of sequence b: share i leaves that of sequence b in slot i + b."""
+        if self.table_ref is None:
+            return jnp.int32(0), jnp.int32(self.config.n_splits)
+        begin = self.begin(b)
+        first = lax.div(begin, self.per) + b
+        return first, lax.div(begin + self.blocks(b) - 1, self.per) + b + 1
+
+
+def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
+    args = list(refs)
+    take = lambda present=True: args.pop(0) if present else None
+    whole = config.n_splits == 1
+    longest_ref = take()  # int32 [B]
+    table_ref = take(not whole and shape.batch > 1)  # see `make_table`
+    bounds_ref = take(
+        shape.q_len > 1
+    )  # int32 [2, B, program's tiles]: fewest and most tokens that a row of it sees
+    row_len_ref = take(shape.q_len > 1)  # int32 [B, rows]
+    pages_ref = take(shape.row_pages is not None)  # int32 [B, N]
+    q_refs = [take() for _ in shape.widths]  # [B, L, rows, W]
+    k_refs = [take() for _ in shape.widths]  # [P, L or 1, S, W]
+    v_ref = take(not shape.latent)  # [P, L, S, V]
+    out_ref, lse_ref = (
+        take(),
+        take(),
+    )  # whole: [B, L, rows, V], [B, L, rows]; else [slots, L, rows, V], [slots, L, rows]
+    q_smem, k_smem, v_smem, o_smem, p_smem, row_smem, full, free, q_full, p_full, p_free, blanked = args
+    v_smem = k_smem[0] if shape.latent else v_smem
+    o_smem = q_smem[0] if o_smem is None else o_smem
+
+    block, stages, row_groups, value_groups = (
+        config.block,
+        config.stages,
+        config.row_groups,
+        shape.value_groups,
+    )
+    tiles = bounds_ref.shape[2] if bounds_ref is not None else 1
+    g, i, wg = lax.axis_index("tile"), lax.axis_index("share"), lax.axis_index("wg")
+    head, tile = lax.div(g, tiles), lax.rem(g, tiles)
+    columns = shape.v_width // value_groups
+    # A warpgroup multiplies weights of its own from registers. The interpreter knows shared memory alone.
+    from_registers = value_groups == 1 and not interpret
+    fewest = lambda b: longest_ref[b] if bounds_ref is None else bounds_ref[0, b, tile]
+    most = lambda b: longest_ref[b] if bounds_ref is None else bounds_ref[1, b, tile]
+
+    if whole:
+        n_blocks = _blocks(most(i), block)
+        segments = lambda body: body(i, jnp.int32(0), n_blocks, jnp.int32(0))
+    else:
+        schedule = Schedule(longest_ref, table_ref, shape, config)
+        low = i * schedule.per
+        high = jnp.minimum(low + schedule.per, schedule.total)
+        n_blocks = jnp.maximum(high - low, 0)
+        first, last = schedule.sequences(i)
+
+        def segments(body: Any) -> None:
+            def one(b: jax.Array, _: None) -> None:
+                begin = schedule.begin(b)
+                stop = jnp.minimum(high - begin, schedule.blocks(b))
+                body(b, jnp.maximum(low - begin, 0), stop, jnp.maximum(begin - low, 0))
+
+            lax.fori_loop(first, last + 1, one, None)
+
+    # `segments(body)` calls `body(b, j0, j1, n0)` for each sequence b of this program, whose blocks j0 to j1 - 1 it
+    # has; n0 blocks come before. Each warpgroup walks the same way.
+
+    @pl.when(wg == row_groups * value_groups)
+    def _copy() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
+            def one(j: jax.Array, _: None) -> None:
+                n = n0 + j - j0
+                slot = lax.rem(n, stages)
+                pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+                page, at = b, j * block
+                if pages_ref is not None:
+                    index = lax.div(at, shape.page)
+                    # What a table holds past a row's end may be no page at all.
+                    page = jnp.clip(pages_ref[b, index], 0, shape.pages - 1)
+                    at = at - index * shape.page
+                tokens = pl.ds(at, block)
+                for k_ref, smem, shared in zip(k_refs, k_smem, shape.shared, strict=True):
+                    source = k_ref.at[page, 0 if shared else head, tokens]
+                    plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                if v_ref is not None:
+                    plgpu.copy_gmem_to_smem(v_ref.at[page, head, tokens], v_smem.at[slot], full.at[slot])
+
+            lax.fori_loop(j0, j1, one, None)
+
+        segments(sequence)
+        # A barrier must not be left before all its phases were seen.
+        drain = lambda n, _: plgpu.barrier_wait(free.at[lax.rem(n, stages)])
+        lax.fori_loop(jnp.maximum(n_blocks - stages, 0), n_blocks, drain, None)
+
+    def compute(me: int) -> None:
+        # Of the 512 that a program's lanes have between them; more than 232 a thread would not help.
+        share = (512 - 40) // (row_groups * value_groups) // 8 * 8
+        plgpu.set_max_registers(min(232, share), action="increase")
+        row_group, value_group = (0, me) if value_groups > 1 else (me, 0)
+        leads = value_group == 0
+        mine = pl.ds(value_group * columns, columns)
+        row0 = (tile * row_groups + row_group) * ROWS
+        rows = min(ROWS, q_refs[0].shape[2])
+        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), _ROW)
+        if not leads:
+            plgpu.barrier_arrive(p_free)
+
+        def publish(row: jax.Array) -> None:
+            """Hands the weights, and a factor for each row, to the warpgroups of the other columns."""
+            if value_groups > 1:
+                row_smem[...] = row
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_full)
+
+        def blank(slot: jax.Array, j: jax.Array, longest: jax.Array) -> None:
+            """Zeroes values past the last token: a weight of zero times NaN would be NaN."""
+            if not leads:
+                return  # it waits for the weights, which come after
+
+            @pl.when((j + 1) * block > longest)
+            def _() -> None:
+                if me > 0:
+                    plgpu.barrier_wait(blanked)
+                    return
+                for r in range(0, block, ROWS):
+                    for c in range(0, shape.v_width, 64):
+                        ref = v_smem.at[slot, pl.ds(r, ROWS), pl.ds(c, 64)]
+                        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=_MATRIX)
+                        v = plgpu.load(ref, layout=_MATRIX, optimized=False)
+                        ref[...] = jnp.where(token + (j * block + r) < longest, v, jnp.zeros_like(v))
+                plgpu.commit_smem()
+                if row_groups > 1:
+                    plgpu.barrier_arrive(blanked)
+
+        def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
+            seen: Any = None
+            if leads:
+                for q_ref, smem in zip(q_refs, q_smem, strict=True):
+                    source = q_ref.at[b, head, pl.ds(row0, rows)]
+                    plgpu.copy_gmem_to_smem(source, smem.at[row_group, pl.ds(0, rows)], q_full.at[row_group])
+                plgpu.barrier_wait(q_full.at[row_group])
+                seen = longest_ref[b]
+                if row_len_ref is not None:
+                    seen = plgpu.load(row_len_ref.at[b, pl.ds(row0, ROWS)], layout=_ROW, optimized=False)
+                    seen = lax.broadcast_in_dim(seen, (ROWS, block), (0,))
+            longest = longest_ref[b]
+
+            def weights(slot: jax.Array, j: jax.Array, m: jax.Array, norm: jax.Array, masked: bool) -> Any:
+                def scores(ref: Any) -> jax.Array:
+                    for q, k in zip(q_smem, k_smem, strict=True):
+                        plgpu.wgmma(ref, q.at[row_group], k.at[slot].transpose((1, 0)))
+                    return ref[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
+                if masked:
+                    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=_MATRIX)
+                    s = jnp.where(token + j * block < seen, s, -jnp.inf)
+                m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
+                alpha = jnp.exp2(m - m_new)
+                p = jnp.exp2(s * (scale * LOG2E) - lax.broadcast_in_dim(m_new, s.shape, (0,)))
+                norm = norm * alpha + p.sum(axis=1)
+                p = p.astype(jnp.bfloat16)
+                if value_groups > 1:
+                    plgpu.barrier_wait(p_free)
+                if not from_registers:
+                    p_smem[row_group][...] = p
+                publish(alpha)
+                if value_groups == 1 and not from_registers:
+                    plgpu.commit_smem()
+                return m_new, norm, alpha, p if from_registers else p_smem[row_group]
+
+            def step(j: jax.Array, carry: Any, masked: bool) -> Any:
+                acc, m, norm = carry
+                slot = lax.rem(n0 + j - j0, stages)
+                plgpu.barrier_wait(full.at[slot])
+                if masked:
+                    blank(slot, j, longest)
+                if leads:
+                    m, norm, alpha, p = weights(slot, j, m, norm, masked)
+                else:
+                    plgpu.barrier_wait(p_full)
+                    alpha, p = plgpu.load(row_smem, layout=_ROW, optimized=False), p_smem[0]
+                acc = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,))
+                acc = _accumulate(acc, p, v_smem.at[slot, :, mine], interpret)
+                if not leads:
+                    plgpu.barrier_arrive(p_free)
+                plgpu.barrier_arrive(free.at[slot])
+                return acc, m, norm
+
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), _MATRIX)
+            carry = acc, vector(LOWEST), vector(0.0)
+            clear = jnp.clip(lax.div(fewest(b), block), j0, j1)  # up to here every row sees every token
+            carry = lax.fori_loop(j0, clear, functools.partial(step, masked=False), carry)
+            acc, m, norm = lax.fori_loop(clear, j1, functools.partial(step, masked=True), carry)
+
+            lse = None
+            if leads:
+                inverse = 1.0 / jnp.where(norm > 0, norm, 1.0)
+                lse = jnp.where(norm > 0, (m + jnp.log2(norm)) * (1 / LOG2E), -jnp.inf)
+                if value_groups > 1:
+                    plgpu.barrier_wait(p_free)
+                    publish(inverse)
+            else:
+                plgpu.barrier_wait(p_full)
+                inverse = plgpu.load(row_smem, layout=_ROW, optimized=False)
+                plgpu.barrier_arrive(p_free)
+            acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
+            at = b if whole else i + b
+            if leads:
+                lse_ref[at, head, pl.ds(row0, ROWS)] = lse
+            if not whole:
+                out_ref[at, head, pl.ds(row0, ROWS), mine] = acc
+                return
+            o_smem[row_group, :, mine] = acc.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            target = out_ref.at[b, head, pl.ds(row0, rows), mine]
+            plgpu.copy_smem_to_gmem(o_smem.at[row_group, pl.ds(0, rows), mine], target)
+            plgpu.wait_smem_to_gmem(0)
+
+        segments(sequence)
+        if leads and value_groups > 1:
+            plgpu.barrier_wait(p_free)
+
+    for me in range(row_groups * value_groups):
+        pl.when(wg == me)(functools.partial(compute, me))
+
+
+@dataclasses.dataclass(frozen=True)
+class MergePlan:
+    """How parts are merged.
+
+    Attributes:
+      warpgroups: of a program; they take equal shares of a row's parts.
+      at_once: parts that a warpgroup has in flight.
+      rows: rows of a program, one after the other; one if there are several warpgroups.
+    """
+
+    warpgroups: int
+    at_once: int
+    rows: int
+
+    @classmethod
+    def of(cls, shape: Shape, rows: int, n_splits: int) -> MergePlan:
+        """Enough programs to fill the GPU, and all parts of a row of an even batch in flight together."""
+        parts = n_splits if shape.batch == 1 else n_splits // shape.batch + 2
+        warpgroups = min(4, -(-parts // 33))
+        several = 4 if warpgroups == 1 and rows * shape.heads * shape.batch > 1056 else 1
+        return cls(warpgroups, min(33, -(-parts // warpgroups)), several)
+
+
+def _merge_kernel(
+    longest_ref: Any,  # int32 [B]
+    table_ref: Any,  # see `make_table`; anything for a single sequence
+    part_ref: Any,  # [slots, L, rows, V]
+    part_lse_ref: Any,  # [slots, L, rows]
+    out_ref: Any,  # [B, L, rows, V]
+    lse_ref: Any,  # [B, L, rows]
+    acc_smem: Any,  # [warpgroups, V]
+    stat_smem: Any,  # [2, warpgroups]
+    done: Any,
+    *,
+    shape: Shape,
+    config: Config,
+    plan: MergePlan,
+) -> None:
+    """Merges the parts of some rows."""
+    program, head, b, wg = (lax.axis_index(name) for name in ("rows", "head", "batch", "wg"))
+    schedule = Schedule(longest_ref, table_ref if shape.batch > 1 else None, shape, config)
+    first, end = schedule.parts(b)
+    share = lax.div(end - first + (plan.warpgroups - 1), plan.warpgroups)
+    start = jnp.minimum(first + wg * share, end)
+    stop = jnp.minimum(start + share, end)
+    width = part_ref.shape[-1]
+    strided = plgpu.Layout.WG_STRIDED((width,), width // 128)
+    spread = lambda x: plgpu.layout_cast(jnp.full((width,), x, jnp.float32), strided)
+
+    def row(r: jax.Array) -> None:
+        def add(n: jax.Array, carry: Any) -> Any:
+            acc, top, total = carry
+            slots = [start + n * plan.at_once + k for k in range(plan.at_once)]
+            there = [jnp.minimum(slot, end - 1) for slot in slots]
+            parts = [plgpu.load(part_ref.at[slot, head, r], layout=strided) for slot in there]
+            lses = [part_lse_ref[slot, head, r] for slot in there]
+            lses = [jnp.where(slot < stop, lse, -jnp.inf) for slot, lse in zip(slots, lses, strict=True)]
+            new = functools.reduce(jnp.maximum, lses, top)
+            alpha = jnp.exp2((top - new) * LOG2E)
+            acc, total = acc * spread(alpha), total * alpha
+            for part, lse in zip(parts, lses, strict=True):
+                weight = jnp.exp2((lse - new) * LOG2E)
+                acc, total = acc + part * spread(weight), total + weight
+            return acc, new, total
+
+        rounds = lax.div(stop - start + (plan.at_once - 1), plan.at_once)
+        carry = spread(0.0), jnp.float32(LOWEST), jnp.float32(0)
+        acc, top, total = lax.fori_loop(0, rounds, add, carry)
+
+        def finish(acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
+            out = acc * spread(1.0 / jnp.where(total > 0, total, 1.0))
+            out_ref[b, head, r, :] = out.astype(out_ref.dtype)
+            lse_ref[b, head, r] = jnp.where(total > 0, top + jnp.log2(total) * (1 / LOG2E), -jnp.inf)
+
+        if plan.warpgroups == 1:
+            finish(acc, top, total)
+            return
+        acc_smem[wg, :] = acc
+        stat_smem[0, wg] = top
+        stat_smem[1, wg] = total
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+
+        @pl.when(wg == 0)
+        def _() -> None:
+            tops = [stat_smem[0, k] for k in range(plan.warpgroups)]
+            top = functools.reduce(jnp.maximum, tops)
+            scales = [jnp.exp2((t - top) * LOG2E) for t in tops]
+            total = functools.reduce(jnp.add, [stat_smem[1, k] * s for k, s in enumerate(scales)])
+            accs = [plgpu.load(acc_smem.at[k], layout=strided) * spread(s) for k, s in enumerate(scales)]
+            finish(functools.reduce(jnp.add, accs), top, total)
+
+    for k in range(plan.rows):
+        row(program * plan.rows + k)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("shape", "scale", "config", "interpret")
+)  # compiled once for all layers
+def attend(
+    parts: Parts,
+    v: jax.Array | None,
+    kv_len: jax.Array,
+    page_table: jax.Array | None,
+    *,
+    shape: Shape,
+    scale: float,
+    config: Config,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernels: see `mosaic_gpu.decode_attention`."""
+    b, t, heads, m = shape.batch, shape.q_len, shape.heads, shape.rows_per_query
+    r, tile_rows, whole = shape.rows, ROWS * config.row_groups, config.n_splits == 1
+    tiles = -(-r // tile_rows)
+    all_rows = tiles * tile_rows
+    q_rows = -(-r // 8) * 8 if r < ROWS else all_rows  # what a copy of a tile of queries needs
+    kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
+
+    def by_head(q_BTLMW: jax.Array) -> jax.Array:
+        q = q_BTLMW.transpose(0, 2, 1, 3, 4).reshape(b, heads, r, -1)
+        return jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - r), (0, 0)))
+
+    kv_len = kv_len.astype(jnp.int32)
+    longest = kv_len.max(axis=1) if t > 1 else kv_len.reshape(b)
+    table = make_table(longest, config) if b > 1 and not whole else longest
+    scalars = [longest]
+    if b > 1 and not whole:
+        scalars.append(table)
+    if t > 1:
+        row_len = jnp.pad(jnp.repeat(kv_len, m, axis=1), ((0, 0), (0, all_rows - r)), mode="edge")
+        by_tile = row_len.reshape(b, tiles, tile_rows)
+        scalars += [jnp.stack([by_tile.min(axis=2), by_tile.max(axis=2)]), row_len]
+    if page_table is not None:
+        scalars.append(page_table.astype(jnp.int32))
+
+    bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=_transforms(s[-1]))
+    groups, block, stages = config.row_groups * shape.value_groups, config.block, config.stages
+    interpreted = interpret is not None
+    copies = len(parts) + (not shape.latent)
+    part_width = max(shape.v_width, 128)  # a merging warpgroup has an element for each of its threads
+    slots = config.n_splits + b
+    split = kernel(
+        functools.partial(_split_kernel, shape=shape, config=config, scale=scale, interpret=interpreted),
+        out_type=[
+            jax.ShapeDtypeStruct((b, heads, q_rows, shape.v_width), jnp.bfloat16)
+            if whole
+            else jax.ShapeDtypeStruct((slots, heads, all_rows, part_width), jnp.float32),
+            jax.ShapeDtypeStruct((b if whole else slots, heads, all_rows), jnp.float32),
+        ],
+        scratch_types=[
+            [bf16(config.row_groups, ROWS, w) for w in shape.widths],
+            [bf16(stages, block, w) for w in shape.widths],
+            None if shape.latent else bf16(stages, block, shape.v_width),
+            None
+            if not whole or shape.v_width == shape.widths[0]
+            else bf16(config.row_groups, ROWS, shape.v_width),
+            [bf16(ROWS, block)] * config.row_groups if shape.value_groups > 1 or interpreted else None,
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(parts), num_barriers=config.row_groups),
+            plgpu.Barrier(num_arrivals=1),
+            plgpu.Barrier(num_arrivals=max(1, shape.value_groups - 1)),
+            plgpu.Barrier(num_arrivals=1),
+        ],
+        grid=(heads * tiles, b if whole else config.n_splits),
+        grid_names=("tile", "share"),
+        num_threads=groups + 1,
+        kernel_name="decode_attention",
+    )
+    keys = [k for _, k in parts] + ([] if v is None else [v])
+    out, lse = split(*scalars, *(by_head(q) for q, _ in parts), *keys)
+    if not whole:
+        plan = MergePlan.of(shape, q_rows, config.n_splits)
+        out, lse = kernel(
+            functools.partial(_merge_kernel, shape=shape, config=config, plan=plan),
+            out_type=[
+                jax.ShapeDtypeStruct((b, heads, q_rows, part_width), jnp.bfloat16),
+                jax.ShapeDtypeStruct((b, heads, q_rows), jnp.float32),
+            ],
+            scratch_types=[
+                plgpu.SMEM((plan.warpgroups, part_width), jnp.float32),
+                plgpu.SMEM((2, plan.warpgroups), jnp.float32),
+                plgpu.Barrier(num_arrivals=plan.warpgroups),
+            ],
+            grid=(q_rows // plan.rows, heads, b),
+            grid_names=("rows", "head", "batch"),
+            num_threads=plan.warpgroups,
+            kernel_name="merge_attention",
+        )(longest, table, out, lse)
+    out = out[:, :, :r, : shape.v_width].reshape(b, heads, t, m, -1).transpose(0, 2, 1, 3, 4)
+    return out, lse[:, :, :r].reshape(b, heads, t, m).transpose(0, 2, 1, 3)
