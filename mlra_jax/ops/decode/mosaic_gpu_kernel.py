@@ -1,8 +1,8 @@
-"""Attention over a KV cache for Hopper GPUs: a Pallas Mosaic GPU kernel that streams the cache through shared memory once.
+"""Attention over a KV cache for Hopper GPUs: a Pallas Mosaic GPU kernel that reads the cache once.
 
-A program holds a tile of query rows of one head. One warpgroup issues the copies of blocks of tokens into a ring of
-stages; the others compute. Where there are many rows, each computing warpgroup has 64 of its own; where the value is
-too wide for one, each owns some of its columns, and the first makes the weights for all.
+A program holds a tile of query rows of one head. One warpgroup issues the copies of blocks of tokens into a ring in
+shared memory; the others compute. Where there are many rows, each computing warpgroup has 64 of its own; where the
+value is too wide for one, each owns some of its columns, and the first makes the weights for all.
 
 With few rows the blocks of all sequences, laid end to end, are cut into equal shares, so that ragged batches balance
 too; a second kernel merges the parts by their log-sum-exp, in a fixed order.
@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from mlra_jax.ops.decode.mosaic_gpu import ROWS, Config, Shape
 from mlra_jax.ops.decode.reference import Parts
 
+plgpu: Any = mosaic_gpu  # typed differently in each version of JAX
 LOG2E = math.log2(math.e)
 LOWEST = -1e30
 """Where running maxima start: finite, so that the difference of two is never NaN."""
@@ -114,7 +115,10 @@ class Schedule:
 
 def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
     args = list(refs)
-    take = lambda present=True: args.pop(0) if present else None
+
+    def take(present: bool = True) -> Any:
+        return args.pop(0) if present else None
+
     whole = config.n_splits == 1
     longest_ref = take()  # int32 [B]
     table_ref = take(not whole and shape.batch > 1)  # see `make_table`
