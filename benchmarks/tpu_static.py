@@ -1,9 +1,12 @@
-"""What the TPU compiler expects of the decode attention kernel, without a TPU: its cycles against those that HBM needs.
+"""What the TPU compiler expects of attention, without a TPU.
+
+Of the decode attention kernel, its cycles against those that HBM needs; of attention in training, the cost of its two
+forms.
 
     python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md
 
-Needs `libtpu`. Each kernel is compiled in a process of its own, by the compiler that would run on the machine, which
-is asked to write down its schedule and its estimate. The kernel is the shipped one but for one flag, `static`: rows are
+Needs `libtpu`. Each decode kernel is compiled in a process of its own, by the compiler that would run on the machine,
+which is asked to write down its schedule and its estimate. It is the shipped one but for one flag, `static`: rows are
 full, which is known when compiling, and blocks are not copied from HBM, for the estimate counts code behind a condition
 of run time as not run, and a copy as a fixed latency. What remains is what the core computes.
 """
@@ -21,17 +24,23 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Literal, get_args
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlra_jax.cli.configs import load_config
+from mlra_jax.config import LatentAttentionConfig
+from mlra_jax.models.attention.latent import LatentAttention
 from mlra_jax.ops.decode import mosaic_tpu
 from mlra_jax.ops.decode.cases import Case, abstract_call
 
 KERNEL = "decode_attention"
+Form = Literal["absorbed", "expanded"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +108,7 @@ def case(rows: int, lengths: tuple[int, ...]) -> Case:
 
 def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
     """Compiles one kernel; the compiler writes to where `LIBTPU_INIT_ARGS` say."""
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+    mesh = one_device(topology)
     call = abstract_call(case(rows, lengths))
     q_nope, q_rope, kv_latent, k_rope, kv_len, _ = (
         None
@@ -186,14 +194,44 @@ def utilization(text: str) -> dict[str, tuple[int, float]]:
     }
 
 
+def cost_of_form(chip: Chip, form: Form, backward: bool) -> tuple[float, float, float]:
+    """FLOPs, bytes accessed and bytes of temporaries of an MLRA-4 layer's attention over 2048 tokens, in one form."""
+    config = load_config("mlra_4").model
+    assert isinstance(config.attention, LatentAttentionConfig)
+    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, form=form))
+    layer = nnx.eval_shape(lambda: LatentAttention(config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(layer)
+    x = jax.ShapeDtypeStruct((1, 2048, config.d_model), config.compute_dtype)
+    run = lambda state, x: nnx.merge(graph, state)(x).astype(np.float32).sum()
+    mesh = one_device(chip.topology)
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+        (state, x),
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(run, argnums=(0, 1)) if backward else run).lower(*placed).compile()
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    assert cost is not None
+    assert memory is not None
+    return cost["flops"], cost["bytes accessed"], memory.temp_size_in_bytes
+
+
+def one_device(topology: str) -> Mesh:
+    """A mesh of the first device of a topology."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
+
+
 def report(chips: list[str]) -> str:
     """The table, with what it was made with."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     command = "python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md"
     lines = [
-        "# Decode attention on TPU, as its compiler expects",
+        "# Attention on TPU, as its compiler expects",
         "",
         f"{datetime.date.today()}, {versions}. `{command}`. Nothing was run on a TPU.",
+        "",
+        "## Decode attention",
         "",
         "One latent head, C = 128, R = 64, bfloat16, 384 bytes a token. *Cycles*: of each core over the whole call, by",
         "the compiler's estimate, stalls included, of the shipped kernel without its copies from HBM. *HBM*: cycles",
@@ -229,6 +267,26 @@ def report(chips: list[str]) -> str:
             "",
             "≥: for v4 the compiler's estimate fails a check of its own; bundles are counted, without stalls.",
         ]
+    lines += [
+        "",
+        "## Attention in training, absorbed or expanded",
+        "",
+        "An MLRA-4 layer's attention with its projections over 2048 tokens, one row, one device, Splash attention:",
+        "what the compiler counts of the whole program. FLOPs leave out those inside of Splash attention, the same in",
+        'both forms: as many heads, keys 192 wide, values 128. `attention.form = "auto"` takes the absorbed form.',
+        "",
+        "| chip | pass | form | GFLOPs | bytes accessed | temporaries |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in chips:
+        for backward in (False, True):
+            for form in get_args(Form):
+                flops, accessed, temporaries = cost_of_form(CHIPS[name], form, backward)
+                lines.append(
+                    f"| {name} | {'forward and backward' if backward else 'forward'} | {form} | {flops / 1e9:.1f} "
+                    f"| {accessed / 1e6:.0f} MB | {temporaries / 1e6:.0f} MB |"
+                )
+                print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines) + "\n"
 
 

@@ -155,8 +155,9 @@ def test_splash_gives_the_reference_and_its_gradients_with_grouped_heads_and_ear
 
 
 @pytest.mark.usefixtures("interpreted_splash")
-def test_splash_gives_the_reference_and_its_gradients_inside_shard_map():
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Explicit,) * 2)
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 2)], ids=str)
+def test_splash_gives_the_reference_and_its_gradients_inside_shard_map(sizes):
+    mesh = jax.make_mesh(sizes, ("data", "tensor"), (AxisType.Explicit,) * 2)
     heads, shared = (
         PartitionSpec("data", None, "tensor"),
         PartitionSpec("data"),
@@ -168,7 +169,7 @@ def test_splash_gives_the_reference_and_its_gradients_inside_shard_map():
         placed = [
             jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(args, specs["in_specs"], strict=True)
         ]
-        ours = value_and_grads("splash", wrap=lambda f: jax.shard_map(f, **specs))(*placed)
+        ours = value_and_grads("splash", wrap=lambda f: jax.jit(jax.shard_map(f, **specs)))(*placed)
     check_all(ours, expected)
 
 

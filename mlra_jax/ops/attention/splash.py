@@ -64,11 +64,13 @@ def causal_attention(
         use_fused_bwd_kernel=True,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=int(q_start))] * n)
-    attend = jax.vmap(
-        splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)  # takes no scale
-    )
-    q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-    return unchecked(attend)(*(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
+    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # Splash attention takes no scale
+    return unchecked(_attend)(kernel, *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
+
+
+def _attend(kernel: Callable[..., jax.Array], *qkv_BNTH: jax.Array) -> jax.Array:
+    return jax.vmap(kernel)(*qkv_BNTH)
 
 
 def unchecked(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -76,16 +78,20 @@ def unchecked(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
     Forward and backward pass are traced without the axes and run in an inner `shard_map` without the checks; what comes
     out is then said to vary over every axis over which something that goes in does.
+
+    Args:
+      f: takes a pytree of constants and arrays; differentiable in the arrays.
     """
 
-    def call(*args: jax.Array) -> jax.Array:
+    def call(constants: Any, *args: jax.Array) -> jax.Array:
+        if not jax.sharding.get_abstract_mesh().manual_axes:  # not inside `shard_map`
+            return f(constants, *args)
         of = lambda x: jax.typeof(x).manual_axis_type.varying
         axes = frozenset().union(*map(of, args))
-        if not axes:
-            return f(*args)
 
         def vary(tree: Any) -> Any:
-            return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying"), tree)
+            one = lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying") if axes - of(x) else x
+            return jax.tree.map(one, tree)
 
         def unsafe(g: Callable[..., Any], *args: Any) -> Any:
             def traced(*args: Any) -> Any:
@@ -102,13 +108,16 @@ def unchecked(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             return vary(inner(*args))
 
         @jax.custom_vjp
-        def run(*args: jax.Array) -> jax.Array:
-            return unsafe(f, *args)
+        def run(constants: Any, *args: jax.Array) -> jax.Array:
+            return unsafe(f, constants, *args)
 
-        run.defvjp(
-            lambda *args: unsafe(functools.partial(jax.vjp, f), *args),
-            lambda pullback, g: unsafe(lambda pullback, g: pullback(g), pullback, g),
-        )
-        return run(*vary(args))  # gradients are summed over the axes that this adds
+        def forward(constants: Any, *args: jax.Array) -> tuple[jax.Array, Any]:
+            return unsafe(lambda c, *args: jax.vjp(functools.partial(f, c), *args), constants, *args)
+
+        def backward(pullback: Any, g: jax.Array) -> tuple[Any, ...]:
+            return None, *unsafe(lambda pullback, g: pullback(g), pullback, g)
+
+        run.defvjp(forward, backward)
+        return run(constants, *vary(args))  # gradients are summed over the axes that this adds
 
     return call
