@@ -1,0 +1,155 @@
+"""Device time of a compiled program, and what reading memory costs, for the benchmarks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.profiler import ProfileData
+
+PAUSE_S = 2e-3
+"""Between runs: longer than any pause inside one, so that a profile shows where each begins."""
+L2_BYTES = 64 * 1024**2
+"""More than the second-level cache of the GPUs that we know holds (50 MB, H100)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Of one call among the many of a program."""
+
+    us: float
+    """Median over the runs of the program: from its first kernel's start to its last one's end, over its calls."""
+    spread_us: float
+    """Slowest run less fastest."""
+    kernels: dict[str, float]
+    """By kernel: its share of a call, in us. Kernels that overlap, and gaps, make the sum differ from `us`."""
+    clock: str
+    """`device`: by a profile of the GPU; `wall`: by the host's clock, where the profile shows no GPU."""
+
+
+def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, runs: int) -> Timing:
+    """Time of each of the equal calls that a compiled program makes.
+
+    Args:
+      program: compiled.
+      args: of it, on the device.
+      calls: that it makes.
+      runs: of the program; one more before them is not counted.
+    """
+    jax.block_until_ready(program(*args))
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 1
+    wall = []
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(runs):
+                time.sleep(PAUSE_S)
+                start = time.perf_counter()
+                jax.block_until_ready(program(*args))
+                wall.append(time.perf_counter() - start)
+        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
+        events = gpu_events(ProfileData.from_file(str(file)))
+    if not events:
+        us = [1e6 * w / calls for w in wall]
+        return Timing(statistics.median(us), max(us) - min(us), {}, "wall")
+    spans = split_runs([(start, end) for start, end, _ in events], runs)
+    us = [(end - start) / 1e3 / calls for start, end in spans]
+    kernels: dict[str, float] = collections.defaultdict(float)
+    for start, end, name in events:
+        kernels[name] += (end - start) / 1e3 / calls / runs
+    return Timing(statistics.median(us), max(us) - min(us), dict(kernels), "device")
+
+
+def gpu_events(profile: ProfileData) -> list[tuple[float, float, str]]:
+    """Start and end, in ns, and name of what ran on the GPU's streams, by start."""
+    events = [
+        (event.start_ns, event.start_ns + event.duration_ns, event.name)
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    ]
+    return sorted(events)
+
+
+def split_runs(intervals: Sequence[tuple[float, float]], runs: int) -> list[tuple[float, float]]:
+    """Start and end of each run, given its kernels' by start: the longest pauses lie between runs."""
+    ends: list[float] = []  # of all kernels so far: they may overlap
+    for _, end in intervals:
+        ends.append(max(end, ends[-1] if ends else end))
+    pauses = sorted(range(1, len(intervals)), key=lambda i: intervals[i][0] - ends[i - 1])
+    first = [0, *sorted(pauses[len(pauses) - runs + 1 :])]
+    return [
+        (intervals[i][0], ends[j - 1])
+        for i, j in zip(first, [*first[1:], len(intervals)], strict=True)
+    ]
+
+
+def rotation(size: int, microseconds: float) -> tuple[int, int]:
+    """How many buffers of so many bytes to rotate, and how many calls to make of them in one program.
+
+    Args:
+      size: of a buffer, in bytes. Between two uses of one, more than the cache holds is read: two at least.
+      microseconds: that the program should take, were the memory to give 2.5 TB/s.
+    """
+    buffers = 1 + max(1, -(-L2_BYTES // size))
+    calls = microseconds / (size / 2.5e6 + 5)
+    buffers = min(buffers, max(2, round(calls)))
+    return buffers, max(1, round(calls / buffers)) * buffers
+
+
+def sum_xla(x: jax.Array, seed: jax.Array) -> jax.Array:
+    """Reads x by XLA's sum; int32 [blocks, UNROLL, WIDTH]."""
+    return jnp.sum(x ^ seed)
+
+
+UNROLL, WIDTH = 8, 512
+"""Loads that a warpgroup has in flight, and int32 of each: 16 bytes for each of its 128 threads."""
+
+
+def sum_mosaic(x: jax.Array, seed: jax.Array, *, processors: int) -> jax.Array:
+    """Reads x by a Pallas Mosaic GPU kernel of plain vector loads, two programs of four warpgroups a processor."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    programs, warpgroups = 2 * processors, 4
+    workers = programs * warpgroups
+    layout = plgpu.Layout.WG_STRIDED((WIDTH,), WIDTH // 128)
+
+    def kernel(x_ref: Any, seed_ref: Any, out_ref: Any) -> None:
+        me = lax.axis_index("program") * warpgroups + lax.axis_index("wg")
+
+        def add(i: jax.Array, total: jax.Array) -> jax.Array:
+            block = i * workers + me
+            rows = [plgpu.load(x_ref.at[block, u], layout=layout, optimized=False) for u in range(UNROLL)]
+            return functools.reduce(jnp.add, rows, total)
+
+        rounds = lax.div(x.shape[0] - me + (workers - 1), workers)
+        zero = plgpu.layout_cast(jnp.zeros((WIDTH,), jnp.int32), layout)
+        total = lax.fori_loop(0, rounds, add, zero)
+
+        @pl.when(seed_ref[0] < 0)  # it never is, which the compiler does not know
+        def _() -> None:
+            out_ref[...] = total
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((WIDTH,), jnp.int32),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=warpgroups,
+        thread_name="wg",
+        kernel_name="read",
+    )(x, seed)
