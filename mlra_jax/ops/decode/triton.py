@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts
 from mlra_jax.ops.device import current_device
 
@@ -128,6 +129,33 @@ def heuristic_config(
     return Config(block_rows, block_tokens, splits, warps=4, stages=stages)
 
 
+def heuristic_for(sizes: tuning.Sizes, page: int | None, chip: Chip) -> Config:
+    """`heuristic_config` of a call."""
+    return heuristic_config(
+        chip,
+        programs=sizes.batch * sizes.heads,
+        rows=sizes.q_len * sizes.rows,
+        key_width=sum(sizes.widths),
+        value_width=sizes.v_width,
+        tokens=sizes.capacity,
+        page=page,
+        latent=sizes.latent,
+    )
+
+
+def find_tuned(sizes: tuning.Sizes, page: int | None, kind: str) -> Config | None:
+    """What was measured to be fastest on a device kind for such a call, if its blocks fit the pages."""
+
+    def adapt(config: Config, measured: tuning.Sizes) -> Config | None:
+        if page is not None and page % config.block_tokens:
+            return None
+        # As many programs as were measured, or a few less: one more than fit would be another wave.
+        splits = min(MAX_SPLITS, max(1, config.splits * measured.batch // sizes.batch))
+        return dataclasses.replace(config, splits=splits)
+
+    return tuning.find("triton", sizes, kind, Config, adapt)
+
+
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,
@@ -138,25 +166,26 @@ def decode_attention(
     layout: str = "token_major",
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `mlra_jax.ops.decode.reference.decode_attention`; `config`: None for the heuristic's."""
-    chip = _check(parts, v, page_table, layout)
+    """See `mlra_jax.ops.decode.reference.decode_attention`; `config`: None for the tuned, or the heuristic's."""
+    chip, kind = _check(parts, v, page_table, layout)
     (q, k), *rest = parts
     q_rope, k_rope = rest[0] if rest else (q, k)
     b, t, heads, m, c = q.shape
     r = q_rope.shape[-1] if rest else 0
     slots = k.shape[2]
     width = c if v is None else v.shape[-1]
-    if config is None:
-        config = heuristic_config(
-            chip,
-            programs=b * heads,
-            rows=t * m,
-            key_width=c + r,
-            value_width=width,
-            tokens=slots if page_table is None else slots * page_table.shape[1],
-            page=None if page_table is None else slots,
-            latent=v is None,
-        )
+    sizes = tuning.Sizes(
+        heads=heads,
+        rows=m,
+        q_len=t,
+        widths=(c, r) if r else (c,),
+        v_width=width,
+        latent=v is None,
+        batch=b,
+        capacity=slots if page_table is None else slots * page_table.shape[1],
+    )
+    page = None if page_table is None else slots
+    config = config or find_tuned(sizes, page, kind) or heuristic_for(sizes, page, chip)
     if page_table is not None and slots % config.block_tokens:
         raise NotImplementedError(
             f"Its blocks of {config.block_tokens} tokens do not fit whole into pages of {slots}; use pages of a "
@@ -227,8 +256,8 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layout: str) -> Chip:
-    """The chip, where the kernel takes the call."""
+def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layout: str) -> tuple[Chip, str]:
+    """The chip and its name in JAX, where the kernel takes the call."""
     platform, kind = current_device()
     if platform != "gpu":
         raise NotImplementedError(f"It is for NVIDIA GPUs, not for {kind}.")
@@ -247,7 +276,7 @@ def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layo
         raise NotImplementedError(f"Its widths are powers of two from 16 to 512; got {sorted(set(widths))}.")
     if page_table is not None and parts[0][1].shape[2] % 16:
         raise NotImplementedError(f"Its pages hold a multiple of 16 tokens; got {parts[0][1].shape[2]}.")
-    return chip
+    return chip, kind
 
 
 def _import_kernels() -> Any:
