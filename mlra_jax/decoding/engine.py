@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, LatentAttentionConfig, ModelConfig
 from mlra_jax.decoding.cache import Cache, repeat_rows
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
 from mlra_jax.models import Transformer
@@ -30,10 +30,13 @@ NO_TOKEN = -1
 """Stands in the output of a step for a row that is done."""
 
 SMALLEST_BUCKET = 16
-LARGEST_BUCKET = 512
+LARGEST_BUCKET = 4096
 """Prompts are run in chunks of this many tokens of each row at most; shorter ones are padded to a power of two."""
-PREFILL_TOKENS = 8192
-"""Tokens of all rows of one device in one chunk at most (if each row gets `SMALLEST_BUCKET`): bounds the memory."""
+SMALL_CHUNK = 512
+"""Tokens whose products take no less time than reading the weights: to pad up to here costs little."""
+PREFILL_BYTES = 2**30
+"""Of activations that one chunk of the prompts may take on a device (if each row gets `SMALLEST_BUCKET`). In the 2.9 B
+models that is 4096 tokens, many times what makes a product with the weights as fast as the arithmetic."""
 STEPS_PER_RUN = 64
 """Most steps of one compiled loop."""
 LENGTH_UNIT = 256
@@ -69,16 +72,43 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def chunk_sizes(longest: int, rows_per_device: int) -> list[int]:
-    """Padded sizes of the chunks in which prompts of at most `longest` tokens are run: powers of two, none wasteful."""
-    largest = LARGEST_BUCKET
-    while largest > SMALLEST_BUCKET and largest * rows_per_device > PREFILL_TOKENS:
-        largest //= 2
-    whole, rest = divmod(longest, largest)
-    bucket = SMALLEST_BUCKET
-    while bucket < rest:
-        bucket *= 2
-    return [largest] * whole + ([bucket] if rest else [])
+def activation_bytes(config: ModelConfig) -> int:
+    """Bytes that one token of a chunk takes, at most, while its layer is computed on one device.
+
+    The residual stream and its norm are there all the time; beside them either the MLP's products or attention's
+    queries and outputs, the latter in float32 too.
+    """
+    a, n, width = config.attention, config.n_heads, jnp.dtype(config.compute_dtype).itemsize
+    if isinstance(a, LatentAttentionConfig):
+        rows = n * a.n_branches
+        attention = width * (rows * (2 * a.d_latent + a.d_rope) + n * (2 * a.d_nope + a.d_rope))
+        attention += 4 * n * a.d_nope
+    else:
+        attention = 3 * width * n * a.d_head
+    return 2 * 4 * config.d_model + max(3 * width * config.d_ff, attention)
+
+
+def largest_chunk(config: ModelConfig, rows_per_device: int) -> int:
+    """Most tokens of each row in one chunk: a power of two, so that few sizes are compiled."""
+    # Twice: what one operation reads and the next one writes are there at the same time.
+    tokens = PREFILL_BYTES // (2 * activation_bytes(config) * rows_per_device)
+    fitting = 1 << max(tokens, 1).bit_length() - 1
+    return min(max(fitting, SMALLEST_BUCKET), LARGEST_BUCKET)
+
+
+def chunk_sizes(longest: int, largest: int) -> list[int]:
+    """Padded sizes of the chunks in which prompts of at most `longest` tokens are run: powers of two, none wasteful.
+
+    Up to `SMALL_CHUNK` tokens a prompt is one chunk; beyond, no more than an eighth of the last one is padding.
+    """
+    sizes = []
+    while longest > 0:
+        size = min(largest, max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
+        if size > SMALL_CHUNK and size - longest > size // 8:
+            size //= 2
+        sizes.append(size)
+        longest -= size
+    return sizes
 
 
 def prefill(
@@ -117,7 +147,8 @@ def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> 
     tokens_B1 = rules.constrain(jnp.maximum(state.token_B, 0)[:, None], "batch", None)
     logits_B1V, cache = model.decode(tokens_B1, state.cache, n_new_B, logits="last")
     state = dataclasses.replace(state, cache=cache)
-    state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0])
+    with jax.named_scope("sample"):
+        state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0])
     return state, jnp.where(active_B, state.token_B, NO_TOKEN)
 
 
@@ -159,6 +190,14 @@ def _with_next(
     return dataclasses.replace(state, token_B=token_B, left_B=left_B)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """How XLA shall compile prefill and steps for the devices of a mesh."""
+    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
+        return {}
+    # XLA would make one product of those that share an input, and join their weights for it at every step.
+    return {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
 def compile_step(
     config: ModelConfig,
     rules: AxisRules,
@@ -188,7 +227,8 @@ def compile_step(
         def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
             return step(jax.tree.unflatten(treedef, leaves), sampling, config.vocab_size, state)
 
-        return jax.jit(one, donate_argnums=1).lower(*on_mesh((leaves, state), mesh)).compile()
+        lowered = jax.jit(one, donate_argnums=1).lower(*on_mesh((leaves, state), mesh))
+        return lowered.compile(compiler_options=compiler_options(mesh))
 
 
 class Engine:
@@ -204,6 +244,7 @@ class Engine:
         self.config, self.rules, self.mesh, self.n_vocab = model.config, model.rules, mesh, n_vocab
         # Flat, because a call with a module would flatten it in Python at every step.
         self.leaves, self._treedef = jax.tree.flatten(model)
+        self.compiler_options = compiler_options(mesh)
         self.programs: dict[Hashable, jax.stages.Compiled] = {}
         """What has been compiled, by key (see `call`)."""
         self.compile_seconds = 0.0
@@ -219,7 +260,8 @@ class Engine:
         """`function(*args)`, compiled at the first call with this key, which must tell all shapes apart."""
         if key not in self.programs:
             start = time.perf_counter()
-            self.programs[key] = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            lowered = jax.jit(function, donate_argnums=donate).lower(*args)
+            self.programs[key] = lowered.compile(compiler_options=self.compiler_options)
             self.compile_seconds += time.perf_counter() - start
         return self.programs[key](*args)
 
@@ -240,8 +282,16 @@ class Engine:
         layers = jax.tree.leaves(cache.layers)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in layers)
 
+    def activation_bytes(self, rows: int, max_len: int) -> int:
+        """Bytes that prompts of at most `max_len` tokens of so many rows take on a device while they are run."""
+        with jax.set_mesh(self.mesh):
+            rows = self.padded(rows) // self.rules.size("batch")
+        chunk = max(chunk_sizes(max_len, largest_chunk(self.config, rows)))
+        # Of each row: its last hidden state becomes logits, held besides those of the chunk before.
+        return rows * (2 * activation_bytes(self.config) * chunk + 2 * 4 * self.config.vocab_size)
+
     def check_memory(self, batch: int, n: int, max_len: int) -> None:
-        """Refuses a cache that does not fit into what the devices have free, where they say it.
+        """Refuses what does not fit into the memory that the devices have free, the weights being there already.
 
         Args:
           batch: prompts.
@@ -251,14 +301,16 @@ class Engine:
         Raises:
           ConfigError: says what is needed and what there is.
         """
-        needed = self.cache_bytes(batch * n, max_len) + (self.cache_bytes(batch, max_len) if n > 1 else 0)
+        cache = self.cache_bytes(batch * n, max_len) + (self.cache_bytes(batch, max_len) if n > 1 else 0)
+        needed = cache + self.activation_bytes(batch, max_len)
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
                 raise ConfigError(
                     [
-                        f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {needed / 2**30:.2f} GiB on "
-                        f"each device, and {device} has {free / 2**30:.2f} GiB free; generate fewer rows at a time, or "
-                        "shorter ones, or use a larger mesh (tensor, data or context)."
+                        f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {cache / 2**30:.2f} GiB on each "
+                        f"device, and filling it {(needed - cache) / 2**30:.2f} GiB more; beside the weights, {device} "
+                        f"has {free / 2**30:.2f} GiB free: generate fewer rows at a time, or shorter ones, or use a "
+                        "larger mesh (tensor, data or context)."
                     ]
                 )
 
@@ -329,7 +381,8 @@ class Engine:
         cache, logits_BV = self.call(("create", batch, max_len), create)
         chunk = lambda leaves, *args: prefill(self.model(leaves), *args)
         done = 0
-        for size in chunk_sizes(int(length_B.max()), batch // self.rules.size("batch")):
+        largest = largest_chunk(self.config, batch // self.rules.size("batch"))
+        for size in chunk_sizes(int(length_B.max()), largest):
             tokens_BT = np.zeros((batch, size), np.int32)
             for row, prompt in zip(tokens_BT, prompts, strict=False):
                 part = prompt[done : done + size]

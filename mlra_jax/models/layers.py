@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,33 @@ from mlra_jax.sharding import AxisRules
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 Layout = Literal["train", "decode"]
-"""How a module keeps its parameters: for whole sequences, or by slot for cached decoding (docs/architecture.md)."""
+"""How a module keeps its parameters: for whole sequences, or for cached decoding (docs/architecture.md).
+
+In the decode layout latent heads lie by slot, matrices that multiply the same input are one, and what a product sums
+over comes last: with few tokens a product is as fast as its weights are read, once and in the order of memory.
+"""
 
 STORAGE_AXES = ("embed", "rank")
 """Logical axes along which parameters are stored in parts but used whole."""
+
+
+class Relayout(NamedTuple):
+    """How a parameter of the decode layout comes from those of the training layout, of one layer."""
+
+    sources: tuple[str, ...]
+    """Dotted names in the module."""
+    make: Callable[..., jax.Array]
+    """Of the sources' values."""
+
+
+DecodeLeaves = Mapping[str, Relayout]
+"""The parameters of a module that decoding keeps in another way, by dotted name; all others stay as they are."""
+
+
+def nested(name: str, leaves: DecodeLeaves) -> DecodeLeaves:
+    """The same of a module that lies in another one under `name`."""
+    prefix = lambda path: f"{name}.{path}"
+    return {prefix(k): Relayout(tuple(map(prefix, v.sources)), v.make) for k, v in leaves.items()}
 
 
 def require_layout(layout: Layout, needed: Layout) -> None:
@@ -123,31 +146,66 @@ def output_init(config: ModelConfig) -> Initializer:
     return zeros if config.output_init == "zeros" else normal(config)
 
 
-class SwiGLU(nnx.Module):
-    """W_down (silu(W_gate x) * (W_up x))."""
+MLP_UNIT = 128
+"""In the decode layout the MLP's width on a device is a multiple of this, zeros behind its own: compilers cut the sum
+over it into parts, and would copy the weights at every step to pad them."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules):
+
+class SwiGLU(nnx.Module):
+    """W_down (silu(W_gate x) * (W_up x)).
+
+    Args:
+      config: of the model.
+      rngs: for the initial parameters.
+      rules: table of logical axis names. Without a mesh nothing is split.
+      layout: `train` has w_gate and w_up [D, F], w_down [F, D]; `decode` has both of the first as w_in [2, F, D], and
+        w_down [D, F], F rounded up.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules, layout: Layout = "train"):
         d, f, dtype = config.d_model, config.d_ff, config.param_dtype
-        self.rules = rules
+        self.rules, self.layout = rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.w_gate = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
-        self.w_up = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
-        self.w_down = parameter(rngs, rules, (f, d), ("mlp", "embed"), output_init(config), dtype)
+        if layout == "train":
+            self.w_gate = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
+            self.w_up = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
+            self.w_down = parameter(rngs, rules, (f, d), ("mlp", "embed"), output_init(config), dtype)
+        else:
+            unit = MLP_UNIT * rules.size("mlp")
+            f = -(-f // unit) * unit
+            self.w_in = parameter(rngs, rules, (2, f, d), (None, "mlp", "embed"), normal(config), dtype)
+            self.w_down = parameter(rngs, rules, (d, f), ("embed", "mlp"), output_init(config), dtype)
+
+    @staticmethod
+    def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
+        """What decoding keeps in another way."""
+        parts = rules.size("mlp")
+        padding = -(config.d_ff // parts) % MLP_UNIT
+
+        def pad(w_FD: jax.Array) -> jax.Array:
+            # On each device by itself, so that nothing moves.
+            by_device = lambda w_FD: jnp.pad(w_FD, ((0, padding), (0, 0)))
+            return rules.shard_map(by_device, (("mlp", None),), ("mlp", None))(w_FD)
+
+        return {
+            "w_in": Relayout(("w_gate", "w_up"), lambda gate, up: jnp.stack([pad(gate.T), pad(up.T)])),
+            "w_down": Relayout(("w_down",), lambda down: pad(down).T),
+        }
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] in the compute type."""
         rules, dtype = self.rules, self.compute_dtype
-        x_BTD = x_BTD.astype(dtype)
-        hidden = ("batch", "length", "mlp")
+        x_BTD, w_down = x_BTD.astype(dtype), weight(rules, self.w_down, dtype)
+        hidden, out = ("batch", "length", "mlp"), ("batch", "length", None)
+        # F is split over `tensor`: the product over it all-reduces.
+        if self.layout == "decode":
+            w_in, names = weight(rules, self.w_in, dtype), ("batch", "length", None, "mlp")
+            in_BTGF = rules.einsum("BTD,GFD->BTGF", x_BTD, w_in, out=names)
+            hidden_BTF = jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
+            return rules.einsum("BTF,DF->BTD", hidden_BTF, w_down, out=out)
         gate_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_gate, dtype), out=hidden)
         up_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_up, dtype), out=hidden)
-        # F is split over `tensor`: the product over it all-reduces.
-        return rules.einsum(
-            "BTF,FD->BTD",
-            jax.nn.silu(gate_BTF) * up_BTF,
-            weight(rules, self.w_down, dtype),
-            out=("batch", "length", None),
-        )
+        return rules.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down, out=out)
 
 
 class Embedding(nnx.Module):

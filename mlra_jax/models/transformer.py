@@ -10,7 +10,16 @@ from flax import nnx
 
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention import GroupedAttention, LatentAttention
-from mlra_jax.models.layers import Embedding, Layout, RMSNorm, SwiGLU, require_layout
+from mlra_jax.models.layers import (
+    DecodeLeaves,
+    Embedding,
+    Layout,
+    Relayout,
+    RMSNorm,
+    SwiGLU,
+    nested,
+    require_layout,
+)
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -37,7 +46,13 @@ class Block(nnx.Module):
         self.attention_norm = norm()
         self.attention = attention_class(config)(config, rngs=rngs, rules=rules, layout=layout)
         self.mlp_norm = norm()
-        self.mlp = SwiGLU(config, rngs=rngs, rules=rules)
+        self.mlp = SwiGLU(config, rngs=rngs, rules=rules, layout=layout)
+
+    @staticmethod
+    def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
+        """What decoding keeps in another way."""
+        attention = nested("attention", attention_class(config).decode_leaves(config, rules))
+        return {**attention, **nested("mlp", SwiGLU.decode_leaves(config, rules))}
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Whole sequences, [B, T, D] to [B, T, D]."""
@@ -48,9 +63,15 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, cache: Any, start_B: jax.Array, n_new_B: jax.Array
     ) -> tuple[jax.Array, Any]:
         """T new tokens of each row, with and into the layer's cache."""
-        y_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), cache, start_B, n_new_B)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
+        # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
+        with jax.named_scope("norm"):
+            h_BTD = self.attention_norm(x_BTD)
+        y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B)
+        with jax.named_scope("norm"):
+            x_BTD = x_BTD + y_BTD
+            h_BTD = self.mlp_norm(x_BTD)
+        with jax.named_scope("mlp"):
+            return x_BTD + self.mlp(h_BTD), cache
 
 
 class Transformer(nnx.Module):
@@ -121,14 +142,18 @@ class Transformer(nnx.Module):
         """
         require_layout(self.layout, "decode")
         start_B = cache.lengths
-        x_BTD = self.embedding.encode(tokens_BT)
+        with jax.named_scope("embed"):
+            x_BTD = self.embedding.encode(tokens_BT)
         layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x_BTD, layer_cache = layer.decode(x_BTD, layer_cache, start_B, n_new_B)
             layers.append(layer_cache)
         if logits == "last":
             x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
-        logits_BTV = self.embedding.decode(self.final_norm(x_BTD))
+        with jax.named_scope("norm"):
+            h_BTD = self.final_norm(x_BTD)
+        with jax.named_scope("logits"):
+            logits_BTV = self.embedding.decode(h_BTD)
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
 
 
@@ -152,35 +177,35 @@ def to_decode(
 ) -> Transformer:
     """The decode-layout model on the current mesh, from the parameter tree of the training layout.
 
-    Layers are unstacked, W_UK, W_UV and what makes the latents are laid out by slot, and everything is split as `rules`
-    say: once, at load, leaf by leaf.
+    Layers are unstacked, their matrices joined and turned as the modules' `decode_leaves` say, and everything is split
+    as `rules` say: once, at load, leaf by leaf.
 
     Args:
       config: of the model.
       params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
       rules: the decoding table.
-      donate: empty `params` on the way, so that no more than one leaf is in memory twice.
+      donate: empty `params` on the way, so that no more than one leaf of the result is in memory twice.
     """
     graph, state = _abstract(config, rules, "decode")
-    flat: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
-
-    def lay_out(path: tuple[str, ...], value: jax.Array) -> dict[tuple[Any, ...], jax.Array]:
-        if path[0] != "layers":
-            return {path: rules.constrain(value, *flat[path])}
-        relayout = attention_class(config).to_decode_layout
-        leaves = {}
-        for i in range(config.n_layers):
-            leaf, at = value[i], ("layers", i, *path[1:])
-            if path[1] == "attention":
-                leaf = relayout(config, rules, ".".join(path[2:]), leaf)
-            leaves[at] = rules.constrain(leaf, *flat[at])
-        return leaves
-
-    leaves: dict[Any, jax.Array] = {}
-    stacked = nnx.traversals.flatten_mapping(params)
+    names: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}
+    given: dict[tuple[str, ...], jax.Array] = nnx.traversals.flatten_mapping(params)
     if donate:
         params.clear()
-    while stacked:
-        leaves |= jax.jit(lay_out, static_argnums=0)(*stacked.popitem())
+    relayouts = Block.decode_leaves(config, rules)
+    leaves: dict[Any, jax.Array] = {}
+    for path in names:
+        if path[0] != "layers":
+            lay_out = lambda value, path=path: rules.constrain(value, *names[path])
+            leaves[path] = jax.jit(lay_out)(given.pop(path))
+        elif path[1] == 0:
+            same = Relayout((".".join(path[2:]),), lambda value: value)
+            sources, make = relayouts.get(*same.sources, same)
+
+            def by_layer(*stacked: jax.Array, path: Any = path, make: Any = make) -> list[jax.Array]:
+                layer = lambda i: make(*(value[i] for value in stacked))
+                return [rules.constrain(layer(i), *names[path]) for i in range(config.n_layers)]
+
+            laid_out = jax.jit(by_layer)(*(given.pop(("layers", *name.split("."))) for name in sources))
+            leaves |= {("layers", i, *path[2:]): leaf for i, leaf in enumerate(laid_out)}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(leaves))
     return nnx.merge(graph, state)

@@ -9,7 +9,7 @@ import pytest
 from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
 from mlra_jax.decoding import engine as engine_module
 from mlra_jax.decoding.cache import Cache
-from mlra_jax.decoding.engine import LENGTH_UNIT, chunk_sizes
+from mlra_jax.decoding.engine import LENGTH_UNIT, chunk_sizes, largest_chunk
 from mlra_jax.decoding.sampling import GREEDY, Sampling
 from mlra_jax.sharding import decode_rules, make_mesh
 
@@ -114,14 +114,25 @@ def test_long_prompts_in_chunks_give_the_same_tokens(engine, rollout, prompts, t
     assert 16 in sizes
 
 
-def test_chunks_cover_the_prompt_in_few_sizes_and_bounded_memory():
-    for longest, rows in itertools.product((1, 16, 17, 500, 512, 513, 3000), (1, 16, 64, 1000)):
-        sizes = chunk_sizes(longest, rows)
+def test_chunks_cover_the_prompt_in_few_sizes_with_little_padding():
+    for longest, largest in itertools.product(
+        (1, 16, 17, 500, 513, 1025, 2100, 3000, 32768), (16, 512, 4096)
+    ):
+        sizes = chunk_sizes(longest, largest)
         assert sum(sizes) >= longest > sum(sizes[:-1])
-        assert set(sizes) <= {16, 32, 64, 128, 256, 512}
-        assert (
-            max(sizes) * rows <= engine_module.PREFILL_TOKENS or max(sizes) == engine_module.SMALLEST_BUCKET
-        )
+        assert set(sizes) <= {2**i for i in range(4, 13)}
+        assert max(sizes) <= largest
+        assert sum(sizes) - longest <= max(512, longest) // 8 or sum(sizes) <= 512
+    assert chunk_sizes(32768, 4096) == [4096] * 8
+
+
+def test_chunks_are_as_large_as_memory_allows():
+    config = ModelConfig()  # of the 2.9 B models
+    assert largest_chunk(config, 1) == 4096
+    for rows in (1, 2, 5, 64):
+        chunk = largest_chunk(config, rows)
+        assert chunk * rows * engine_module.activation_bytes(config) <= engine_module.PREFILL_BYTES
+    assert largest_chunk(config, 10**6) == engine_module.SMALLEST_BUCKET
 
 
 @pytest.mark.parametrize("tokens", [(0, 1), (1, 0)])
@@ -205,13 +216,13 @@ def test_the_cache_is_donated_and_never_copied(engine, prompts):
         advance()
         assert all(array.is_deleted() for array in before)
     for name in ("prefill", "step", "run"):
-        (program, *_) = [p for key, p in e.programs.items() if key[0] == name]
+        (program, *_) = [p for key, p in e.programs.items() if key[:2] == (name, 4)]
         assert program.memory_analysis().alias_size_in_bytes >= rows.cache_bytes_per_device
 
 
 def test_a_cache_that_does_not_fit_the_memory_is_refused_before_it_is_allocated(engine, monkeypatch):
     e = engine("mlra_4", (1, 4, 1))
-    needed = e.cache_bytes(12, 1024) + e.cache_bytes(4, 1024)
+    needed = e.cache_bytes(12, 1024) + e.cache_bytes(4, 1024) + e.activation_bytes(4, 1024)
     monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed)
     e.check_memory(4, 3, 1024)
     monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed - 1)

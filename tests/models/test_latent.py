@@ -109,11 +109,14 @@ def test_forward_and_decoding_equal_the_formulas_for_any_legal_sizes(config, len
     # Decoding: the same values, laid out by slot; the first rows of each sequence in one call, the rest in another.
     graph, state = nnx.split(nnx.eval_shape(lambda: make("decode")))
     flat = nnx.traversals.flatten_mapping(to_float32(params))
-    slots = {
-        path: LatentAttention.to_decode_layout(config, rules, ".".join(path), leaf)
-        for path, leaf in flat.items()
-    }
-    values = nnx.traversals.unflatten_mapping(slots)
+    given = {".".join(path): leaf for path, leaf in flat.items()}
+    made = {k: (v.sources, v.make) for k, v in LatentAttention.decode_leaves(config, rules).items()}
+    for path, _ in nnx.to_flat_state(state):
+        name = ".".join(path)
+        sources, make = made.get(name, ((name,), lambda leaf: leaf))
+        flat[path] = make(*(given[source] for source in sources))
+    decoded = {path for path, _ in nnx.to_flat_state(state)}
+    values = nnx.traversals.unflatten_mapping({k: v for k, v in flat.items() if k in decoded})
     step = jax.jit(lambda values, *args: merged(graph, state, values).decode(*args))
     cache = Cache.create(config, rules, batch, length, page_size=2).layers[0]
     first, start = np.array([1, length - 1]), np.zeros(batch, np.int32)

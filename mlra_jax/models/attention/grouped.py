@@ -12,7 +12,17 @@ from flax import nnx
 from mlra_jax.config import GroupedAttentionConfig, ModelConfig
 from mlra_jax.models.attention.output import Output
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import Layout, normal, parameter, require_layout, rotate, weight
+from mlra_jax.models.layers import (
+    DecodeLeaves,
+    Layout,
+    Relayout,
+    nested,
+    normal,
+    parameter,
+    require_layout,
+    rotate,
+    weight,
+)
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -27,7 +37,8 @@ class GroupedAttention(nnx.Module):
       config: of the model; `config.attention` is a `GroupedAttentionConfig`.
       rngs: for the initial parameters.
       rules: table of logical axis names. Without a mesh nothing is split.
-      layout: `decode` keeps W_k and W_v by slot (`Slots`), for cached decoding over devices.
+      layout: `train` has w_q [D, N, H], w_k and w_v [D, K, H]; `decode` has w_q [N, H, D], and keys and values by slot
+        (`Slots`), for cached decoding over devices, as w_kv [2, U, H, D].
     """
 
     def __init__(
@@ -40,31 +51,45 @@ class GroupedAttention(nnx.Module):
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
         self.softmax_scale = 1 / math.sqrt(a.d_head)
         self.slots = Slots(rules, n, a.n_kv_heads, n_branches=1)
+        h = a.d_head
         if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
-            self.kv_heads, self.kv_axis = a.n_kv_heads, rules.fitting("kv_heads", a.n_kv_heads)
+            self.kv_axis = rules.fitting("kv_heads", a.n_kv_heads)
+            kv_shape, kv_names = (d, a.n_kv_heads, h), ("embed", self.kv_axis, None)
+            self.w_q = parameter(rngs, rules, (d, n, h), ("embed", "heads", None), init, dtype)
+            self.w_k = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
+            self.w_v = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
         else:
-            self.kv_heads, self.kv_axis = self.slots.count, "latent_slots"
-        kv_names = ("embed", self.kv_axis, None)
-        self.w_q = parameter(rngs, rules, (d, n, a.d_head), ("embed", "heads", None), init, dtype)
-        self.w_k = parameter(rngs, rules, (d, self.kv_heads, a.d_head), kv_names, init, dtype)
-        self.w_v = parameter(rngs, rules, (d, self.kv_heads, a.d_head), kv_names, init, dtype)
-        self.output = Output(config, a.d_head, rngs=rngs, rules=rules)
+            self.kv_axis = "latent_slots"
+            kv_shape, kv_names = (2, self.slots.count, h, d), (None, "latent_slots", None, "embed")
+            self.w_q = parameter(rngs, rules, (n, h, d), ("heads", None, "embed"), init, dtype)
+            self.w_kv = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
+        self.output = Output(config, h, rngs=rngs, rules=rules, layout=layout)
 
     @staticmethod
-    def to_decode_layout(config: ModelConfig, rules: AxisRules, name: str, value: jax.Array) -> jax.Array:
-        """A parameter of the training layout, by its dotted name, laid out for decoding."""
+    def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
+        """What decoding keeps in another way."""
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
         slots = Slots(rules, config.n_heads, a.n_kv_heads, n_branches=1)
-        return slots.to_slots(value, axis=1) if name in ("w_k", "w_v") else value
+        by_slot = lambda w_DKH: slots.to_slots(w_DKH, axis=1).transpose(1, 2, 0)
+        return {
+            "w_q": Relayout(("w_q",), lambda w_DNH: w_DNH.transpose(1, 2, 0)),
+            "w_kv": Relayout(("w_k", "w_v"), lambda k, v: jnp.stack([by_slot(k), by_slot(v)])),
+            **nested("output", Output.decode_leaves(config)),
+        }
 
     def _project(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         rules, dtype, base = self.rules, self.compute_dtype, self.config.rope_base
-        kv_names = ("batch", "length", self.kv_axis, None)
-        project = lambda w, names: rules.einsum("BTD,DNH->BTNH", x_BTD, weight(rules, w, dtype), out=names)
-        q = rotate(project(self.w_q, ("batch", "length", "heads", None)), positions, base)
-        return q, rotate(project(self.w_k, kv_names), positions, base), project(self.w_v, kv_names)
+        q_names, kv_names = ("batch", "length", "heads", None), ("batch", "length", self.kv_axis, None)
+        project = lambda equation, w, names: rules.einsum(equation, x_BTD, weight(rules, w, dtype), out=names)
+        if self.layout == "train":
+            q = project("BTD,DNH->BTNH", self.w_q, q_names)
+            k, v = (project("BTD,DNH->BTNH", w, kv_names) for w in (self.w_k, self.w_v))
+        else:
+            q = project("BTD,NHD->BTNH", self.w_q, q_names)
+            k, v = project("BTD,GUHD->GBTUH", self.w_kv, (None, *kv_names))
+        return rotate(q, positions, base), rotate(k, positions, base), v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.
@@ -99,7 +124,8 @@ class GroupedAttention(nnx.Module):
         require_layout(self.layout, "decode")
         rules, slots = self.rules, self.slots
         x_BTD = x_BTD.astype(self.compute_dtype)
-        q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
+        with jax.named_scope("queries"):
+            q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
         gate = self.output.gate(x_BTD) if slots.projected else None
         w_o = weight(rules, self.output.w_o, self.compute_dtype) if slots.projected else None
 
@@ -113,8 +139,10 @@ class GroupedAttention(nnx.Module):
             start: jax.Array,
             n_new: jax.Array,
         ) -> tuple[jax.Array, GroupedCache]:
-            cache = cache.append({"k": k, "v": v}, start, n_new)
-            y = cache.attend(slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale)
+            with jax.named_scope("append"):
+                cache = cache.append({"k": k, "v": v}, start, n_new)
+            with jax.named_scope("attend"):
+                y = cache.attend(slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale)
             return self.output.from_slots(slots, y, gate, w_o), cache
 
         heads, kv = ("batch", None, slots.query_axis, None), ("batch", None, "latent_slots", None)
@@ -125,4 +153,5 @@ class GroupedAttention(nnx.Module):
         y, cache = rules.shard_map(attend, in_names, (y_names, cache.specs()))(
             cache, q, k, v, gate, w_o, start_B, n_new_B
         )
-        return (y if slots.projected else self.output(x_BTD, y)), cache
+        with jax.named_scope("output"):
+            return (y if slots.projected else self.output(x_BTD, y)), cache

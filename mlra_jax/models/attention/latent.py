@@ -20,7 +20,18 @@ from flax import nnx
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention.output import Output
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import Layout, RMSNorm, normal, parameter, require_layout, rotate, weight
+from mlra_jax.models.layers import (
+    DecodeLeaves,
+    Layout,
+    Relayout,
+    RMSNorm,
+    nested,
+    normal,
+    parameter,
+    require_layout,
+    rotate,
+    weight,
+)
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -38,8 +49,11 @@ class LatentAttention(nnx.Module):
       config: of the model; `config.attention` is a `LatentAttentionConfig`.
       rngs: for the initial parameters.
       rules: table of logical axis names. Without a mesh nothing is split.
-      layout: `train` keeps W_UK and W_UV as [J, N, C, H], so that N can be split whatever G is; `decode` keeps them,
-        and what makes the latents, by slot (`Slots`), for cached decoding over devices.
+      layout: `train` keeps W_UK and W_UV as [J, N, C, H], so that N can be split whatever G is, and w_qa [D, A],
+        w_kva [D, L, C], w_kr [D, R], w_qb [A, N, H + R]. `decode`, for cached decoding over devices, keeps by slot
+        (`Slots`) W_UK [U, M, C, H], W_UV as `Slots.join_branches` gives it, and as w_a [X, A + U/X*C + R, D] what makes
+        the latents: one matrix for each of the X devices over which slots are split, with W_qa, its own part of W_kva,
+        and W_kr. w_qb is [N, H + R, A].
     """
 
     def __init__(
@@ -58,36 +72,53 @@ class LatentAttention(nnx.Module):
         self.branch_scale = 1 / math.sqrt(a.n_branches) if a.scale_latents else 1.0
         self.slots = Slots(rules, n, a.n_latent_heads, a.n_branches)
 
-        self.w_qa = parameter(rngs, rules, (d, rank), ("embed", None), init, dtype)
+        new = lambda shape, names: parameter(rngs, rules, shape, names, init, dtype)
         self.q_norm = RMSNorm(config, (rank,), (None,), rngs=rngs, rules=rules)
-        q_names = (rules.fitting("rank", rank), "heads", None)
-        self.w_qb = parameter(rngs, rules, (rank, n, h + r), q_names, init, dtype)
         if layout == "train":
             heads, axis = a.n_latent_heads, None
-            up_shape = (a.n_branches, n, latent, h)
-            up_names: tuple[str | None, ...] = (None, "heads", rules.fitting("rank", latent), None)
+            self.w_qa = new((d, rank), ("embed", None))
+            self.w_qb = new((rank, n, h + r), (rules.fitting("rank", rank), "heads", None))
+            self.w_kva = new((d, heads, latent), ("embed", None, None))
+            self.w_kr = new((d, r), ("embed", None))
+            up_names = (None, "heads", rules.fitting("rank", latent), None)
+            self.w_uk = new((a.n_branches, n, latent, h), up_names)
+            self.w_uv = new((a.n_branches, n, latent, h), up_names)
         else:
             heads, axis = self.slots.count, "latent_slots"
-            up_shape = (heads, self.slots.heads_per_slot, latent, h)
-            up_names = ("latent_slots", None, None, None)
-        self.w_kva = parameter(rngs, rules, (d, heads, latent), ("embed", axis, None), init, dtype)
-        self.w_kr = parameter(rngs, rules, (d, r), ("embed", None), init, dtype)
+            parts, rows = rules.size(axis), self.slots.heads_per_slot
+            self.w_a = new((parts, rank + heads // parts * latent + r, d), (axis, None, "embed"))
+            self.w_qb = new((n, h + r, rank), ("heads", None, "rank"))
+            self.w_uk = new((heads, rows, latent, h), (axis, None, None, None))
+            branches = self.slots.local_branches
+            joined = (parts, heads // (parts * branches), rows, h, branches, latent)
+            self.w_uv = new(joined, (axis, *[None] * 5))
         self.kv_norm = RMSNorm(config, (heads, latent), (axis, None), rngs=rngs, rules=rules)
-        self.w_uk = parameter(rngs, rules, up_shape, up_names, init, dtype)
-        self.w_uv = parameter(rngs, rules, up_shape, up_names, init, dtype)
-        self.output = Output(config, h, rngs=rngs, rules=rules)
+        self.output = Output(config, h, rngs=rngs, rules=rules, layout=layout)
 
     @staticmethod
-    def to_decode_layout(config: ModelConfig, rules: AxisRules, name: str, value: jax.Array) -> jax.Array:
-        """A parameter of the training layout, by its dotted name, laid out for decoding."""
+    def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
+        """What decoding keeps in another way."""
         a = config.attention
         assert isinstance(a, LatentAttentionConfig)
         slots = Slots(rules, config.n_heads, a.n_latent_heads, a.n_branches)
-        if name in ("w_uk", "w_uv"):
-            return slots.heads_to_slots(value)
-        if name == "w_kva":
-            return slots.to_slots(value, axis=1)
-        return slots.to_slots(value, axis=0) if name == "kv_norm.gain" else value
+
+        def join(w_DA: jax.Array, w_DLC: jax.Array, w_DR: jax.Array) -> jax.Array:
+            flat = lambda w: w.reshape(w.shape[0], -1).T
+            by_device = lambda *ws: jnp.concatenate([flat(w) for w in ws])[None]
+            whole, by_slot = (None, None), (None, "latent_slots", None)
+            joined = rules.shard_map(by_device, (whole, by_slot, whole), ("latent_slots", None, None))
+            return joined(w_DA, slots.to_slots(w_DLC, axis=1), w_DR)
+
+        return {
+            "w_a": Relayout(("w_qa", "w_kva", "w_kr"), join),
+            "w_qb": Relayout(("w_qb",), lambda w_ANE: w_ANE.transpose(1, 2, 0)),
+            "kv_norm.gain": Relayout(("kv_norm.gain",), lambda gain_LC: slots.to_slots(gain_LC, axis=0)),
+            "w_uk": Relayout(("w_uk",), slots.heads_to_slots),
+            "w_uv": Relayout(
+                ("w_uv",), lambda w: slots.join_branches(slots.heads_to_slots(w).swapaxes(2, 3))
+            ),
+            **nested("output", Output.decode_leaves(config)),
+        }
 
     @property
     def absorbs(self) -> bool:
@@ -97,25 +128,42 @@ class LatentAttention(nnx.Module):
             return 2 * a.d_latent + a.d_rope <= 2 * a.d_nope + a.d_rope
         return a.form == "absorbed"
 
-    def _queries(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _down(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The products of the input with W_qa [B, T, A], W_kva [B, T, L (or U), C] and W_kr [B, T, R]."""
+        rules, dtype = self.rules, self.compute_dtype
+        row = ("batch", "length", None)
+        if self.layout == "train":
+            w_qa, w_kva, w_kr = (weight(rules, w, dtype) for w in (self.w_qa, self.w_kva, self.w_kr))
+            q_BTA = rules.einsum("BTD,DA->BTA", x_BTD, w_qa, out=row)
+            kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_kva, out=(*row, None))
+            return q_BTA, kv_BTLC, rules.einsum("BTD,DR->BTR", x_BTD, w_kr, out=row)
+
+        by_slot = ("batch", "length", "latent_slots", None)
+        a_BTXE = rules.einsum("BTD,XED->BTXE", x_BTD, weight(rules, self.w_a, dtype), out=by_slot)
+        a = self.sizes
+
+        def cut(a_BTXE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            a_BTE = a_BTXE.squeeze(2)
+            q_BTA, kv, k_rope_BTR = jnp.split(a_BTE, [a.q_lora_rank, a_BTE.shape[2] - a.d_rope], axis=2)
+            return q_BTA, kv.reshape(*kv.shape[:2], -1, a.d_latent), k_rope_BTR
+
+        # All devices have computed the same q_BTA and k_rope_BTR, which is what the check wants to be told.
+        return rules.shard_map(cut, (by_slot,), (row, by_slot, row), check_vma=False)(a_BTXE)
+
+    def _queries(self, q_BTA: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """q_nope [B, T, N, H] and the rotated q_rope [B, T, N, R], N split as the table says."""
         rules, dtype, h = self.rules, self.compute_dtype, self.sizes.d_nope
-        q_BTA = rules.einsum(
-            "BTD,DA->BTA", x_BTD, weight(rules, self.w_qa, dtype), out=("batch", "length", None)
-        )
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
+        equation = "BTA,ANE->BTNE" if self.layout == "train" else "BTA,NEA->BTNE"
         names = ("batch", "length", "heads", None)
-        q_BTNE = rules.einsum("BTA,ANE->BTNE", q_BTA, weight(rules, self.w_qb, dtype), out=names)
+        q_BTNE = rules.einsum(equation, q_BTA, weight(rules, self.w_qb, dtype), out=names)
         return q_BTNE[..., :h], rotate(q_BTNE[..., h:], positions, self.config.rope_base)
 
-    def _latents(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _latents(
+        self, kv_BTLC: jax.Array, k_rope_BTR: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """What is cached: the normalised, scaled kv_latent [B, T, L (or U), C] and the rotated k_rope [B, T, R]."""
-        rules, dtype = self.rules, self.compute_dtype
-        axis = None if self.layout == "train" else "latent_slots"
-        w_DLC, w_DR = weight(rules, self.w_kva, dtype), weight(rules, self.w_kr, dtype)
-        kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_DLC, out=("batch", "length", axis, None))
-        k_rope_BTR = rules.einsum("BTD,DR->BTR", x_BTD, w_DR, out=("batch", "length", None))
-        kv_latent_BTLC = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
+        kv_latent_BTLC = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(self.compute_dtype)
         return kv_latent_BTLC, rotate(k_rope_BTR, positions, self.config.rope_base)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -130,8 +178,9 @@ class LatentAttention(nnx.Module):
         require_layout(self.layout, "train")
         x_BTD = x_BTD.astype(self.compute_dtype)
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
-        q_nope, q_rope = self._queries(x_BTD, positions)
-        kv_latent, k_rope = self._latents(x_BTD, positions)
+        q_BTA, *latents = self._down(x_BTD)
+        q_nope, q_rope = self._queries(q_BTA, positions)
+        kv_latent, k_rope = self._latents(*latents, positions)
         dtype = self.compute_dtype
         heads, whole = ("batch", "length", "heads", None), ("batch", None, None)
         up = (None, "heads", None, None)
@@ -211,8 +260,11 @@ class LatentAttention(nnx.Module):
         rules, dtype, slots = self.rules, self.compute_dtype, self.slots
         x_BTD = x_BTD.astype(dtype)
         positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
-        q_nope, q_rope = self._queries(x_BTD, positions)
-        kv_latent, k_rope = self._latents(x_BTD, positions)
+        with jax.named_scope("latents"):
+            q_BTA, *latents = self._down(x_BTD)
+            kv_latent, k_rope = self._latents(*latents, positions)
+        with jax.named_scope("queries"):
+            q_nope, q_rope = self._queries(q_BTA, positions)
         gate = self.output.gate(x_BTD) if slots.projected else None
         w_o = weight(rules, self.output.w_o, dtype) if slots.projected else None
 
@@ -230,11 +282,20 @@ class LatentAttention(nnx.Module):
             n_new: jax.Array,
         ) -> tuple[jax.Array, LatentCache]:
             u = w_uk.shape[0]
-            cache = cache.append({"kv_latent": kv_latent, "k_rope": k_rope}, start, n_new)
-            q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
-            z_BTUMC = cache.attend(q_BTUMC, slots.gather(q_rope, u), start, n_new, scale=self.softmax_scale)
+            with jax.named_scope("append"):
+                cache = cache.append({"kv_latent": kv_latent, "k_rope": k_rope}, start, n_new)
+            with jax.named_scope("absorb"):
+                q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
+                q_rope = slots.gather(q_rope, u)
+            with jax.named_scope("attend"):
+                z_BTUMC = cache.attend(q_BTUMC, q_rope, start, n_new, scale=self.softmax_scale)
+            w_UMHJC = w_uv.squeeze(0)
+            z_BTJUMC = z_BTUMC.reshape(*z_BTUMC.shape[:2], w_UMHJC.shape[3], -1, *z_BTUMC.shape[3:])
             # Batch axes first: einsum would make of "->BTUMH" a bfloat16 product that XLA lacks on the CPU.
-            y_UMBTH = jnp.einsum("BTUMC,UMCH->UMBTH", z_BTUMC, w_uv, preferred_element_type=jnp.float32)
+            with jax.named_scope("values"):
+                y_UMBTH = jnp.einsum(
+                    "BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32
+                )
             y_BTUMH = self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
             return self.output.from_slots(slots, y_BTUMH, gate, w_o), cache
 
@@ -250,7 +311,7 @@ class LatentAttention(nnx.Module):
             latents,
             row,
             by_slot,
-            by_slot,
+            ("latent_slots", *[None] * 5),
             gate_names,
             w_o_names,
             ("batch",),
@@ -260,4 +321,5 @@ class LatentAttention(nnx.Module):
         y, cache = rules.shard_map(attend, (cache.specs(), *inputs), (y_names, cache.specs()))(
             cache, q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv, gate, w_o, start_B, n_new_B
         )
-        return (y if slots.projected else self.output(x_BTD, y)), cache
+        with jax.named_scope("output"):
+            return (y if slots.projected else self.output(x_BTD, y)), cache

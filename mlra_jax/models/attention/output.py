@@ -8,45 +8,71 @@ from flax import nnx
 
 from mlra_jax.config import ModelConfig
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import normal, output_init, parameter, weight
+from mlra_jax.models.layers import (
+    DecodeLeaves,
+    Layout,
+    Relayout,
+    normal,
+    output_init,
+    parameter,
+    weight,
+)
 from mlra_jax.sharding import AxisRules
 
 
 class Output(nnx.Module):
-    """W_o (gate * y), with gate = sigmoid(W_g x) or nothing."""
+    """W_o (gate * y), with gate = sigmoid(W_g x) or nothing.
 
-    def __init__(self, config: ModelConfig, d_value: int, *, rngs: nnx.Rngs, rules: AxisRules):
+    Args:
+      config: of the model.
+      d_value: width of a head's output (H).
+      rngs: for the initial parameters.
+      rules: table of logical axis names. Without a mesh nothing is split.
+      layout: `train` has w_o [N, H, D] and w_gate [D, N, H], `decode` [D, N, H] and [N, H, D].
+    """
+
+    def __init__(
+        self, config: ModelConfig, d_value: int, *, rngs: nnx.Rngs, rules: AxisRules, layout: Layout = "train"
+    ):
         d, n, dtype = config.d_model, config.n_heads, config.param_dtype
-        self.rules = rules
+        self.rules, self.layout = rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        self.w_o = parameter(
-            rngs, rules, (n, d_value, d), ("heads", None, "embed"), output_init(config), dtype
-        )
-        self.w_gate = (
-            parameter(rngs, rules, (d, n, d_value), ("embed", "heads", None), normal(config), dtype)
-            if config.gated_attention
-            else None
-        )
+        heads_first = (n, d_value, d), ("heads", None, "embed")
+        heads_last = (d, n, d_value), ("embed", "heads", None)
+        out, gate = (heads_first, heads_last) if layout == "train" else (heads_last, heads_first)
+        self.w_o = parameter(rngs, rules, *out, output_init(config), dtype)
+        gated = config.gated_attention
+        self.w_gate = parameter(rngs, rules, *gate, normal(config), dtype) if gated else None
+
+    @staticmethod
+    def decode_leaves(config: ModelConfig) -> DecodeLeaves:
+        """What decoding keeps in another way."""
+        leaves = {"w_o": Relayout(("w_o",), lambda w_NHD: w_NHD.transpose(2, 0, 1))}
+        if config.gated_attention:
+            leaves["w_gate"] = Relayout(("w_gate",), lambda w_DNH: w_DNH.transpose(1, 2, 0))
+        return leaves
 
     def gate(self, x_BTD: jax.Array) -> jax.Array | None:
         """sigmoid(W_g x) as [B, T, N, H], or None without a gate."""
         if self.w_gate is None:
             return None
-        w_DNH = weight(self.rules, self.w_gate, self.compute_dtype)
+        w = weight(self.rules, self.w_gate, self.compute_dtype)
+        equation = "BTD,DNH->BTNH" if self.layout == "train" else "BTD,NHD->BTNH"
         names = ("batch", "length", "heads", None)
-        return jax.nn.sigmoid(self.rules.einsum("BTD,DNH->BTNH", x_BTD, w_DNH, out=names))
+        return jax.nn.sigmoid(self.rules.einsum(equation, x_BTD, w, out=names))
 
     def __call__(self, x_BTD: jax.Array, y_BTNH: jax.Array) -> jax.Array:
         """The block's output [B, T, D] from its input and the heads' output, both in the compute type."""
         gate_BTNH = self.gate(x_BTD)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
-        w_NHD = weight(self.rules, self.w_o, self.compute_dtype)
+        w = weight(self.rules, self.w_o, self.compute_dtype)
+        equation = "BTNH,NHD->BTD" if self.layout == "train" else "BTNH,DNH->BTD"
         # N is split over `tensor`: the product over it all-reduces.
-        return self.rules.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, out=("batch", "length", None))
+        return self.rules.einsum(equation, y_BTNH, w, out=("batch", "length", None))
 
     def from_slots(
-        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_NHD: jax.Array | None
+        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_DNH: jax.Array | None
     ) -> jax.Array:
         """Inside `shard_map`: sums what the local slots give, over slots and devices.
 
@@ -62,6 +88,6 @@ class Output(nnx.Module):
         y_BTNH = y_BTNH.astype(self.compute_dtype)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
-        assert w_NHD is not None
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", y_BTNH, w_NHD, preferred_element_type=jnp.float32)
+        assert w_DNH is not None
+        out_BTD = jnp.einsum("BTNH,DNH->BTD", y_BTNH, w_DNH, preferred_element_type=jnp.float32)
         return self.rules.psum(out_BTD, "latent_slots").astype(self.compute_dtype)

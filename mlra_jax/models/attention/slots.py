@@ -73,6 +73,21 @@ class Slots:
         kept = jax.typeof(w_JNX).sharding.spec[2:]  # J and N become whole; how the rest is split stays
         return jax.lax.reshape(w_JNX, shape, out_sharding=PartitionSpec(None, None, *kept))
 
+    @property
+    def local_branches(self) -> int:
+        """Slots of one device that serve the same query heads: J where the device holds all cached heads."""
+        n_local, groups = self.count // self.rules.size("latent_slots"), self.n_cached // self.n_branches
+        return n_local // groups if n_local % groups == 0 else 1
+
+    def join_branches(self, w_UMHC: jax.Array) -> jax.Array:
+        """Puts the slots of a device whose outputs are summed beside what is summed: to [X, U', M / r, H, J', C].
+
+        X are the devices over which slots are split, J' the `local_branches`, and U' = U / (X J').
+        """
+        parts, branches = self.rules.size("latent_slots"), self.local_branches
+        shape = (parts, branches, self.count // (parts * branches), *w_UMHC.shape[1:])
+        return w_UMHC.reshape(shape).transpose(0, 2, 3, 4, 1, 5)
+
     # Inside `shard_map`:
 
     def _first_heads(self, n_local: int) -> list[jax.Array | int]:
@@ -97,7 +112,10 @@ class Slots:
         return jnp.stack(parts, axis=2)
 
     def scatter(self, y_BTUMH: jax.Array) -> jax.Array:
-        """Sums the outputs of the local slots by query head: [B, T, U, M / r, H] to [B, T, N, H], or N's own part."""
+        """Sums the outputs of the local slots by query head: [B, T, U, M / r, H] to [B, T, N, H], or N's own part.
+
+        Slots that serve the same heads may be summed before (`join_branches`).
+        """
         b, t, n_local, rows, h = y_BTUMH.shape
         if self.aligned:
             return y_BTUMH.reshape(b, t, n_local * rows, h)
