@@ -1,6 +1,6 @@
-"""TPU slices that are described but not there: the real compiler runs on the CPU and says what a program needs.
+"""TPU slices and GPUs that are described but not there: the real compilers run on the CPU and say what a program needs.
 
-Needs `libtpu` (`pip install libtpu`). Nothing is run and nothing is allocated.
+TPUs need `libtpu` (`pip install libtpu`), GPUs JAX's CUDA plugin. Nothing is run and nothing is allocated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.ops.decode.triton import find_chip
 from mlra_jax.sharding import MESH_AXES, TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules
 from mlra_jax.training.step import abstract_state, make_train_step
 
@@ -47,6 +48,42 @@ def topology_mesh(name: str, config: MeshConfig) -> Mesh:
     sizes = config.resolve(len(devices))
     shape = [getattr(sizes, axis) for axis in MESH_AXES]
     return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
+    """NVIDIA GPUs of one host that are described and not there: XLA and kernels compile for them on a CPU.
+
+    Args:
+      kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.decode.triton.CHIPS`.
+      n: how many.
+
+    Raises:
+      ValueError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
+    """
+    chip = find_chip(kind)
+    if chip is None:
+        raise ValueError(f"{kind!r} is not among the GPUs of mlra_jax.ops.decode.triton.CHIPS.")
+    major, minor = divmod(chip.capability, 10)
+    description = f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
+        shared_memory_per_block: 49152 shared_memory_per_block_optin: {chip.shared_bytes}
+        shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
+        registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
+        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
+        device_memory_size: 25769803776 cuda_compute_capability {{ major: {major} minor: {minor} }}
+      }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
+    """
+    shape = f"1x1x{n}"
+    try:
+        return topologies.get_topology_desc(
+            platform="cuda", topology_name=shape, topology=shape, target_config=description
+        ).devices
+    except Exception as e:  # whatever the plugin raises
+        raise ValueError(
+            f"The GPU {kind!r} cannot be described: {e}. It needs `pip install jax-cuda13-plugin` of JAX's own version."
+        ) from e
 
 
 def hbm_bytes(topology: str) -> int:

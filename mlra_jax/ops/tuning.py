@@ -81,11 +81,10 @@ class Entry:
           TypeError, ValueError, KeyError: it is none.
         """
         sizes = fields["sizes"]
-        entry = cls(**{**fields, "sizes": Sizes(**{**sizes, "widths": tuple(sizes["widths"])})})
-        numbers = [*(entry.config or {}).values(), entry.sizes.batch, entry.sizes.capacity]
+        numbers = [*(fields["config"] or {}).values(), sizes["batch"], sizes["capacity"]]
         if any(type(x) is not int or x < 1 for x in numbers):
             raise ValueError(f"sizes and configurations are whole numbers from 1; got {numbers}")
-        return entry
+        return cls(**{**fields, "sizes": Sizes(**{**sizes, "widths": tuple(sizes["widths"])})})
 
 
 def slug(kind: str) -> str:

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlra_jax.ops.decode import triton
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
 from mlra_jax.ops.dispatch import explain
+from mlra_jax.topologies import gpu_devices
 
 installed = lambda *names: all(importlib.util.find_spec(name) for name in names)
 
@@ -153,24 +153,7 @@ compiles = pytest.mark.skipif(
 
 def described_mesh(kind, devices=1):
     """GPUs that are described and not there."""
-    chip = triton.find_chip(kind)
-    major, minor = divmod(chip.capability, 10)
-    description = f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
-        shared_memory_per_block: 49152 shared_memory_per_block_optin: {chip.shared_bytes}
-        shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
-        registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
-        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
-        device_memory_size: 25769803776 cuda_compute_capability {{ major: {major} minor: {minor} }}
-      }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
-    """
-    shape = f"1x1x{devices}"
-    described = topologies.get_topology_desc(
-        platform="cuda", topology_name=shape, topology=shape, target_config=description
-    )
-    return Mesh(np.array(described.devices).reshape(devices), ("tensor",))
+    return Mesh(np.array(gpu_devices(kind, devices)), ("tensor",))
 
 
 @pytest.fixture

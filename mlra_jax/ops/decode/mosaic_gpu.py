@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts
 from mlra_jax.ops.device import current_device
+from mlra_jax.ops.manual import unchecked
 
 ROWS = 64
 """Query rows of a warpgroup: the height of its matrix products."""
@@ -110,6 +113,10 @@ class Config:
         weights = 2 * ROWS * self.block if shape.value_groups > 1 else 0
         return queries + self.stages * block + weights + 2304
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether pages hold whole blocks, and shared memory what a program has there."""
+        return shape.page % self.block == 0 and self.shared_bytes(shape) <= SHARED_MEMORY
+
     @classmethod
     def heuristic(cls, shape: Shape, processors: int) -> Config:
         """A cut that fits the GPU (docs/kernels.md has the measurements behind it)."""
@@ -125,6 +132,27 @@ class Config:
         while config.stages > 2 and config.shared_bytes(shape) > SHARED_MEMORY:
             config = dataclasses.replace(config, stages=config.stages - 1)
         return config
+
+
+def find_tuned(shape: Shape, kind: str) -> Config | None:
+    """What was measured to be fastest on a device kind for such a call, if it fits this one."""
+    sizes = tuning.Sizes(
+        heads=shape.heads,
+        rows=shape.rows_per_query,
+        q_len=shape.q_len,
+        widths=shape.widths,
+        v_width=shape.v_width,
+        latent=shape.latent,
+        batch=shape.batch,
+        capacity=shape.capacity,
+    )
+
+    def adapt(config: Config, measured: tuning.Sizes) -> Config | None:
+        # One program for each sequence fills the GPU with that very number of sequences; shares do with any.
+        balanced = config.n_splits > 1 or measured.batch == shape.batch
+        return config if balanced and config.fits(shape) else None
+
+    return tuning.find("mosaic_gpu", sizes, kind, Config, adapt)
 
 
 def decode_attention(
@@ -176,6 +204,8 @@ def decode_attention(
         raise NotImplementedError(
             f"the Mosaic GPU kernel takes pages, or contiguous caches, of a multiple of 64 tokens; got {shape.page}."
         )
+    if config is None and interpret is None:
+        config = find_tuned(shape, kind)
     config = config or Config.heuristic(shape, processors or 132)
     if (needed := config.shared_bytes(shape)) > SHARED_MEMORY:
         raise NotImplementedError(
@@ -183,5 +213,15 @@ def decode_attention(
         )
     from mlra_jax.ops.decode.mosaic_gpu_kernel import attend
 
-    args = tuple(parts), v, kv_len_BT, page_table
-    return attend(*args, shape=shape, scale=scale, config=config, interpret=interpret)
+    run = functools.partial(attend, shape=shape, scale=scale, config=config, interpret=interpret)
+    optional = [x for x in (v, page_table) if x is not None]
+
+    def call(_: None, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        *pairs, kv_len = args[: 2 * len(parts) + 1]
+        rest = list(args[2 * len(parts) + 1 :])
+        v_arg = None if v is None else rest.pop(0)
+        return run(
+            tuple(zip(pairs[::2], pairs[1::2], strict=True)), v_arg, kv_len, rest.pop() if rest else None
+        )
+
+    return unchecked(call)(None, *(x for pair in parts for x in pair), kv_len_BT, *optional)

@@ -1,0 +1,317 @@
+"""The kernel for Hopper GPUs: what it declines, how it cuts the work, its numbers, and what the compiler makes of it.
+
+Numbers come from the interpreter, on the CPU and with JAX 0.11 or later, and from the GPU where there is one
+(`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_mosaic_gpu.py`).
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+
+from mlra_jax.cli.configs import load_config
+from mlra_jax.decoding.engine import compile_step
+from mlra_jax.ops.decode import api, mosaic_gpu
+from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+from mlra_jax.ops.decode.mosaic_gpu import SHARED_MEMORY, Config, Shape
+from mlra_jax.ops.dispatch import explain
+from mlra_jax.sharding import MESH_AXES, decode_rules
+from mlra_jax.topologies import gpu_devices
+
+H100 = "NVIDIA H100 80GB HBM3"
+SMALL = Case((100, 7), rows=16, slots=128)
+newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
+compiles = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
+    reason="needs JAX 0.11 or later and its CUDA 13 plugin",
+)
+
+
+def on_gpu(test):
+    available = jax.default_backend() == "gpu" and mosaic_gpu.find_processors(jax.devices()[0].device_kind)
+    return pytest.mark.gpu(pytest.mark.skipif(not available, reason="needs a Hopper GPU")(test))
+
+
+def whole_blocks(case):
+    """The case with room for whole blocks of 64 tokens."""
+    return dataclasses.replace(case, slots=-(-case.capacity // 64) * 64)
+
+
+def shape_of(case):
+    *arrays, _, page_table = abstract_call(case).args
+    shapes = []
+
+    def look(arrays, page_table):
+        if case.value is not None:
+            q, k, v = arrays
+            shapes.append(Shape.of([(q, k)], v, page_table))
+        else:
+            q_nope, q_rope, latent, k_rope = arrays
+            parts = [(q_nope, latent), (q_rope, k_rope[:, None])]
+            shapes.append(Shape.of(parts[: 2 if case.rope else 1], None, page_table))
+
+    jax.eval_shape(look, arrays, page_table)
+    return shapes[0]
+
+
+# What it declines
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype", "message"),
+    [
+        ({"layout": "feature_major"}, jnp.bfloat16, "reads token-major caches; this one is feature_major"),
+        ({}, jnp.float32, "takes bfloat16; got float32"),
+        ({"width": 96}, jnp.bfloat16, "got 96 [+] 64 and 96"),
+        ({"rope": 16}, jnp.bfloat16, "got 128 [+] 16 and 128"),
+        ({"slots": 100}, jnp.bfloat16, "a multiple of 64 tokens; got 100"),
+        ({"page": 32}, jnp.bfloat16, "a multiple of 64 tokens; got 32"),
+        ({"rope": 0, "value": 512, "width": 512}, jnp.bfloat16, "bytes of shared memory"),
+    ],
+)
+@newer_jax
+def test_it_says_why_it_declines_a_call(monkeypatch, change, dtype, message):
+    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    call = abstract_call(dataclasses.replace(SMALL, **change), dtype)
+    assert re.search(message, explain(call, *call.args)[call.op.__name__]["mosaic_gpu"])
+
+
+@pytest.mark.parametrize("device", [("cpu", "cpu"), ("gpu", "NVIDIA A100-SXM4-40GB"), ("gpu", "Tesla T4")])
+def test_it_is_for_hopper_alone(monkeypatch, device):
+    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: device)
+    call = abstract_call(SMALL)
+    reason = explain(call, *call.args)[call.op.__name__]["mosaic_gpu"]
+    assert reason == f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {device[1]}."
+
+
+def test_asked_for_by_name_it_fails_rather_than_fall_back():
+    call = make_case(SMALL)
+    with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
+        call(implementation="mosaic_gpu")
+
+
+# How it cuts the work
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_heuristic_fits_shared_memory_and_keeps_the_processors_at_work(name):
+    shape = shape_of(BENCHMARKS[name])
+    config = Config.heuristic(shape, 132)
+    assert config.stages >= 2
+    assert config.shared_bytes(shape) <= SHARED_MEMORY
+    programs = shape.heads * -(-shape.rows // (64 * config.row_groups))
+    programs *= shape.batch if config.n_splits == 1 else config.n_splits
+    assert programs >= 0.9 * 132
+
+
+@newer_jax
+@settings(max_examples=12, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 700), min_size=1, max_size=9),
+    n_splits=st.integers(1, 40),
+    block=st.sampled_from([64, 128]),
+)
+def test_shares_cover_every_block_once_and_differ_by_no_more_than_one_share(lengths, n_splits, block):
+    from mlra_jax.ops.decode.mosaic_gpu_kernel import make_table
+
+    b = len(lengths)
+    table = np.asarray(make_table(jnp.array(lengths), Config(n_splits, block, 2)))
+    blocks = np.maximum(1, -(-np.array(lengths) // block))
+    begin, (first, last) = table[: b + 1], table[b + 1 :].reshape(2, n_splits)
+    np.testing.assert_array_equal(begin, np.concatenate([[0], np.cumsum(blocks)]))
+    per = -(-begin[-1] // n_splits)
+    for i in range(n_splits):
+        inside = [x for x in range(b) if begin[x] < min((i + 1) * per, begin[-1]) and begin[x + 1] > i * per]
+        assert list(range(first[i], last[i] + 1)) == inside
+
+
+# Numbers
+
+
+def as_exact_as_bfloat16(call, out, lse):
+    wide = call.in_float32()
+    exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
+    exact = np.asarray(exact)
+    assert not np.isnan(np.asarray(out, np.float32)).any()
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), exact, rtol=0, atol=2 * 2**-8 * np.abs(exact).max()
+    )
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-4)
+
+
+def interpreted(monkeypatch, call, config, races=True):
+    """The kernel on the CPU; and whether threads were seen to touch memory without waiting for each other."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    kernel = functools.partial(
+        mosaic_gpu.decode_attention, config=config, interpret=plgpu.InterpretGPUParams(detect_races=races)
+    )
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {**api.IMPLEMENTATIONS, "mosaic_gpu": kernel})
+    run = jax.jit(functools.partial(call, implementation="mosaic_gpu"))
+    out, lse = jax.block_until_ready(run(*call.args))
+    if races:
+        assert not interpret_pallas_call.get_races().races_found
+    return out, lse
+
+
+@newer_jax
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("nothing", Config(3, 64, 2)),
+        ("ragged", Config(5, 64, 2)),
+        ("off by one", Config(1, 64, 2)),
+        ("several latents", Config(4, 64, 3)),
+        ("wide", Config(2, 64, 2)),
+        ("eight causal queries", Config(1, 64, 2, 2)),
+        ("long pages", Config(2, 128, 2)),
+        ("grouped, other value width", Config(1, 64, 2)),
+        ("grouped, pages", Config(2, 64, 2)),
+    ],
+    ids=str,
+)
+def test_interpreted_numbers_without_races(monkeypatch, name, config):
+    call = make_case(whole_blocks(EDGES[name]))
+    as_exact_as_bfloat16(call, *interpreted(monkeypatch, call, config))
+
+
+@newer_jax
+def test_interpreted_prefill_shares_blocks_among_warpgroups(monkeypatch):
+    call = make_case(Case((190, 70), q_len=40, heads=2, rows=4, width=64, rope=0, slots=256))
+    as_exact_as_bfloat16(call, *interpreted(monkeypatch, call, Config(1, 128, 2, 2)))
+
+
+@newer_jax
+@settings(max_examples=4, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 260), min_size=1, max_size=4),
+    q_len=st.integers(1, 3),
+    n_splits=st.integers(1, 6),
+    paged=st.booleans(),
+)
+def test_interpreted_numbers_of_any_lengths(lengths, q_len, n_splits, paged):
+    case = Case(tuple(lengths), q_len=q_len, rows=8, width=64, page=64 if paged else None)
+    call = make_case(case if paged else whole_blocks(case), seed=sum(lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        as_exact_as_bfloat16(call, *interpreted(patch, call, Config(n_splits, 64, 2), races=False))
+
+
+@newer_jax
+def test_the_interpreter_sees_a_wait_that_is_left_out(monkeypatch):
+    from mlra_jax.ops.decode import mosaic_gpu_kernel
+
+    class Hasty:
+        """The library, but for waits on barriers of several stages: those of the ring."""
+
+        def __getattr__(self, name):
+            return getattr(mosaic_gpu_kernel.mosaic_gpu, name)
+
+        def barrier_wait(self, barrier):
+            if not barrier.transforms or barrier.ref.shape == (1,):
+                mosaic_gpu_kernel.mosaic_gpu.barrier_wait(barrier)
+
+    monkeypatch.setattr(mosaic_gpu_kernel, "plgpu", Hasty())
+    mosaic_gpu_kernel.attend.clear_cache()
+    call = make_case(whole_blocks(EDGES["ragged"]))
+    try:
+        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+            interpreted(monkeypatch, call, Config(2, 64, 2))
+    finally:
+        mosaic_gpu_kernel.attend.clear_cache()
+
+
+@on_gpu
+@pytest.mark.parametrize("config", [None, Config(3, 64, 2), Config(1, 64, 2)], ids=str)
+@pytest.mark.parametrize("name", EDGES)
+def test_numbers_on_the_gpu(monkeypatch, name, config):
+    call = make_case(whole_blocks(EDGES[name]))
+    if config is not None:
+        monkeypatch.setattr(Config, "heuristic", classmethod(lambda *_: config))
+    run = jax.jit(functools.partial(call, implementation="mosaic_gpu"))
+    out, lse = run(*call.args)
+    as_exact_as_bfloat16(call, out, lse)
+    for again, first in zip(run(*call.args), (out, lse), strict=True):
+        np.testing.assert_array_equal(again, first)  # the same bits from run to run
+
+
+@on_gpu
+@pytest.mark.parametrize("lengths", [(700,), (700, 0, 301)], ids=str)
+def test_prefill_numbers_on_the_gpu(lengths):
+    call = make_case(Case(lengths, q_len=300, heads=4, rows=24, slots=768))
+    as_exact_as_bfloat16(call, *jax.jit(functools.partial(call, implementation="mosaic_gpu"))(*call.args))
+
+
+# Compiled ahead of time
+
+
+COMPILED = {
+    "mlra_4": BENCHMARKS["mlra_4 1x128K"],
+    "mlra_4, ragged batch": BENCHMARKS["mlra_4 16x4K"],
+    "mlra_4, pages": dataclasses.replace(BENCHMARKS["mlra_4 16x4K"], page=64),
+    "two queries": dataclasses.replace(BENCHMARKS["mlra_4 1x128K"], q_len=2),
+    "gla_2": BENCHMARKS["gla_2 1x128K"],
+    "gqa": BENCHMARKS["gqa 1x128K"],
+    "prefill": Case((8192,), q_len=2048, heads=4, rows=24),
+}
+
+
+def compile_all():
+    """Run in a process of its own, whose output holds what `ptxas` says of each kernel."""
+    (device,) = gpu_devices(H100)
+    mesh = Mesh(np.array([device]), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        for case in COMPILED.values():
+            call = abstract_call(case)
+            put = lambda x: (
+                None
+                if x is None
+                else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+            )
+            run = functools.partial(call, implementation="mosaic_gpu")
+            jax.jit(run).lower(*map(put, call.args)).compile()
+
+
+@compiles
+def test_compiled_for_h100_nothing_spills(repository):
+    ptxas = importlib.util.find_spec("nvidia")
+    paths = [str(pathlib.Path(p) / "cu13/bin") for p in (ptxas.submodule_search_locations if ptxas else [])]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "PATH": os.pathsep.join([*paths, os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = "import runpy; runpy.run_path('tests/ops/test_mosaic_gpu.py')['compile_all']()"
+    done = subprocess.run(
+        [sys.executable, "-c", command], env=environment, cwd=repository, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
+    assert len(registers) >= len(COMPILED)
+    assert max(registers) <= 232
+    assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}
+
+
+@compiles
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 1, 1, 2)], ids=str)
+def test_the_decode_step_runs_it_on_every_mesh(sizes):
+    config = dataclasses.replace(load_config("mlra_4").model, n_layers=2)
+    devices = np.array(gpu_devices(H100, 4)).reshape(sizes)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    compiled = compile_step(config, decode_rules(False), mesh, batch=2, max_len=4096)
+    assert len(re.findall(r'custom_call_target="mosaic_gpu_v2"', compiled.as_text())) >= config.n_layers
