@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -198,14 +199,18 @@ def to_decode(
             lay_out = lambda value, path=path: rules.constrain(value, *names[path])
             leaves[path] = jax.jit(lay_out)(given.pop(path))
         elif path[1] == 0:
-            same = Relayout((".".join(path[2:]),), lambda value: value)
-            sources, make = relayouts.get(*same.sources, same)
+            name = ".".join(path[2:])
+            relayout = relayouts.get(name, Relayout((name,), lambda value: value))
 
-            def by_layer(*stacked: jax.Array, path: Any = path, make: Any = make) -> list[jax.Array]:
+            def by_layer(
+                *stacked: jax.Array, spec: Any = names[path], make: Callable[..., jax.Array] = relayout.make
+            ) -> list[jax.Array]:
                 layer = lambda i: make(*(value[i] for value in stacked))
-                return [rules.constrain(layer(i), *names[path]) for i in range(config.n_layers)]
+                return [rules.constrain(layer(i), *spec) for i in range(config.n_layers)]
 
-            laid_out = jax.jit(by_layer)(*(given.pop(("layers", *name.split("."))) for name in sources))
+            laid_out = jax.jit(by_layer)(
+                *(given.pop(("layers", *name.split("."))) for name in relayout.sources)
+            )
             leaves |= {("layers", i, *path[2:]): leaf for i, leaf in enumerate(laid_out)}
     nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(leaves))
     return nnx.merge(graph, state)

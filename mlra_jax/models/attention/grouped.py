@@ -54,15 +54,15 @@ class GroupedAttention(nnx.Module):
         h = a.d_head
         if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
             self.kv_axis = rules.fitting("kv_heads", a.n_kv_heads)
-            kv_shape, kv_names = (d, a.n_kv_heads, h), ("embed", self.kv_axis, None)
+            kv = (d, a.n_kv_heads, h), ("embed", self.kv_axis, None)
             self.w_q = parameter(rngs, rules, (d, n, h), ("embed", "heads", None), init, dtype)
-            self.w_k = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
-            self.w_v = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
+            self.w_k = parameter(rngs, rules, *kv, init, dtype)
+            self.w_v = parameter(rngs, rules, *kv, init, dtype)
         else:
             self.kv_axis = "latent_slots"
-            kv_shape, kv_names = (2, self.slots.count, h, d), (None, "latent_slots", None, "embed")
+            joined, names = (2, self.slots.count, h, d), (None, "latent_slots", None, "embed")
             self.w_q = parameter(rngs, rules, (n, h, d), ("heads", None, "embed"), init, dtype)
-            self.w_kv = parameter(rngs, rules, kv_shape, kv_names, init, dtype)
+            self.w_kv = parameter(rngs, rules, joined, names, init, dtype)
         self.output = Output(config, h, rngs=rngs, rules=rules, layout=layout)
 
     @staticmethod

@@ -178,9 +178,9 @@ class LatentAttention(nnx.Module):
         require_layout(self.layout, "train")
         x_BTD = x_BTD.astype(self.compute_dtype)
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
-        q_BTA, *latents = self._down(x_BTD)
+        q_BTA, kv_BTLC, k_rope_BTR = self._down(x_BTD)
         q_nope, q_rope = self._queries(q_BTA, positions)
-        kv_latent, k_rope = self._latents(*latents, positions)
+        kv_latent, k_rope = self._latents(kv_BTLC, k_rope_BTR, positions)
         dtype = self.compute_dtype
         heads, whole = ("batch", "length", "heads", None), ("batch", None, None)
         up = (None, "heads", None, None)
@@ -261,8 +261,8 @@ class LatentAttention(nnx.Module):
         x_BTD = x_BTD.astype(dtype)
         positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
         with jax.named_scope("latents"):
-            q_BTA, *latents = self._down(x_BTD)
-            kv_latent, k_rope = self._latents(*latents, positions)
+            q_BTA, kv_BTUC, k_rope_BTR = self._down(x_BTD)
+            kv_latent, k_rope = self._latents(kv_BTUC, k_rope_BTR, positions)
         with jax.named_scope("queries"):
             q_nope, q_rope = self._queries(q_BTA, positions)
         gate = self.output.gate(x_BTD) if slots.projected else None
@@ -301,14 +301,14 @@ class LatentAttention(nnx.Module):
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
         by_slot = ("latent_slots", None, None, None)
-        latents, row = ("batch", None, "latent_slots", None), ("batch", None, None)
+        latent_names, row = ("batch", None, "latent_slots", None), ("batch", None, None)
         y_names = row if slots.projected else ("batch", None, "heads", None)
         gate_names = None if gate is None else ("batch", None, None, None)
         w_o_names = None if w_o is None else (None, None, None)
         inputs = (
             q_names,
             q_names,
-            latents,
+            latent_names,
             row,
             by_slot,
             ("latent_slots", *[None] * 5),

@@ -37,12 +37,12 @@ class Output(nnx.Module):
         d, n, dtype = config.d_model, config.n_heads, config.param_dtype
         self.rules, self.layout = rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        heads_first = (n, d_value, d), ("heads", None, "embed")
-        heads_last = (d, n, d_value), ("embed", "heads", None)
-        out, gate = (heads_first, heads_last) if layout == "train" else (heads_last, heads_first)
+        out = (n, d_value, d), ("heads", None, "embed")
+        gate = (d, n, d_value), ("embed", "heads", None)
+        if layout == "decode":
+            out, gate = gate, out
         self.w_o = parameter(rngs, rules, *out, output_init(config), dtype)
-        gated = config.gated_attention
-        self.w_gate = parameter(rngs, rules, *gate, normal(config), dtype) if gated else None
+        self.w_gate = parameter(rngs, rules, *gate, normal(config), dtype) if config.gated_attention else None
 
     @staticmethod
     def decode_leaves(config: ModelConfig) -> DecodeLeaves:

@@ -1,0 +1,64 @@
+"""What the decode step does on a GPU besides reading its weights and its cache once: seen in the compiled program."""
+
+import dataclasses
+import importlib.util
+import math
+import re
+
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from mlra_jax.config import GroupedAttentionConfig, ModelConfig
+from mlra_jax.decoding.engine import compile_step
+from mlra_jax.sharding import MESH_AXES, decode_rules
+from mlra_jax.topologies import gpu_devices
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None
+    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="compiling for a GPU needs jax-cuda13-plugin",
+)
+
+BASE = ModelConfig(n_layers=2, param_dtype="bfloat16")  # the 2.9 B models: MLRA-4
+MODELS = {
+    "mlra_4": BASE,
+    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 128)),
+}
+MAX_LEN = 32768
+
+
+def moved(hlo: str) -> dict[str, int]:
+    """Bytes that each operation of the compiled program writes, but products, the attention and what is in place."""
+    sizes = {}
+    for line in hlo[hlo.index("\nENTRY") :].splitlines():
+        if not (match := re.match(r"\s*(?:ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\(", line)):
+            continue
+        name, result, kind = match.groups()
+        passes = kind in ("parameter", "bitcast", "tuple", "get-tuple-element", "custom-call", "while")
+        in_place = "scatter" in name or "dynamic_update_slice" in name
+        if passes or in_place or "gemm_fusion" in name:
+            continue
+        arrays = re.findall(r"\b[a-z]+(\d+)\[([\d,]*)\]", result)
+        sizes[name] = sum(int(b) // 8 * math.prod(int(n) for n in s.split(",") if n) for b, s in arrays)
+    return sizes
+
+
+@pytest.mark.parametrize(("model", "batch"), [("mlra_4", 1), ("mlra_4", 8), ("gqa", 8)])
+def test_a_step_on_an_h100_neither_copies_nor_converts_weights_or_cache(model, batch):
+    devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    compiled = compile_step(MODELS[model], decode_rules(), mesh, batch=batch, max_len=MAX_LEN)
+    smallest_weight = 2 * 3072 * 1024  # W_q of GQA shares have more, and so has each joined matrix
+    large = {name: size for name, size in moved(compiled.as_text()).items() if size >= smallest_weight}
+    assert not large
+    memory = compiled.memory_analysis()
+    cache = 2 * 2 * batch * MAX_LEN * (64 + 512 if model == "mlra_4" else 2 * 8 * 128)
+    assert memory.alias_size_in_bytes >= cache
+    assert memory.temp_size_in_bytes < min(cache // 4, 2**27)
+
+
+def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weights():
+    assert moved("\nENTRY %main {\n  %convert.1 = bf16[3072,1600]{1,0} fusion(%w), kind=kLoop\n}") == {
+        "convert.1": 2 * 3072 * 1600
+    }
