@@ -17,7 +17,7 @@ from mlra_jax.models.layers import (
     parameter,
     weight,
 )
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, Names
 
 
 class Output(nnx.Module):
@@ -37,8 +37,8 @@ class Output(nnx.Module):
         d, n, dtype = config.d_model, config.n_heads, config.param_dtype
         self.rules, self.layout = rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
-        out = (n, d_value, d), ("heads", None, "embed")
-        gate = (d, n, d_value), ("embed", "heads", None)
+        out: tuple[tuple[int, ...], Names] = (n, d_value, d), ("heads", None, "embed")
+        gate: tuple[tuple[int, ...], Names] = (d, n, d_value), ("embed", "heads", None)
         if layout == "decode":
             out, gate = gate, out
         self.w_o = parameter(rngs, rules, *out, output_init(config), dtype)
