@@ -37,6 +37,7 @@ from benchmarks.measure import UNROLL, WIDTH, Timing, measure, rotation, sum_mos
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.decode.cases import BENCHMARKS, Call, Case, abstract_call
 from mlra_jax.ops.decode.mosaic_gpu import find_processors
+from mlra_jax.ops.tuning import slug
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PROGRAM_US = 1500.0
@@ -46,9 +47,7 @@ K = 1024
 
 CASES: Mapping[str, Case] = {
     **BENCHMARKS,
-    **{
-        f"mlra_4 q_len {t} 1x2M": dataclasses.replace(BENCHMARKS["mlra_4 1x2M"], q_len=t) for t in (2, 4)
-    },
+    **{f"mlra_4 q_len {t} 1x2M": dataclasses.replace(BENCHMARKS["mlra_4 1x2M"], q_len=t) for t in (2, 4)},
     **{
         f"mlra_4 {rows} rows 1x512K": dataclasses.replace(BENCHMARKS["mlra_4 1x512K"], rows=rows)
         for rows in (16, 24, 32, 64)
@@ -89,9 +88,7 @@ TARGETS: Mapping[str, Target] = {
     "mlra_4 q_len 2 1x2M": Target(300, 300, 290),
     "mlra_4 q_len 4 1x2M": Target(520, 520, 480),
     **{f"mlra_4 {rows} rows 1x512K": Target() for rows in (16, 24, 32, 64)},
-    **{
-        f"mlra_4 all heads {size}": Target(over_read=1.08) for size in ("1x256K", "1x512K", "1x2M", "64x16K")
-    },
+    **{f"mlra_4 all heads {size}": Target(over_read=1.08) for size in ("1x256K", "1x512K", "1x2M", "64x16K")},
     **{
         f"{variant} {size}": Target(us, us, us)
         for variant, *numbers in (
@@ -185,7 +182,7 @@ def prepare(case: Case, implementations: Sequence[str]) -> Program:
 
 
 class Memory:
-    """Fills arrays from a pool of normally distributed bfloat16: what a GPU draws, and so its clock, varies with data."""
+    """Fills arrays from a pool of normally distributed bfloat16: power, and so the clock, varies with the data."""
 
     def __init__(self, elements: int = 2**26):
         self.pool = jax.random.normal(jax.random.key(0), (elements,), jnp.bfloat16)
@@ -336,7 +333,9 @@ def compare_rows(rows: Sequence[Row]) -> str | None:
         return None
     spread = max(us) / min(us)
     verdict = "PASS" if spread <= SPREAD_OF_ROWS else "MISS"
-    return f"Slowest over fastest of the numbers of query rows: {spread:.3f} (goal {SPREAD_OF_ROWS}): {verdict}."
+    return (
+        f"Slowest over fastest of the numbers of query rows: {spread:.3f} (goal {SPREAD_OF_ROWS}): {verdict}."
+    )
 
 
 def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, stem: pathlib.Path) -> None:
@@ -345,13 +344,13 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
     lines = [
         f"# Decode attention on {setting.device}",
         "",
-        f"{setting.date}, {versions}. `{setting.command}`. bfloat16, contiguous caches unless the command says `--page`.",
+        f"{setting.date}, {versions}. `{setting.command}`. bfloat16; contiguous caches unless it says `--page`.",
         "",
         "*us*: device time of a call, from queries and cache to the output and its log-sum-exp: in a profile, from the",
         "first kernel's start to the last one's end in a program of many calls, over the calls; median of the runs.",
         "*Spread*: slowest run less fastest. Caches are rotated past the second-level cache. *Read*: the fastest plain",
-        "reader of the same bytes in the same run. *Others*: FlashMLA for MLA, else FlashAttention-3, measured on an H100",
-        "80GB HBM3. *Kernels*: their shares of a call; they may overlap.",
+        "reader of the same bytes in the same run. *Others*: FlashMLA for MLA, else FlashAttention-3, measured on an",
+        "H100 80GB HBM3. *Kernels*: their shares of a call; they may overlap.",
         "",
         HEADER,
         *map(format_row, rows),
@@ -383,13 +382,13 @@ def select(patterns: Sequence[str] | None, quick: bool) -> list[str]:
     return [name for name in names if not quick or CASES[name].cache_bytes < 3e8]
 
 
-def slug(kind: str) -> str:
-    """A device kind as part of a file's name."""
-    return re.sub(r"\W+", "_", kind.lower()).strip("_")
-
-
 def run(
-    names: Sequence[str], implementations: Sequence[str], *, page: int | None, runs: int, each: Callable[..., None]
+    names: Sequence[str],
+    implementations: Sequence[str],
+    *,
+    page: int | None,
+    runs: int,
+    each: Callable[..., None],
 ) -> None:
     """Measures cases; after each calls `each(row, None)` or `each(None, (name, why it failed))`."""
     kind = jax.devices()[0].device_kind
@@ -447,8 +446,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.decode_attention", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--cases", nargs="+", metavar="GLOB", help="names of cases; all of the table if left out")
-    parser.add_argument("--implementation", choices=list(IMPLEMENTATIONS), help="the dispatcher's choice if left out")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="GLOB", help="names of cases; all of the table if left out"
+    )
+    parser.add_argument(
+        "--implementation", choices=list(IMPLEMENTATIONS), help="the dispatcher's choice if left out"
+    )
     parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
     parser.add_argument("--quick", action="store_true", help="three runs of the cases under 300 MB")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")

@@ -91,10 +91,7 @@ def split_runs(intervals: Sequence[tuple[float, float]], runs: int) -> list[tupl
         ends.append(max(end, ends[-1] if ends else end))
     pauses = sorted(range(1, len(intervals)), key=lambda i: intervals[i][0] - ends[i - 1])
     first = [0, *sorted(pauses[len(pauses) - runs + 1 :])]
-    return [
-        (intervals[i][0], ends[j - 1])
-        for i, j in zip(first, [*first[1:], len(intervals)], strict=True)
-    ]
+    return [(intervals[i][0], ends[j - 1]) for i, j in zip(first, [*first[1:], len(intervals)], strict=True)]
 
 
 def rotation(size: int, microseconds: float) -> tuple[int, int]:
@@ -102,10 +99,10 @@ def rotation(size: int, microseconds: float) -> tuple[int, int]:
 
     Args:
       size: of a buffer, in bytes. Between two uses of one, more than the cache holds is read: two at least.
-      microseconds: that the program should take, were the memory to give 2.5 TB/s.
+      microseconds: that the program should take, were the memory to give 2.5 TB/s; but 100 calls at most.
     """
     buffers = 1 + max(1, -(-L2_BYTES // size))
-    calls = microseconds / (size / 2.5e6 + 5)
+    calls = min(100, microseconds / (size / 2.5e6 + 5))
     buffers = min(buffers, max(2, round(calls)))
     return buffers, max(1, round(calls / buffers)) * buffers
 
