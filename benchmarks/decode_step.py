@@ -5,7 +5,8 @@
 The model has random weights in the decode layout, made on the device; the cache holds random values. A batch is
 measured in one compiled loop of steps (`mlra_jax.decoding.engine.run`), as `decode.py` generates, on the host's clock
 from the call to the last token. With --profile, one run more is traced, and its device time is shown by what the
-kernels do. Contexts of a batch share one cache, as long as the longest that fits, so that each batch is compiled once.
+kernels do; XLA launches them one by one then and not as CUDA graphs, so that gaps between them are longer. Contexts of
+a batch share one cache, as long as the longest that fits, so that each batch is compiled once.
 
 Ideal: (bytes of the weights + bytes of what the cache holds) / bandwidth. The embedding counts once: its rows are the
 logits' weights. FLOPs of prefill, of T tokens: 2 T (parameters without the embedding) + 2 V D, and for attention in the
@@ -63,6 +64,14 @@ def parse_case(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2]) * (1024 if match[3] else 1)
 
 
+def parse_option(text: str) -> tuple[str, str | bool | int]:
+    """`NAME=VALUE` with the value in the type that XLA wants."""
+    name, _, value = text.partition("=")
+    if value in ("true", "false"):
+        return name, value == "true"
+    return name, int(value) if re.fullmatch(r"-?\d+", value) else value
+
+
 @functools.partial(jax.jit, static_argnames=("x", "mean"))
 def _random(key: jax.Array, x: jax.ShapeDtypeStruct, mean: float) -> jax.Array:
     values = mean + 0.02 * jax.random.normal(key, x.shape, x.dtype)
@@ -82,17 +91,17 @@ def random_model(config: ModelConfig) -> Transformer:
 
 
 def filled(cache: Cache) -> Cache:
-    """The cache with random values, the same ones again every `LENGTH_UNIT` tokens. Donate it."""
+    """A cache of these shapes with random values, the same ones again every `LENGTH_UNIT` tokens, and no lengths."""
 
-    def fill(i: int, x: jax.Array) -> jax.Array:
+    def fill(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
         *lead, length, width = x.shape
         block = jax.random.normal(jax.random.key(i), (*lead, 1, LENGTH_UNIT, width), x.dtype)
         tiles = jnp.broadcast_to(block, (*lead, length // LENGTH_UNIT, LENGTH_UNIT, width))
-        return jax.sharding.reshard(tiles.reshape(x.shape), jax.typeof(x).sharding.spec)
+        return jax.sharding.reshard(tiles.reshape(x.shape), x.sharding.spec)
 
     layers, treedef = jax.tree.flatten(cache.layers)
     values = [fill(i % 2, x) for i, x in enumerate(layers)]
-    return Cache(jax.tree.unflatten(treedef, values), cache.lengths)
+    return Cache(jax.tree.unflatten(treedef, values), jnp.zeros(cache.lengths.shape, jnp.int32))
 
 
 def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
@@ -120,8 +129,8 @@ class Benchmark:
         """A batch whose cache is full of random values; `set_length` says how much of it counts."""
         engine = self.engine
         with jax.set_mesh(engine.mesh):
-            cache, _ = jax.jit(functools.partial(engine._create, batch, capacity))()
-            cache = jax.jit(filled, donate_argnums=0)(cache)
+            create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
+            cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))()
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
             scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
             state = State(cache, zeros(), zeros(), zeros(), *scalars)
@@ -323,7 +332,7 @@ def main() -> int:
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         engine = Engine(random_model(config), mesh, config.vocab_size)
-        engine.compiler_options |= dict(option.split("=", 1) for option in args.option)
+        engine.compiler_options |= dict(parse_option(option) for option in args.option)
     jax.block_until_ready(engine.leaves)
     weight_bytes = sum(x.nbytes for x in engine.leaves)
     benchmark = Benchmark(engine, args, weight_bytes, sum(x.size for x in engine.leaves))

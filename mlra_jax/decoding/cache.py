@@ -69,7 +69,12 @@ class LayerCache:
         n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
         arrays = {}
         for name, array in self.arrays.items():
-            b, t = new[name].shape[:2]
+            tokens = new[name].astype(array.dtype)
+            if tokens.shape[:2] == (1, 1):
+                # A second token, that is dropped: XLA would make of a single one three operations on the GPU, to read
+                # what was there, choose, and write.
+                tokens = jnp.pad(tokens, [(0, 0), (0, 1)] + [(0, 0)] * (tokens.ndim - 2))
+            b, t = tokens.shape[:2]
             offset_T = jnp.arange(t)
             position_BT = start_B[:, None] + offset_T
             page_BT = position_BT // self.page_size
@@ -78,7 +83,7 @@ class LayerCache:
             slot_BT = jnp.where(mine_BT, slot_BT, array.shape[-2])  # past the end: dropped
             row_B1 = jnp.arange(b)[:, None]
             at = array.at[row_B1, :, slot_BT] if array.ndim == 4 else array.at[row_B1, slot_BT]
-            arrays[name] = at.set(new[name].astype(array.dtype), mode="drop")
+            arrays[name] = at.set(tokens, mode="drop")
         return dataclasses.replace(self, arrays=arrays)
 
     def _visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
