@@ -174,7 +174,7 @@ def decode_attention(
     r = q_rope.shape[-1] if rest else 0
     slots = k.shape[2]
     width = c if v is None else v.shape[-1]
-    sizes = tuning.Sizes(
+    call = tuning.Sizes(
         heads=heads,
         rows=m,
         q_len=t,
@@ -185,7 +185,7 @@ def decode_attention(
         capacity=slots if page_table is None else slots * page_table.shape[1],
     )
     page = None if page_table is None else slots
-    config = config or find_tuned(sizes, page, kind) or heuristic_for(sizes, page, chip)
+    config = config or find_tuned(call, page, kind) or heuristic_for(call, page, chip)
     if page_table is not None and slots % config.block_tokens:
         raise NotImplementedError(
             f"Its blocks of {config.block_tokens} tokens do not fit whole into pages of {slots}; use pages of a "
