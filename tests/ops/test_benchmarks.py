@@ -1,6 +1,8 @@
 """The commands that measure and tune decode attention, on the CPU: what they read off a profile, search and write."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import time
 from types import SimpleNamespace
@@ -9,13 +11,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import decode_attention as bench
 from benchmarks import tune_decode_attention as tuner
-from benchmarks.measure import L2_BYTES, Timing, gpu_events, measure, rotation, split_runs, sum_xla
+from benchmarks.measure import (
+    L2_BYTES,
+    Timing,
+    gpu_events,
+    measure,
+    rotation,
+    split_runs,
+    sum_mosaic,
+    sum_xla,
+)
 from mlra_jax.ops.decode import xla
 from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
+from mlra_jax.ops.decode.mosaic_gpu import Shape, find_tuned
 from mlra_jax.ops.tuning import read_table
+from mlra_jax.topologies import gpu_devices
 
 TINY = "tiny 2x256"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -74,6 +88,20 @@ def test_time_of_a_call_is_the_program_s_over_its_calls_by_the_host_s_clock_wher
 def test_a_read_reads_it_all():
     x = jnp.arange(2 * 8 * 512, dtype=jnp.int32).reshape(2, 8, 512)
     assert sum_xla(x, jnp.array([0], jnp.int32)) == np.arange(2 * 8 * 512).sum()
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
+    reason="needs JAX 0.11 or later and its CUDA 13 plugin",
+)
+def test_the_reader_for_hopper_compiles():
+    mesh = Mesh(np.array(gpu_devices(H100)), ("x",), axis_types=(AxisType.Explicit,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((3072, 8, 512), jnp.int32, sharding=whole)
+    seed = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(functools.partial(sum_mosaic, processors=132)).lower(x, seed).compile()
+    assert "mosaic_gpu" in compiled.as_text()
 
 
 # The benchmark
@@ -252,10 +280,10 @@ def test_the_fastest_configuration_that_runs_and_is_right_is_entered(fake):
     assert Fake.wrong in Fake.tried
 
 
-def test_where_nothing_is_clearly_faster_the_heuristic_is_entered(fake, monkeypatch):
-    monkeypatch.setattr(Fake, "heuristic", lambda self: Config(5, 2))
+def test_where_nothing_is_faster_by_one_percent_the_heuristic_is_entered(fake, monkeypatch):
+    monkeypatch.setattr(Config, "us", property(lambda self: 1000.0 - self.depth))
     _, [entry] = fake("--cases", TINY)
-    assert entry.config is None
+    assert (entry.config, entry.us) == (None, 999.0)
 
 
 def test_what_the_table_holds_is_kept_and_not_measured_again_unless_asked(fake, capsys):
@@ -293,10 +321,24 @@ def test_the_search_starts_at_what_fits_and_goes_where_it_fits(back_end, case):
     assert all(fits(c) for cs in neighbours for c in [start, *cs])
 
 
-def test_the_table_of_a_back_end_knows_a_case_by_what_the_back_end_asks_for(monkeypatch):
-    asked = []
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((128, 128), heads=2, rows=8, q_len=3, page=64),
+        Case((128,), rows=8, rope=0),
+        Case((128, 128), heads=2, rows=8, rope=0, value=64),
+    ],
+)
+def test_the_table_knows_a_case_by_what_the_back_end_asks_for(case, monkeypatch):
+    shapes, asked = [], []
+
+    def attend(parts, v, kv_len, *, page_table, **_):
+        shapes.append(Shape.of(parts, v, page_table))
+        return kv_len
+
+    call = abstract_call(case)
+    jax.eval_shape(tuner.op_with(call, attend, None), *call.args)
+    assert shapes == [tuner.Mosaic(case, H100).shape]
     monkeypatch.setattr("mlra_jax.ops.tuning.find", lambda _, sizes, *__: asked.append(sizes))
-    case = Case((128, 128), heads=2, rows=8, q_len=3, page=64)
-    space = tuner.Mosaic(case, H100)
-    tuner.mosaic_gpu.find_tuned(space.shape, H100)
+    find_tuned(shapes[0], H100)
     assert asked == [tuner.sizes_of(case)]
