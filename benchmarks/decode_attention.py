@@ -240,7 +240,12 @@ class Readers:
         read = self.functions[name]
 
         def many(caches: Any, seeds: Any) -> Any:
-            return [read(caches[i % buffers][0], seed) for i, seed in enumerate(seeds)]
+            sums: list[jax.Array] = []
+            for i, seed in enumerate(seeds):
+                # One after the other: XLA would make one read of several of the same buffer.
+                seed, *_ = jax.lax.optimization_barrier((seed, *sums[-1:]))
+                sums.append(read(caches[i % buffers][0], seed))
+            return sums
 
         seed = jax.ShapeDtypeStruct((1,), jnp.int32)
         run = jax.jit(many).lower([[self.shape(size)]] * buffers, [seed] * calls).compile()

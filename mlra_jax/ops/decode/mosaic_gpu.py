@@ -126,6 +126,9 @@ class Config:
         programs = tiles * shape.batch
         whole = 0.9 * processors <= programs <= processors or programs >= 4 * processors
         n_splits = 1 if whole else max(1, processors // tiles)
+        # Shares that end where sequences of equal length do spare programs the change from one to the next.
+        even = n_splits // shape.batch * shape.batch
+        n_splits = even if even >= 0.95 * n_splits else n_splits
         # Long runs over many rows are bound by arithmetic: larger blocks have fewer steps between products.
         block = 128 if row_groups == 2 and shape.page % 128 == 0 and sum(shape.widths) <= 192 else 64
         config = cls(n_splits, block, 4, row_groups)
