@@ -237,7 +237,7 @@ class Fake:
 
     def neighbours(self, config):
         change = lambda **fields: dataclasses.replace(config, **fields)
-        return [[change(n=n) for n in range(1, 7)], [change(depth=d) for d in range(1, 5)]]
+        return [[change(n=n) for n in (1, 4, 5, 6)], [change(depth=d) for d in (1, 2, 3)]]
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_the_fastest_configuration_that_runs_and_is_right_is_entered(fake):
     code, [entry] = fake("--cases", TINY)
     assert code == 0
     # (5, 3) is wrong, and 4 does not run.
-    assert entry.config in ({"n": 5, "depth": 2}, {"n": 5, "depth": 4}, {"n": 6, "depth": 3})
+    assert entry.config in ({"n": 5, "depth": 2}, {"n": 6, "depth": 3})
     assert (entry.us, entry.heuristic_us) == (11.0, Config().us)
     assert (entry.sizes.rows, entry.sizes.widths, entry.sizes.batch, entry.sizes.capacity) == (
         8,

@@ -5,6 +5,7 @@ import json
 import logging
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -178,7 +179,7 @@ def test_the_triton_kernel_takes_what_fits_its_pages_and_keeps_the_number_of_pro
     assert take(batch=32, heads=2) is None
 
 
-def test_a_back_end_runs_what_the_table_says_unless_its_caller_names_a_configuration(table, monkeypatch):
+def test_triton_runs_what_the_table_says_unless_its_caller_names_a_configuration(table, monkeypatch):
     config = triton.Config(block_rows=16, block_tokens=64, splits=5, warps=4, stages=2)
     wanted = {"rows": 16, "batch": 2, "capacity": 128}
     table(entry(dataclasses.asdict(config), "triton", **wanted))
@@ -200,6 +201,27 @@ def test_a_back_end_runs_what_the_table_says_unless_its_caller_names_a_configura
     named = dataclasses.replace(config, splits=3, stages=4)
     triton.decode_attention(parts, None, kv_len, scale=1.0, config=named)
     assert grids[0] == ((3, 1, 2), 4)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
+def test_mosaic_runs_what_the_table_says_unless_its_caller_names_a_configuration(table, monkeypatch):
+    from mlra_jax.ops.decode import mosaic_gpu_kernel
+
+    tuned, named = mosaic_gpu.Config(7, 64, 2), mosaic_gpu.Config(9, 64, 3)
+    table(entry(dataclasses.asdict(tuned), rows=16, batch=2, capacity=128))
+    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    configs = []
+
+    def attend(parts, v, kv_len, page_table, *, config, **_):
+        configs.append(config)
+        return parts[0][0], kv_len
+
+    monkeypatch.setattr(mosaic_gpu_kernel, "attend", attend)
+    q, q_rope, kv_latent, k_rope, kv_len, _ = make_case(Case((100, 7), rows=16, slots=128)).args
+    parts = [(q, kv_latent), (q_rope, k_rope[:, None])]
+    for config in (None, named):
+        mosaic_gpu.decode_attention(parts, None, kv_len, scale=1.0, config=config)
+    assert configs == [tuned, named]
 
 
 def test_tables_that_come_with_the_package_can_be_read():
