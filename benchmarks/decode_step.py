@@ -20,6 +20,7 @@ import collections
 import dataclasses
 import datetime
 import functools
+import gc
 import importlib.metadata
 import json
 import math
@@ -386,6 +387,7 @@ def main() -> int:
                 save()
         print(f"batch {batch}: compiled in {engine.compile_seconds - before:.0f} s {clock()}", flush=True)
         del rows
+        gc.collect()  # the next batch needs its memory
     if args.prefill and time.perf_counter() - begin < args.seconds:
         prefill = benchmark.prefill(args.prefill)
         print(*prefill_lines(prefill), clock(), sep="\n", flush=True)

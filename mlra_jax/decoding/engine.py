@@ -414,10 +414,10 @@ class Rows:
 
     def step(self) -> jax.Array:
         """One more token of each row, [B], `NO_TOKEN` where a row is done. Returns before the device is ready."""
-        engine = self._engine
+        engine, sampling = self._engine, self._sampling  # `one` must not hold on to `self`: to its cache
 
         def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
-            return step(engine.model(leaves), self._sampling, engine.n_vocab, state)
+            return step(engine.model(leaves), sampling, engine.n_vocab, state)
 
         with jax.set_mesh(engine.mesh):
             args = engine.leaves, self.state
@@ -426,10 +426,10 @@ class Rows:
 
     def run(self, n_steps: int = STEPS_PER_RUN) -> jax.Array:
         """Up to `n_steps` more tokens of each row, [STEPS_PER_RUN, B], `NO_TOKEN` where there is none."""
-        engine = self._engine
+        engine, sampling = self._engine, self._sampling
 
         def many(leaves: list[jax.Array], state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
-            return run(engine.model(leaves), self._sampling, engine.n_vocab, state, n_steps)
+            return run(engine.model(leaves), sampling, engine.n_vocab, state, n_steps)
 
         with jax.set_mesh(engine.mesh):
             args = engine.leaves, self.state, engine.put(np.int32(min(n_steps, STEPS_PER_RUN)))
