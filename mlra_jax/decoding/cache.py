@@ -4,6 +4,8 @@ A layer's cache holds arrays by cached head, [B, U, S, W] with U slots (`models.
 all heads, [B, S, W]. Slots of heads are split over `tensor`, sequences over `data`, and the S token slots over
 `context`, striped by page: page p of the tokens lies on device p mod n, so that short sequences spread too.
 
+In the feature-major layout, the one for TPU, W comes before S; `Cache.create` takes the layout of the current device.
+
 `append` and `attend` run inside `shard_map`, on each device's own part.
 """
 
@@ -19,13 +21,26 @@ import jax.numpy as jnp
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention.slots import Slots
 from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention
+from mlra_jax.ops.decode.api import Layout
+from mlra_jax.ops.decode.mosaic_tpu_append import append_column
+from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules
 
-PAGE_SIZE = 64
-"""Tokens in a page."""
+PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
+"""Tokens in a page: a block of the kernels that read them."""
 
-_AXES = {4: ("batch", "latent_slots", "cache_length", None), 3: ("batch", "cache_length", None)}
+_AXES: dict[tuple[Layout, int], tuple[str | None, ...]] = {
+    ("token_major", 4): ("batch", "latent_slots", "cache_length", None),
+    ("token_major", 3): ("batch", "cache_length", None),
+    ("feature_major", 4): ("batch", "latent_slots", None, "cache_length"),
+    ("feature_major", 3): ("batch", None, "cache_length"),
+}
 """Logical axes of an array by cached head, and of one shared by all heads."""
+
+
+def preferred_layout() -> Layout:
+    """The layout that the attention kernels of the device that is compiled for read: on TPU the lanes are tokens."""
+    return "feature_major" if current_device()[0] == "tpu" else "token_major"
 
 
 def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> jax.Array:
@@ -48,15 +63,19 @@ class LayerCache:
     arrays: dict[str, Any]
     rules: AxisRules = dataclasses.field(metadata={"static": True})
     page_size: int = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    def _axes(self, array: Any) -> tuple[str | None, ...]:
+        return _AXES[self.layout, array.ndim]
 
     def specs(self) -> Self:
         """This cache with `PartitionSpec`s for arrays."""
-        specs = {k: self.rules.spec(*_AXES[v.ndim]) for k, v in self.arrays.items()}
+        specs = {k: self.rules.spec(*self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=specs)
 
     def repeat(self, n: int) -> Self:
         """The cache with `n` copies of each row, one after the other."""
-        arrays = {k: repeat_rows(self.rules, n, v, *_AXES[v.ndim]) for k, v in self.arrays.items()}
+        arrays = {k: repeat_rows(self.rules, n, v, *self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
 
     # Inside `shard_map`:
@@ -70,7 +89,7 @@ class LayerCache:
         arrays = {}
         for name, array in self.arrays.items():
             tokens = new[name].astype(array.dtype)
-            if tokens.shape[:2] == (1, 1):
+            if tokens.shape[:2] == (1, 1) and self.layout == "token_major":
                 # A second token, that is dropped: XLA would make of a single one three operations on the GPU, to read
                 # what was there, choose, and write.
                 tokens = jnp.pad(tokens, [(0, 0), (0, 1)] + [(0, 0)] * (tokens.ndim - 2))
@@ -80,10 +99,14 @@ class LayerCache:
             page_BT = position_BT // self.page_size
             slot_BT = page_BT // n * self.page_size + position_BT % self.page_size
             mine_BT = (page_BT % n == me) & (offset_T < n_new_B[:, None])
-            slot_BT = jnp.where(mine_BT, slot_BT, array.shape[-2])  # past the end: dropped
-            row_B1 = jnp.arange(b)[:, None]
-            at = array.at[row_B1, :, slot_BT] if array.ndim == 4 else array.at[row_B1, slot_BT]
-            arrays[name] = at.set(tokens, mode="drop")
+            token_axis = self._axes(array).index("cache_length")
+            slot_BT = jnp.where(mine_BT, slot_BT, array.shape[token_axis])  # past the end: dropped
+            if self.layout == "feature_major" and t == 1 and current_device()[0] == "tpu":
+                arrays[name] = append_column(array, tokens[:, 0], slot_BT[:, 0])
+                continue
+            index: list[Any] = [slice(None)] * array.ndim
+            index[0], index[token_axis] = jnp.arange(b)[:, None], slot_BT
+            arrays[name] = array.at[tuple(index)].set(tokens, mode="drop")
         return dataclasses.replace(self, arrays=arrays)
 
     def _visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
@@ -108,7 +131,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCache(LayerCache):
-    """`kv_latent` [B, U, S, C] and `k_rope` [B, S, R]."""
+    """`kv_latent` [B, U, S, C] and `k_rope` [B, S, R]; features before tokens in the feature-major layout."""
 
     def attend(
         self, q_nope: jax.Array, q_rope: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float
@@ -117,21 +140,22 @@ class LatentCache(LayerCache):
         seen = self._visible(start_B, n_new_B, q_nope.shape[1])
         a = self.arrays
         return self._merge(
-            *latent_decode_attention(q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale)
+            *latent_decode_attention(
+                q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale, layout=self.layout
+            )
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GroupedCache(LayerCache):
-    """`k` and `v` [B, U, S, H]."""
+    """`k` and `v` [B, U, S, H]; features before tokens in the feature-major layout."""
 
     def attend(self, q: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float) -> jax.Array:
         """Attention of the new queries [B, T, U, M, H] over the cache; [B, T, U, M, H]."""
         seen = self._visible(start_B, n_new_B, q.shape[1])
-        return self._merge(
-            *grouped_decode_attention(q, self.arrays["k"], self.arrays["v"], seen, scale=scale)
-        )
+        k, v = self.arrays["k"], self.arrays["v"]
+        return self._merge(*grouped_decode_attention(q, k, v, seen, scale=scale, layout=self.layout))
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +168,14 @@ class Cache:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, rules: AxisRules, batch: int, max_len: int, *, page_size: int = PAGE_SIZE
+        cls,
+        config: ModelConfig,
+        rules: AxisRules,
+        batch: int,
+        max_len: int,
+        *,
+        page_size: int | None = None,
+        layout: Layout | None = None,
     ) -> Cache:
         """An empty cache for `batch` rows of at least `max_len` tokens, laid out over the current mesh.
 
@@ -153,8 +184,11 @@ class Cache:
           rules: the decoding table.
           batch: rows; a multiple of the mesh axes that split `batch`.
           max_len: tokens; rounded up to whole pages on every device.
-          page_size: tokens in a page.
+          page_size: tokens in a page; None: `PAGE_SIZE` of the layout.
+          layout: of the arrays; None: what the kernels of the current device read (`preferred_layout`).
         """
+        layout = layout or preferred_layout()
+        page_size = page_size or PAGE_SIZE[layout]
         stripe = page_size * rules.size("cache_length")
         length = -(-max_len // stripe) * stripe
         dtype = jnp.dtype(config.compute_dtype)
@@ -169,8 +203,12 @@ class Cache:
             shapes = dict.fromkeys(("k", "v"), (batch, u, length, a.d_head))
 
         def layer() -> LatentCache | GroupedCache:
-            zeros = {k: rules.constrain(jnp.zeros(s, dtype), *_AXES[len(s)]) for k, s in shapes.items()}
-            return kind(zeros, rules, page_size)
+            arrays = {}
+            for name, (*heads, tokens, width) in shapes.items():
+                last = (tokens, width) if layout == "token_major" else (width, tokens)
+                zeros = jnp.zeros((*heads, *last), dtype)
+                arrays[name] = rules.constrain(zeros, *_AXES[layout, zeros.ndim])
+            return kind(arrays, rules, page_size, layout)
 
         lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
         return cls(tuple(layer() for _ in range(config.n_layers)), lengths)
@@ -179,7 +217,7 @@ class Cache:
     def capacity(self) -> int:
         """Tokens that a row can hold."""
         first = self.layers[0]
-        return next(iter(first.arrays.values())).shape[-2]
+        return next(iter(first.arrays.values())).shape[-2 if first.layout == "token_major" else -1]
 
     def repeat(self, n: int) -> Cache:
         """The cache with `n` copies of each row, one after the other, on the devices that hold the row."""

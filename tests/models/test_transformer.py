@@ -140,6 +140,24 @@ def test_last_logits_of_decoding_are_those_after_each_rows_last_new_token():
     np.testing.assert_allclose(last[:, 0], np.asarray(every)[[0, 1], n_new - 1], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "attention", [TINY.attention, GroupedAttentionConfig(n_kv_heads=2, d_head=8)], ids=str
+)
+def test_a_feature_major_cache_gives_the_same_logits(attention):
+    config = dataclasses.replace(TINY, output_init="normal", init_std=0.3, attention=attention)
+    model = to_decode(config, initial_params(config), AxisRules())
+    n_new, one = np.array([3, 7], np.int32), np.ones(2, np.int32)
+    step = jax.jit(lambda *args: model.decode(*args))
+
+    def run(layout):
+        cache = Cache.create(config, AxisRules(), 2, 8, layout=layout, page_size=4)
+        assert cache.capacity == 8
+        _, cache = step(TOKENS, cache, n_new)
+        return step(TOKENS[:, :1], cache, one)[0]
+
+    np.testing.assert_allclose(run("feature_major"), run("token_major"), atol=1e-6)
+
+
 def test_each_layout_refuses_what_the_other_runs():
     make = lambda layout: nnx.eval_shape(lambda: Transformer(TINY, rngs=nnx.Rngs(0), layout=layout))
     cache = Cache.create(TINY, AxisRules(), 2, 8)
