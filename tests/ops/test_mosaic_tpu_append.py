@@ -45,8 +45,9 @@ def test_the_decode_step_on_tpu_copies_no_cache(topology):
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as e:  # XLA cannot read back some programs for tpu7x
-        assert "async-update" in str(e)
-        return
+        if "async-update" in str(e):
+            return
+        raise
     moved = []
     for line in text.splitlines():
         if found := re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line):
