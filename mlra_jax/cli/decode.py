@@ -156,6 +156,8 @@ class _Printer:
 @command
 def main(argv: Sequence[str]) -> int:
     """Generates and prints; returns the exit status."""
+    # Weights and cache may fill a GPU; JAX would leave a quarter of it unused. It reads this when it first meets one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     distributed, argv = take_args(argv)
     args = tyro.cli(DecodeArgs, args=argv, prog="mlra-decode")
     initialize(distributed)
