@@ -14,11 +14,14 @@ from mlra_jax.decoding.engine import compile_step
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from mlra_jax.topologies import gpu_devices
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None
-    or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="compiling for a GPU needs jax-cuda13-plugin",
-)
+pytestmark = [
+    pytest.mark.smoke,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_plugins") is None
+        or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+        reason="compiling for a GPU needs jax-cuda13-plugin",
+    ),
+]
 
 BASE = ModelConfig(n_layers=2, param_dtype="bfloat16")  # the 2.9 B models: MLRA-4
 MODELS = {

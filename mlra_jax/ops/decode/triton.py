@@ -7,6 +7,7 @@ kernel merges those. Optional: needs `pip install 'mlra_jax[triton]'`, which is 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import math
 import re
 from collections.abc import Sequence
@@ -285,6 +286,9 @@ def _import_kernels() -> Any:
         import triton  # noqa: F401
     except ImportError as e:
         raise NotImplementedError(f"It needs `pip install 'mlra_jax[triton]'` ({e}).") from e
+    version = importlib.metadata.version("jax-triton")
+    if jax.__version_info__ >= (0, 12) and tuple(map(int, version.split(".")[:3])) <= (0, 4, 1):
+        raise NotImplementedError(f"jax-triton {version} fails with JAX {jax.__version__}; take JAX 0.11.")
     from mlra_jax.ops.decode import triton_kernels
 
     return triton_kernels
