@@ -127,9 +127,7 @@ class Triton:
     def __init__(self, case: Case, kind: str):
         chip = triton.find_chip(kind)
         if chip is None:
-            raise ValueError(
-                f"the Triton kernel does not know {kind}; add it to mlra_jax.ops.decode.triton.CHIPS."
-            )
+            raise ValueError(f"the Triton kernel does not know {kind}; add it to mlra_jax.ops.device.CHIPS.")
         self.chip, self.sizes, self.page = chip, sizes_of(case), case.page
 
     def heuristic(self) -> triton.Config:

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.engine import compile_step
-from mlra_jax.ops.decode.triton import find_chip
+from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import MESH_AXES, TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules
 from mlra_jax.training.step import abstract_state, make_train_step
 
@@ -54,7 +54,7 @@ def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
     """NVIDIA GPUs of one host that are described and not there: XLA and kernels compile for them on a CPU.
 
     Args:
-      kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.decode.triton.CHIPS`.
+      kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.device.CHIPS`.
       n: how many.
 
     Raises:
@@ -62,7 +62,7 @@ def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
     """
     chip = find_chip(kind)
     if chip is None:
-        raise ValueError(f"{kind!r} is not among the GPUs of mlra_jax.ops.decode.triton.CHIPS.")
+        raise ValueError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
     major, minor = divmod(chip.capability, 10)
     description = f"""
       gpu_device_info {{

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -12,20 +11,19 @@ import jax.numpy as jnp
 
 from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts
-from mlra_jax.ops.device import current_device
+from mlra_jax.ops.device import current_device, find_chip
 from mlra_jax.ops.manual import unchecked
 
 ROWS = 64
 """Query rows of a warpgroup: the height of its matrix products."""
 SHARED_MEMORY = 227 * 1024
 """Bytes of shared memory that one program may hold on Hopper."""
-PROCESSORS = {r"H100 PCIe": 114, r"H20\b": 78, r"H100|H200|H800|GH200": 132}
-"""Streaming multiprocessors, by what the device's name in JAX holds; numbers from NVIDIA's data sheets."""
 
 
 def find_processors(kind: str) -> int | None:
     """Streaming multiprocessors of the Hopper GPU that a JAX device kind names; None: it is none."""
-    return next((n for name, n in PROCESSORS.items() if re.search(name, kind)), None)
+    chip = find_chip(kind)
+    return chip.processors if chip is not None and chip.capability == 90 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,9 +122,8 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     whole = config.n_splits == 1
     longest_ref = take()  # int32 [B]
     table_ref = take(not whole and shape.batch > 1)  # see `make_table`
-    bounds_ref = take(
-        shape.q_len > 1
-    )  # int32 [2, B, program's tiles]: fewest and most tokens that a row of it sees
+    # int32 [2, B, program's tiles]: fewest and most tokens that a row of it sees
+    bounds_ref = take(shape.q_len > 1)
     row_len_ref = take(shape.q_len > 1)  # int32 [B, rows]
     pages_ref = take(shape.row_pages is not None)  # int32 [B, N]
     q_refs = [take() for _ in shape.widths]  # [B, L, rows, W]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,46 +17,10 @@ import jax.numpy as jnp
 
 from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts
-from mlra_jax.ops.device import current_device
+from mlra_jax.ops.device import Chip, current_device, find_chip
 
 MAX_SPLITS = 256
 """Most splits of a row; the kernel that merges them takes them all at once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What the kernel must know of a GPU."""
-
-    capability: int
-    """Compute capability: 80 for 8.0."""
-    processors: int
-    """Streaming multiprocessors."""
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of one program at most (CUDA C++ Programming Guide, table of compute capabilities)."""
-        return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}[self.capability] * 1024
-
-
-CHIPS = {
-    r"A100": Chip(80, 108),
-    r"A30": Chip(80, 56),
-    r"A10G": Chip(86, 80),
-    r"A10": Chip(86, 72),
-    r"A40|A6000": Chip(86, 84),
-    r"RTX 3090": Chip(86, 82),
-    r"L4": Chip(89, 58),
-    r"L40S?": Chip(89, 142),
-    r"RTX 4090": Chip(89, 128),
-    r"H100 PCIe": Chip(90, 114),
-    r"H100|H200|GH200": Chip(90, 132),
-}
-"""By what their names in JAX (`NVIDIA A100-SXM4-40GB`) hold; numbers from NVIDIA's data sheets."""
-
-
-def find_chip(kind: str) -> Chip | None:
-    """The chip that a JAX device kind names; None: unknown."""
-    return next((chip for name, chip in CHIPS.items() if re.search(rf"\b({name})\b", kind)), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +227,7 @@ def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layo
         raise NotImplementedError(f"It is for NVIDIA GPUs, not for {kind}.")
     chip = find_chip(kind)
     if chip is None:
-        raise NotImplementedError(f"It does not know {kind}; add it to mlra_jax.ops.decode.triton.CHIPS.")
+        raise NotImplementedError(f"It does not know {kind}; add it to mlra_jax.ops.device.CHIPS.")
     if layout != "token_major":
         raise NotImplementedError(f"It reads token_major caches, not {layout}.")
     arrays = [x for part in parts for x in part] + ([] if v is None else [v])
