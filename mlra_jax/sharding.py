@@ -45,6 +45,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Explicit,) * len(MESH_AXES), devices=devices)
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """A mesh of these sizes without devices, for `jax.sharding.use_abstract_mesh` and `jax.eval_shape`."""
+    sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
 def current_mesh() -> AbstractMesh | None:
     """The mesh of the enclosing `jax.set_mesh`, or None outside one and inside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -233,29 +239,31 @@ def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
         raise ConfigError(faults)
 
 
-def check_decode_layout(config: ModelConfig, mesh: MeshConfig, split_heads: bool = True) -> None:
-    """Refuses a resolved mesh on which the model cannot decode, before anything is allocated.
+def cached_head_faults(config: ModelConfig, tensor: int) -> list[str]:
+    """Why the heads of the cache cannot be laid out over `tensor` devices; empty if they can.
 
     `tensor` must divide the number of latent (or KV) heads, or be a multiple of it that shares out their query heads.
+    """
+    heads, per_latent = latent_heads(config), config.heads_per_latent
+    name = "n_latent_heads" if isinstance(config.attention, LatentAttentionConfig) else "n_kv_heads"
+    fits = lambda t: heads % t == 0 or (t % heads == 0 and per_latent % (t // heads) == 0)
+    if fits(tensor):
+        return []
+    legal = filter(fits, range(1, heads * per_latent + 1))
+    return [
+        f"model.attention.{name}={heads} (each read by {per_latent} query heads) cannot be laid out on mesh axis "
+        f"tensor={tensor}; use --mesh.tensor {', '.join(map(str, legal))} and --mesh.context for more devices."
+    ]
+
+
+def check_decode_layout(config: ModelConfig, mesh: MeshConfig, split_heads: bool = True) -> None:
+    """Refuses a resolved mesh on which the model cannot decode, before anything is allocated.
 
     Raises:
       ConfigError: lists every size that does not fit.
     """
-    heads, per_latent = latent_heads(config), config.heads_per_latent
-    name = "n_latent_heads" if isinstance(config.attention, LatentAttentionConfig) else "n_kv_heads"
-    faults = []
     t = mesh.tensor
-    fits = heads % t == 0 or (t % heads == 0 and per_latent % (t // heads) == 0)
-    if not fits:
-        legal = [
-            d
-            for d in range(1, heads * per_latent + 1)
-            if heads % d == 0 or (d % heads == 0 and per_latent % (d // heads) == 0)
-        ]
-        faults.append(
-            f"model.attention.{name}={heads} (each read by {per_latent} query heads) cannot be laid out on mesh axis "
-            f"tensor={t}; use --mesh.tensor {', '.join(map(str, legal))} and --mesh.context for more devices."
-        )
+    faults = cached_head_faults(config, t)
     if split_heads:
         faults += _divides("model.n_heads", config.n_heads, "tensor", t)
     faults += _divides("model.d_ff", config.d_ff, "tensor", t)

@@ -12,19 +12,21 @@ In the feature-major layout, the one for TPU, W comes before S; `Cache.create` t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig
+from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
 from mlra_jax.models.attention.slots import Slots
 from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.ops.device import current_device
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
 """Tokens in a page: a block of the kernels that read them."""
@@ -232,3 +234,25 @@ class Cache:
                 for shard in array.addressable_shards:
                     held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
         return max(held.values())
+
+
+def values_per_token(config: ModelConfig, tensor: int = 1) -> int:
+    """Values that each of `tensor` devices caches for one token in one layer.
+
+    Read off the abstract cache under the decoding table, so that it is what decoding allocates: heads are held by
+    several devices where there are fewer of them than devices.
+
+    Args:
+      config: of the model.
+      tensor: size of the mesh axis over which cached heads are split.
+
+    Raises:
+      ConfigError: the cached heads cannot be laid out over so many devices; says which sizes fit.
+    """
+    if faults := cached_head_faults(config, tensor):
+        raise ConfigError(faults)
+    one_layer = dataclasses.replace(config, n_layers=1)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(1, 1, tensor, 1))):
+        cache = jax.eval_shape(functools.partial(Cache.create, one_layer, decode_rules(), 1, 1))
+    arrays = cache.layers[0].arrays.values()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in arrays) // cache.capacity
