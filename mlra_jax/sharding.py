@@ -27,6 +27,7 @@ from mlra_jax.config import (
     ModelConfig,
     TrainConfig,
 )
+from mlra_jax.ops.manual import varying
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
@@ -157,6 +158,11 @@ class AxisRules:
         """Which part of the logical axis this device holds; 0 where it is not split."""
         axes = self.mesh_axes(name)
         return jax.lax.axis_index(axes) if axes else 0
+
+    def vary(self, x: jax.Array, *names: str) -> jax.Array:
+        """`x`, said to differ between the devices that split any of `names`: its gradient is summed over them."""
+        axes = dict.fromkeys(axis for name in names for axis in self.mesh_axes(name))
+        return varying(x, frozenset(axes)) if axes else x
 
     def psum(self, x: Any, name: str) -> Any:
         """Sum over the devices that split `name`."""

@@ -1,6 +1,6 @@
 """The transformer, its layers and attentions."""
 
 from mlra_jax.models.attention import GroupedAttention, LatentAttention
-from mlra_jax.models.transformer import Transformer, from_params, to_decode
+from mlra_jax.models.transformer import Transformer, cast_weights, from_params, to_decode
 
-__all__ = ["GroupedAttention", "LatentAttention", "Transformer", "from_params", "to_decode"]
+__all__ = ["GroupedAttention", "LatentAttention", "Transformer", "cast_weights", "from_params", "to_decode"]

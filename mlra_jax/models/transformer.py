@@ -173,6 +173,17 @@ def from_params(
     return nnx.merge(graph, state)
 
 
+def cast_weights(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, layers stacked or not, with those of products (`w_...`) in the compute type.
+
+    The model gives the same with them as with `params`: it casts them where it uses them. Where a step uses them often
+    (micro-batches, and layers that are recomputed), they are cast once and then read at half the size. Gains and the
+    token matrix, which are used in float32, stay as they are.
+    """
+    cast = lambda path, x: x.astype(config.compute_dtype) if path[-1].key.startswith("w_") else x
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def to_decode(
     config: ModelConfig, params: dict[str, Any], rules: AxisRules, *, donate: bool = False
 ) -> Transformer:

@@ -11,6 +11,12 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 
+def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    """`x`, said to vary over the mesh axes `axes` too, inside `shard_map`; its gradient is summed over those added."""
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+
 def unchecked(f: Callable[..., Any]) -> Callable[..., Any]:
     """`f`, also where `shard_map` checks over which axes arrays vary, which `f`'s kernels do not say.
 
@@ -28,8 +34,7 @@ def unchecked(f: Callable[..., Any]) -> Callable[..., Any]:
         axes = frozenset().union(*map(of, args))
 
         def vary(tree: Any) -> Any:
-            one = lambda x: jax.lax.pcast(x, tuple(axes - of(x)), to="varying") if axes - of(x) else x
-            return jax.tree.map(one, tree)
+            return jax.tree.map(lambda x: varying(x, axes), tree)
 
         def unsafe(g: Callable[..., Any], *args: Any) -> Any:
             def traced(*args: Any) -> Any:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
-from mlra_jax.models import Transformer, from_params
+from mlra_jax.models import Transformer, cast_weights, from_params
 from mlra_jax.sharding import on_mesh
-from mlra_jax.training.losses import cross_entropy
+from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -61,16 +61,21 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 def _loss_sum(
     config: ModelConfig, params: dict[str, Any], inputs: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return cross_entropy(from_params(config, params)(inputs), targets)
+    model = from_params(config, params)
+    table = params["embedding"]["table"]
+    return chunked_cross_entropy(
+        model.hidden(inputs), table, targets, dtype=model.embedding.compute_dtype, rules=model.rules
+    )
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
 
-    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over and their gradients
-    add up in float32. The loss is the mean cross-entropy over all counted tokens of all of them, in nats. Metrics are
-    float32 scalars: `loss`, `grad_norm` (before clipping), `clipped` (1 where the gradient was scaled down),
-    `learning_rate`, `param_norm` and `momentum_norm` (after the update).
+    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over and their
+    gradients, which are taken with respect to the weights in the compute type, add up in float32. The loss is the
+    mean cross-entropy over all counted tokens of all of them, in nats. Metrics are float32 scalars: `loss`,
+    `grad_norm` (before clipping), `clipped` (1 where the gradient was scaled down), `learning_rate`, `param_norm`
+    and `momentum_norm` (after the update).
     """
     optimizer = make_optimizer(config.optim)
 
@@ -78,16 +83,19 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         # Each micro-batch's sum is divided by the tokens of all of them, so that the gradients of the mean just add up.
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
-        def loss_share(params: dict[str, Any], inputs: jax.Array, targets: jax.Array) -> jax.Array:
-            return _loss_sum(config.model, params, inputs, targets)[0] / n_tokens
+        weights = cast_weights(config.model, state.params)
 
-        def accumulate(carry: tuple[Any, jax.Array], micro: Batch) -> tuple[tuple[Any, jax.Array], None]:
-            grads, loss = carry
-            share, new = jax.value_and_grad(loss_share)(state.params, micro["inputs"], micro["targets"])
-            return (jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new), loss + share), None
+        def micro_step(micro: Batch) -> tuple[jax.Array, Any]:
+            share = lambda weights: _loss_sum(config.model, weights, **micro)[0] / n_tokens
+            loss, grads = jax.value_and_grad(share)(weights)
+            return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
-        (grads, loss), _ = jax.lax.scan(accumulate, (zeros, jnp.zeros(())), batch)
+        if batch["inputs"].shape[0] == 1:
+            loss, grads = micro_step(jax.tree.map(lambda x: x[0], batch))
+        else:
+            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+            add = lambda total, micro: (jax.tree.map(jnp.add, total, micro_step(micro)), None)
+            (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

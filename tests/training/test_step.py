@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from mlra_jax.data.pipeline import IGNORED
+from mlra_jax.models import cast_weights
 from mlra_jax.training import step as step_module
 from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -76,6 +77,19 @@ def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_uneq
         assert count == n_counted
         _, metrics = make_train_step(config)(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(total) / n_counted, rel=1e-6)
+
+
+def test_casting_the_weights_once_changes_no_bit(config, mesh_of, place, monkeypatch):
+    model = dataclasses.replace(config.model, compute_dtype="bfloat16", remat="full")
+    config, mesh = dataclasses.replace(config, model=model), mesh_of(1, 1, 1, 1)
+    batch, after = place(mesh, windows(config, 1)[0], 4), []
+    with jax.set_mesh(mesh):
+        for cast in (step_module.cast_weights, lambda _, params: params):
+            monkeypatch.setattr(step_module, "cast_weights", cast)
+            after.append(make_train_step(config)(init_state(config), batch))
+    kinds = {str(x.dtype) for x in jax.tree.leaves(cast_weights(model, after[0][0].params))}
+    assert kinds == {"bfloat16", "float32"}
+    assert all(map(np.array_equal, *map(jax.tree.leaves, after)))
 
 
 def test_first_update_moves_no_parameter_but_fills_the_moments(config, mesh_of, place):
