@@ -176,6 +176,8 @@ def interpreted(monkeypatch, call, config, races=True):
         ("off by one", Config(1, 64, 2)),
         ("several latents", Config(4, 64, 3)),
         ("wide", Config(2, 64, 2)),
+        ("wide", Config(1, 64, 2)),
+        ("many rows", Config(2, 64, 2)),
         ("eight causal queries", Config(1, 64, 2, 2)),
         ("long pages", Config(2, 128, 2)),
         ("grouped, other value width", Config(1, 64, 2)),

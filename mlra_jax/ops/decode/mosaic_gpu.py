@@ -100,13 +100,19 @@ class Config:
     stages: int
     row_groups: int = 1
 
+    def tiles(self, shape: Shape) -> int:
+        """Tiles of query rows of a head, one for each program."""
+        return -(-shape.rows // (ROWS * self.row_groups))
+
+    def stages_output(self, shape: Shape) -> bool:
+        """Whether outputs go through shared memory: final ones, unless several warpgroups hold parts of a row."""
+        return self.n_splits == 1 and shape.value_groups == 1
+
     def shared_bytes(self, shape: Shape) -> int:
         """Bytes of shared memory of a program, at most: queries, blocks, weights, and what is small."""
         queries = 2 * self.row_groups * ROWS * sum(shape.widths)
-        if self.n_splits == 1 and shape.v_width != shape.widths[0]:
-            queries += (
-                2 * self.row_groups * ROWS * shape.v_width
-            )  # outputs on their way; else over the queries
+        if self.stages_output(shape) and shape.v_width != shape.widths[0]:
+            queries += 2 * self.row_groups * ROWS * shape.v_width  # for outputs; else over the queries
         block = 2 * self.block * (sum(shape.widths) + (0 if shape.latent else shape.v_width))
         weights = 2 * ROWS * self.block if shape.value_groups > 1 else 0
         return queries + self.stages * block + weights + 2304
@@ -119,7 +125,7 @@ class Config:
     def heuristic(cls, shape: Shape, processors: int) -> Config:
         """A cut that fits the GPU (docs/kernels.md has the measurements behind it)."""
         row_groups = 2 if shape.rows > ROWS and shape.value_groups == 1 else 1
-        tiles = shape.heads * -(-shape.rows // (ROWS * row_groups))
+        tiles = shape.heads * cls(1, 64, 4, row_groups).tiles(shape)
         # A single program for each sequence spares the merge, where that keeps all processors at work.
         programs = tiles * shape.batch
         whole = 0.9 * processors <= programs <= processors or programs >= 4 * processors

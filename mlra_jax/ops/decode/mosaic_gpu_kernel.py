@@ -119,7 +119,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     def take(present: bool = True) -> Any:
         return args.pop(0) if present else None
 
-    whole = config.n_splits == 1
+    whole, staged = config.n_splits == 1, config.stages_output(shape)
     longest_ref = take()  # int32 [B]
     table_ref = take(not whole and shape.batch > 1)  # see `make_table`
     # int32 [2, B, program's tiles]: fewest and most tokens that a row of it sees
@@ -143,7 +143,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         config.row_groups,
         shape.value_groups,
     )
-    tiles = bounds_ref.shape[2] if bounds_ref is not None else 1
+    tiles = config.tiles(shape)
     g, i, wg = lax.axis_index("tile"), lax.axis_index("share"), lax.axis_index("wg")
     head, tile = lax.div(g, tiles), lax.rem(g, tiles)
     columns = shape.v_width // value_groups
@@ -318,13 +318,13 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
             at = b if whole else i + b
             if leads:
                 lse_ref[at, head, pl.ds(row0, ROWS)] = lse
-            if not whole:
-                out_ref[at, head, pl.ds(row0, ROWS), mine] = acc
+            if not staged:
+                out_ref[at, head, pl.ds(row0, ROWS), mine] = acc.astype(out_ref.dtype)
                 return
-            o_smem[row_group, :, mine] = acc.astype(jnp.bfloat16)
+            o_smem[row_group] = acc.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            target = out_ref.at[b, head, pl.ds(row0, rows), mine]
-            plgpu.copy_smem_to_gmem(o_smem.at[row_group, pl.ds(0, rows), mine], target)
+            target = out_ref.at[b, head, pl.ds(row0, rows)]
+            plgpu.copy_smem_to_gmem(o_smem.at[row_group, pl.ds(0, rows)], target)
             plgpu.wait_smem_to_gmem(0)
 
         segments(sequence)
@@ -448,7 +448,7 @@ def attend(
     """Runs the kernels: see `mosaic_gpu.decode_attention`."""
     b, t, heads, m = shape.batch, shape.q_len, shape.heads, shape.rows_per_query
     r, tile_rows, whole = shape.rows, ROWS * config.row_groups, config.n_splits == 1
-    tiles = -(-r // tile_rows)
+    tiles, staged = config.tiles(shape), config.stages_output(shape)
     all_rows = tiles * tile_rows
     q_rows = -(-r // 8) * 8 if r < ROWS else all_rows  # what a copy of a tile of queries needs
     kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
@@ -479,7 +479,7 @@ def attend(
     split = kernel(
         functools.partial(_split_kernel, shape=shape, config=config, scale=scale, interpret=interpreted),
         out_type=[
-            jax.ShapeDtypeStruct((b, heads, q_rows, shape.v_width), jnp.bfloat16)
+            jax.ShapeDtypeStruct((b, heads, q_rows if staged else all_rows, shape.v_width), jnp.bfloat16)
             if whole
             else jax.ShapeDtypeStruct((slots, heads, all_rows, part_width), jnp.float32),
             jax.ShapeDtypeStruct((b if whole else slots, heads, all_rows), jnp.float32),
@@ -489,7 +489,7 @@ def attend(
             [bf16(stages, block, w) for w in shape.widths],
             None if shape.latent else bf16(stages, block, shape.v_width),
             None
-            if not whole or shape.v_width == shape.widths[0]
+            if not staged or shape.v_width == shape.widths[0]
             else bf16(config.row_groups, ROWS, shape.v_width),
             [bf16(ROWS, block)] * config.row_groups if shape.value_groups > 1 or interpreted else None,
             plgpu.SMEM((ROWS,), jnp.float32),
