@@ -4,10 +4,13 @@
 order in which the official code's eight processes read it. `mlra-prepare` writes shards; the official ones do as well.
 """
 
+import dataclasses
+from typing import Any
+
 from mlra_jax.config import (
+    AttentionConfig,
     CheckpointConfig,
     DataConfig,
-    GroupedAttentionConfig,
     LatentAttentionConfig,
     LogConfig,
     MeshConfig,
@@ -17,9 +20,7 @@ from mlra_jax.config import (
 )
 
 
-def paper_config(
-    name: str, *, attention: LatentAttentionConfig | GroupedAttentionConfig, d_ff: int
-) -> TrainConfig:
+def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
     return TrainConfig(
         name=name,
@@ -52,3 +53,32 @@ def paper_config(
         steps=100_001,
         seed=5000,
     )
+
+
+def _changed(base: TrainConfig, suffix: str, **changes: Any) -> TrainConfig:
+    """The run `base` with these fields of its model changed, named after it."""
+    return dataclasses.replace(
+        base, name=f"{base.name}_{suffix}", model=dataclasses.replace(base.model, **changes)
+    )
+
+
+def gated(base: TrainConfig) -> TrainConfig:
+    """With a sigmoid gate on the heads' output; the MLP gives up 1024 of its width for the gate's parameters."""
+    return _changed(base, "gated", gated_attention=True, d_ff=base.model.d_ff - 1024)
+
+
+def no_scale(base: TrainConfig) -> TrainConfig:
+    """Without the scales of latent attention: the paper's ablation of them."""
+    assert isinstance(base.model.attention, LatentAttentionConfig)
+    attention = dataclasses.replace(base.model.attention, scale_latents=False)
+    return _changed(base, "no_scale", attention=attention)
+
+
+def double_heads(base: TrainConfig, *, d_ff: int) -> TrainConfig:
+    """With twice the query heads, and the same latent or KV heads; `d_ff` keeps the number of parameters."""
+    return _changed(base, "double_heads", n_heads=2 * base.model.n_heads, d_ff=d_ff)
+
+
+def normal_initialization(base: TrainConfig) -> TrainConfig:
+    """With output projections that start from N(0, 0.02) in place of zero: the paper's ablation of that."""
+    return _changed(base, "normal_initialization", output_init="normal")

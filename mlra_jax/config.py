@@ -4,8 +4,9 @@ A configuration is plain data: it can be printed, compared, derived with `datacl
 command line and stored as JSON beside the weights. Derived quantities are properties. Every class has `faults()`,
 which returns one sentence for each thing that is wrong; `validate()` raises `ConfigError` with all of them at once.
 
-Letters in shapes: B batch, T query positions, S cached positions, D `d_model`, N `n_heads`, L `n_latent_heads`,
-C `d_latent`, M `heads_per_latent`, H `d_nope` (also the value width), R `d_rope`, J `n_branches`, G = L / J.
+Letters in shapes: B batch, T query positions, S cached positions, D `d_model`, N `n_heads`, K KV heads, L
+`n_latent_heads`, C `d_latent`, M `heads_per_latent`, H `d_nope` or `d_head` (also the value width), R `d_rope`,
+J `n_branches`, G = L / J.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import AvoidSubcommands, arg
 
@@ -48,8 +49,21 @@ class Validated:
             raise ConfigError(faults)
 
 
+class AttentionSizes(Validated):
+    """What every attention's configuration says of the cache."""
+
+    n_branches: int = 1
+    """J: cached heads that each query head reads and sums."""
+    cached_heads_field: ClassVar[str] = "attention.n_kv_heads"
+    """The field of the model's configuration that `cached_heads` is."""
+
+    def cached_heads(self, n_heads: int) -> int:
+        """Heads in the KV cache of a model with so many query heads: what tensor parallelism splits when decoding."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class LatentAttentionConfig(Validated):
+class LatentAttentionConfig(AttentionSizes):
     """MLA, GLA and MLRA: attention over `n_latent_heads` low-rank latent heads (paper, section 3).
 
     MLA is (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4) as (n_latent_heads, n_branches).
@@ -73,6 +87,11 @@ class LatentAttentionConfig(Validated):
     form: Literal["auto", "expanded", "absorbed"] = "auto"
     """How full-sequence attention is computed: per-head keys and values (expanded), or queries moved into the latent
     space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
+
+    cached_heads_field: ClassVar[str] = "attention.n_latent_heads"
+
+    def cached_heads(self, n_heads: int) -> int:
+        return self.n_latent_heads
 
     @property
     def d_latent(self) -> int:
@@ -107,23 +126,85 @@ class LatentAttentionConfig(Validated):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedAttentionConfig(Validated):
-    """MHA (n_kv_heads = n_heads), GQA and MQA (n_kv_heads = 1)."""
+class GroupedAttentionConfig(AttentionSizes):
+    """MHA (n_kv_heads = n_heads), GQA, MQA (n_kv_heads = 1), and MFA (n_kv_heads = 1, wide, with a low-rank query)."""
 
     n_kv_heads: int = 24
-    """Key-value heads; KV head k serves the contiguous query heads k*N/n_kv_heads onwards."""
+    """K: key-value heads; KV head k serves the contiguous query heads k*N/n_kv_heads onwards."""
     d_head: int = 128
-    """Width of a query, key and value head; all of it is rotary."""
+    """H: width of a query, key and value head; all of it is rotary."""
+    q_lora_rank: int = 0
+    """A: width of the compressed, normalised query that MFA makes queries from; 0: they are made from the input."""
+
+    def cached_heads(self, n_heads: int) -> int:
+        return self.n_kv_heads
 
     def faults(self) -> list[str]:
         at = "model.attention."
         faults = _positive(self, at, "n_kv_heads", "d_head")
+        if self.q_lora_rank < 0:
+            faults.append(f"{at}q_lora_rank={self.q_lora_rank} must not be negative; 0 is none.")
         if not faults and self.d_head % 2:
             faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
         return faults
 
 
-AttentionConfig = LatentAttentionConfig | GroupedAttentionConfig
+@dataclasses.dataclass(frozen=True)
+class TiedAttentionConfig(AttentionSizes):
+    """GTA: the first half of a KV head is key and value at once; the rotary half of the key is shared by all heads."""
+
+    n_tied_heads: int = 6
+    """K: key-value heads; head k serves the contiguous query heads k*N/n_tied_heads onwards."""
+    d_head: int = 128
+    """H: width of a query, key and value head; the second half of query and key is rotary."""
+
+    cached_heads_field: ClassVar[str] = "attention.n_tied_heads"
+
+    @property
+    def d_rope(self) -> int:
+        """R: width of the rotary half."""
+        return self.d_head // 2
+
+    def cached_heads(self, n_heads: int) -> int:
+        return self.n_tied_heads
+
+    def faults(self) -> list[str]:
+        at = "model.attention."
+        faults = _positive(self, at, "n_tied_heads", "d_head")
+        if not faults and self.d_head % 4:
+            faults.append(
+                f"{at}d_head={self.d_head} must be a multiple of 4; rotary elements come in pairs, in half of it."
+            )
+        return faults
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorProductAttentionConfig(AttentionSizes):
+    """TPA: the queries, keys and values of all heads are sums of few products of a head factor and a width factor."""
+
+    rank: int = 2
+    """Products that make keys, and that make values; their factors are what is cached."""
+    q_rank: int = 6
+    """Products that make queries."""
+    d_head: int = 128
+    """H: width of a query, key and value head; all of it is rotary."""
+
+    cached_heads_field: ClassVar[str] = "n_heads"
+
+    def cached_heads(self, n_heads: int) -> int:
+        return n_heads
+
+    def faults(self) -> list[str]:
+        at = "model.attention."
+        faults = _positive(self, at, "rank", "q_rank", "d_head")
+        if not faults and self.d_head % 2:
+            faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
+        return faults
+
+
+AttentionConfig = (
+    LatentAttentionConfig | GroupedAttentionConfig | TiedAttentionConfig | TensorProductAttentionConfig
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,14 +221,14 @@ class ModelConfig(Validated):
     """N: query heads."""
     d_ff: int = 9880
     """F: hidden width of the SwiGLU MLP."""
-    attention: AvoidSubcommands[LatentAttentionConfig | GroupedAttentionConfig] = LatentAttentionConfig()
+    attention: AvoidSubcommands[AttentionConfig] = LatentAttentionConfig()
     """Which attention, and its sizes."""
     gated_attention: bool = False
     """Multiply the heads' output by sigmoid(W_g x) before the output projection."""
     output_init: Literal["zeros", "normal"] = "zeros"
     """Initial output projections of attention and MLP: zeros (paper) or normal like the rest (ablation)."""
     init_std: float = 0.02
-    """Standard deviation of the normal initialisation."""
+    """Standard deviation of the normal initialisation; TPA's factors are uniform, whatever it is."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
@@ -160,11 +241,14 @@ class ModelConfig(Validated):
     """What a layer recomputes in the backward pass: nothing, all but matrix products, or everything."""
 
     @property
+    def cached_heads(self) -> int:
+        """Heads in the KV cache: L latent heads, K KV heads, or all N heads' factors (TPA)."""
+        return self.attention.cached_heads(self.n_heads)
+
+    @property
     def heads_per_latent(self) -> int:
-        """M: query heads that read one latent (or KV) head."""
-        a = self.attention
-        groups = a.n_groups if isinstance(a, LatentAttentionConfig) else a.n_kv_heads
-        return self.n_heads // groups
+        """M: query heads that read one cached head."""
+        return self.n_heads * self.attention.n_branches // self.cached_heads
 
     def faults(self) -> list[str]:
         at = "model."
@@ -172,10 +256,9 @@ class ModelConfig(Validated):
         a = self.attention
         inner = a.faults()
         if not faults and not inner:
-            if isinstance(a, LatentAttentionConfig):
-                groups, what = a.n_groups, "the number of head groups n_latent_heads/n_branches"
-            else:
-                groups, what = a.n_kv_heads, "attention.n_kv_heads"
+            groups, what = self.cached_heads // a.n_branches, a.cached_heads_field
+            if a.n_branches > 1:
+                what = "the number of head groups n_latent_heads/n_branches"
             if self.n_heads % groups:
                 inner.append(
                     f"{at}n_heads={self.n_heads} is not divisible by {what}={groups}; "
@@ -442,7 +525,7 @@ def attention_from_dict(d: dict[str, Any]) -> AttentionConfig:
     Raises:
       ConfigError: no attention has exactly these fields.
     """
-    for cls in (LatentAttentionConfig, GroupedAttentionConfig):
+    for cls in get_args(AttentionConfig):
         if set(d) <= {f.name for f in dataclasses.fields(cls)}:
             return cls(**d)
     raise ConfigError([f"No attention configuration has the fields {sorted(d)}."])

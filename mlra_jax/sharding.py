@@ -22,7 +22,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from mlra_jax.config import (
     ConfigError,
-    LatentAttentionConfig,
     MeshConfig,
     ModelConfig,
     TrainConfig,
@@ -210,12 +209,6 @@ def decode_rules(split_heads: bool = True) -> AxisRules:
     )
 
 
-def latent_heads(config: ModelConfig) -> int:
-    """Heads in the KV cache: L for latent attention, the number of KV heads for grouped attention."""
-    a = config.attention
-    return a.n_latent_heads if isinstance(a, LatentAttentionConfig) else a.n_kv_heads
-
-
 def _divides(what: str, size: int, axis: str, by: int, hint: str = "") -> list[str]:
     if size % by == 0:
         return []
@@ -250,15 +243,16 @@ def cached_head_faults(config: ModelConfig, tensor: int) -> list[str]:
 
     `tensor` must divide the number of latent (or KV) heads, or be a multiple of it that shares out their query heads.
     """
-    heads, per_latent = latent_heads(config), config.heads_per_latent
-    name = "n_latent_heads" if isinstance(config.attention, LatentAttentionConfig) else "n_kv_heads"
+    heads, per_latent = config.cached_heads, config.heads_per_latent
     fits = lambda t: heads % t == 0 or (t % heads == 0 and per_latent % (t // heads) == 0)
     if fits(tensor):
         return []
     legal = filter(fits, range(1, heads * per_latent + 1))
+    plural = "s" if per_latent > 1 else ""
     return [
-        f"model.attention.{name}={heads} (each read by {per_latent} query heads) cannot be laid out on mesh axis "
-        f"tensor={tensor}; use --mesh.tensor {', '.join(map(str, legal))} and --mesh.context for more devices."
+        f"model.{config.attention.cached_heads_field}={heads} (each read by {per_latent} query head{plural}) cannot be "
+        f"laid out on mesh axis tensor={tensor}; use --mesh.tensor {', '.join(map(str, legal))} and --mesh.context for "
+        "more devices."
     ]
 
 
@@ -270,7 +264,7 @@ def check_decode_layout(config: ModelConfig, mesh: MeshConfig, split_heads: bool
     """
     t = mesh.tensor
     faults = cached_head_faults(config, t)
-    if split_heads:
+    if split_heads and config.attention.cached_heads_field != "n_heads":  # or it has been said
         faults += _divides("model.n_heads", config.n_heads, "tensor", t)
     faults += _divides("model.d_ff", config.d_ff, "tensor", t)
     faults += _divides("model.vocab_size", config.vocab_size, "tensor", t)

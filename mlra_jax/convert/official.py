@@ -23,6 +23,8 @@ from mlra_jax.config import (
     GroupedAttentionConfig,
     LatentAttentionConfig,
     ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
 )
 from mlra_jax.convert.files import LazyTensor, Tensor
 
@@ -35,7 +37,6 @@ class ConvertError(ValueError):
 
 _LATENT = {"mla": (1, 1), "gla_2": (2, 1), "gla_4": (4, 1), "mlra_2": (4, 2), "mlra_4": (4, 4)}
 """(n_latent_heads, n_branches) of each official latent attention."""
-_GROUPED = ("mha", "mqa", "gqa")
 _FIELDS = {
     "n_layer": "n_layers",
     "n_head": "n_heads",
@@ -49,6 +50,14 @@ _LATENT_FIELDS = {
     "qk_nope_head_dim": "d_nope",
     "qk_rope_head_dim": "d_rope",
 }
+_ATTENTION_FIELDS = {
+    **dict.fromkeys(_LATENT, tuple(_LATENT_FIELDS)),
+    **dict.fromkeys(("mha", "mqa", "gqa", "gta"), ("head_dim", "group_size")),
+    "mfa": ("head_dim", "share_q_dim"),
+    "tpa": ("head_dim", "rank", "q_rank"),
+}
+"""The official fields of each attention."""
+_NEVER_GATED = ("gta", "mfa", "tpa")
 _WITHOUT_EFFECT = {
     # of training, or checked by itself (bias)
     *("block_size", "dropout", "bias"),
@@ -73,8 +82,8 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     Args:
       config: the official fields: `n_layer`, `n_head`, `n_embd`, `intermediate_size`, `vocab_size`, and those of the
         attention.
-      model_type: `mla`, `gla_2`, `gla_4`, `mlra_2`, `mlra_4`, `mha`, `mqa` or `gqa`; with `_gated`, `_no_scale` or
-        `_normal_initialization` behind it the paper's variants. None: the `model_type` in `config`.
+      model_type: `mla`, `gla_2`, `gla_4`, `mlra_2`, `mlra_4`, `mha`, `mqa`, `gqa`, `gta`, `mfa` or `tpa`; with
+        `_gated`, `_no_scale` or `_normal_initialization` behind it the paper's variants. None: that in `config`.
 
     Raises:
       ConfigError: the type is not one of these, or fields are missing, unknown or illegal; all are listed.
@@ -84,16 +93,18 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
         raise ConfigError(["The configuration has no model_type; name it, such as mlra_4."])
     base = re.sub("_(gated|no_scale|normal_initialization)$", "", model_type)
     scale = not model_type.endswith("_no_scale")
-    if base not in (_LATENT if not scale else (*_LATENT, *_GROUPED)):
+    gated = model_type.endswith("_gated")
+    if base not in (_ATTENTION_FIELDS if scale else _LATENT) or (gated and base in _NEVER_GATED):
         raise ConfigError(
             [
-                f"model_type={model_type} cannot be converted; it must be one of {', '.join((*_LATENT, *_GROUPED))}, "
-                "perhaps with _gated, _no_scale (latent attention only) or _normal_initialization behind it."
+                f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
+                f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
+                "_normal_initialization behind it."
             ]
         )
-    group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa alone must say
+    group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa and gta must say
     given = {"group_size": group_size[base], **config} if base in group_size else dict(config)
-    wanted = {*_FIELDS, *(_LATENT_FIELDS if base in _LATENT else ("head_dim", "group_size"))}
+    wanted = {*_FIELDS, *_ATTENTION_FIELDS[base]}
     faults = [f"{name} is missing." for name in sorted(wanted - set(given))]
     faults += [
         f"{name}={given[name]!r} is not a field of {model_type}."
@@ -105,7 +116,7 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
         for name in sorted(wanted & set(given))
         if type(given[name]) is not int or given[name] < (0 if name == "qk_rope_head_dim" else 1)
     ]
-    if not faults and base in _GROUPED and given["n_head"] % given["group_size"]:
+    if not faults and "group_size" in wanted and given["n_head"] % given["group_size"]:
         faults.append(f"group_size={given['group_size']} does not divide n_head={given['n_head']}.")
     if faults:
         raise ConfigError([f"Official configuration: {fault}" for fault in faults])
@@ -114,18 +125,54 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     if base in _LATENT:
         sizes = {ours: given[theirs] for theirs, ours in _LATENT_FIELDS.items()}
         attention = LatentAttentionConfig(*_LATENT[base], scale_latents=scale, **sizes)
+    elif base == "tpa":
+        attention = TensorProductAttentionConfig(given["rank"], given["q_rank"], given["head_dim"])
+    elif base == "mfa":
+        attention = GroupedAttentionConfig(1, given["head_dim"], q_lora_rank=given["share_q_dim"])
     else:
-        attention = GroupedAttentionConfig(given["n_head"] // given["group_size"], given["head_dim"])
+        grouped = TiedAttentionConfig if base == "gta" else GroupedAttentionConfig
+        attention = grouped(given["n_head"] // given["group_size"], given["head_dim"])
     model = ModelConfig(
         **{ours: given[theirs] for theirs, ours in _FIELDS.items()},
         attention=attention,
-        gated_attention=model_type.endswith("_gated"),
+        gated_attention=gated,
         output_init="normal" if model_type.endswith("_normal_initialization") else "zeros",
         rope_base=_ROPE_BASE,
         norm_eps=_NORM_EPS,
     )
     model.validate()
     return model
+
+
+def _attention_faults(config: ModelConfig) -> list[str]:
+    """Why no official model has this attention; empty if one has."""
+    a, never = config.attention, "There is no official model with"
+    faults = []
+    match a:
+        case LatentAttentionConfig() if (a.n_latent_heads, a.n_branches) not in _LATENT.values():
+            faults = [f"{never} n_latent_heads={a.n_latent_heads} and n_branches={a.n_branches}."]
+        case GroupedAttentionConfig() if a.q_lora_rank and a.n_kv_heads > 1:
+            faults = [
+                f"{never} q_lora_rank={a.q_lora_rank} and n_kv_heads={a.n_kv_heads}; MFA has one KV head."
+            ]
+    if config.gated_attention and _base(a, config.n_heads) in _NEVER_GATED:
+        faults.append(f"{never} gated_attention and {_base(a, config.n_heads).upper()}.")
+    return faults
+
+
+def _base(a: AttentionConfig, n_heads: int) -> str:
+    """The official name of an attention in a model with so many query heads; empty if it has none."""
+    match a:
+        case LatentAttentionConfig():
+            return {sizes: name for name, sizes in _LATENT.items()}.get((a.n_latent_heads, a.n_branches), "")
+        case TiedAttentionConfig():
+            return "gta"
+        case TensorProductAttentionConfig():
+            return "tpa"
+        case GroupedAttentionConfig() if a.q_lora_rank:
+            return "mfa"
+        case GroupedAttentionConfig():
+            return "mha" if a.n_kv_heads == n_heads else "gqa"
 
 
 def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[str, Any]:
@@ -147,20 +194,20 @@ def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[
     ]
     fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
     suffixes = ["_gated"] if config.gated_attention else []
-    if isinstance(a, LatentAttentionConfig):
-        names = {sizes: name for name, sizes in _LATENT.items()}
-        base = names.get((a.n_latent_heads, a.n_branches), "")
-        if not base:
-            faults.append(
-                f"There is no official model with n_latent_heads={a.n_latent_heads} and n_branches={a.n_branches}."
-            )
-        suffixes += [] if a.scale_latents else ["_no_scale"]
-        fields |= {theirs: getattr(a, ours) for theirs, ours in _LATENT_FIELDS.items()}
-    else:
-        fields["head_dim"] = a.d_head
-        base = "mha" if a.n_kv_heads == config.n_heads else "gqa"
-        if base == "gqa":
-            fields["group_size"] = config.n_heads // a.n_kv_heads
+    faults += _attention_faults(config)
+    base = _base(a, config.n_heads)
+    match a:
+        case LatentAttentionConfig():
+            suffixes += [] if a.scale_latents else ["_no_scale"]
+            fields |= {theirs: getattr(a, ours) for theirs, ours in _LATENT_FIELDS.items()}
+        case TensorProductAttentionConfig():
+            fields |= {"head_dim": a.d_head, "rank": a.rank, "q_rank": a.q_rank}
+        case GroupedAttentionConfig() | TiedAttentionConfig():
+            fields["head_dim"] = a.d_head
+            if isinstance(a, GroupedAttentionConfig) and a.q_lora_rank:
+                fields["share_q_dim"] = a.q_lora_rank
+            elif base != "mha":
+                fields["group_size"] = config.heads_per_latent
     if len(suffixes) > 1:
         faults.append("There is no official model both gated and without scales.")
     if faults:
@@ -191,8 +238,8 @@ class Part:
 
 
 # Axes: D model width, F MLP width, V vocabulary, N query heads, L latent heads, J branches, G = L / J groups of M
-# query heads, C latent width, H head width without RoPE (all of it in grouped attention), R rotary width, E = H + R,
-# A query rank, K KV heads; kv: key, then value.
+# query heads, C latent width, H head width without RoPE (all of it in the other attentions), R rotary width, E = H + R,
+# A query rank, K KV heads, r factors (TPA), rq those of queries; kv: key, then value.
 _MODEL = (
     Part("transformer.wte.weight", "V D", "embedding.table", "V D"),
     Part("layernorm.weight", "D", "final_norm.gain", "D"),
@@ -205,10 +252,27 @@ _LAYER = (
     Part("mlp.c_proj.weight", "D F", "layers.mlp.w_down", "F D"),
     Part("attn.c_proj.weight", "D (N H)", "layers.attention.output.w_o", "N H D"),
 )
-_GROUPED_PARTS = (
-    Part("attn.c_q.weight", "(N H) D", "layers.attention.w_q", "D N H"),
+_QUERY_PARTS = (Part("attn.c_q.weight", "(N H) D", "layers.attention.w_q", "D N H"),)
+_LOW_RANK_QUERY_PARTS = (
+    Part("attn.c_q.weight", "A D", "layers.attention.w_qa", "D A"),
+    Part("attn.q_layernorm.weight", "A", "layers.attention.q_norm.gain", "A"),
+    Part("attn.w_q.weight", "(N H) A", "layers.attention.w_q", "A N H"),
+)
+_KEY_VALUE_PARTS = (
     Part("attn.c_k.weight", "(K H) D", "layers.attention.w_k", "D K H"),
     Part("attn.c_v.weight", "(K H) D", "layers.attention.w_v", "D K H"),
+)
+_TIED_PARTS = (
+    Part("attn.kv_proj.weight", "(K H) D", "layers.attention.w_kv", "D K H"),
+    Part("attn.W_rope_k.weight", "R D", "layers.attention.w_kr", "D R"),
+)
+_FACTOR_PARTS = tuple(
+    part
+    for x, r in (("q", "rq"), ("k", "r"), ("v", "r"))
+    for part in (
+        Part(f"attn.c_qkv.W_A_{x}.weight", f"(N {r}) D", f"layers.attention.w_a{x}", f"D N {r}"),
+        Part(f"attn.c_qkv.W_B_{x}.weight", f"({r} H) D", f"layers.attention.w_b{x}", f"D {r} H"),
+    )
 )
 _LATENT_PARTS = (
     Part("attn.q_a_proj.weight", "A D", "layers.attention.w_qa", "D A"),
@@ -238,39 +302,47 @@ def _latent_head_parts(a: LatentAttentionConfig) -> Iterator[Part]:
 
 
 def _parts(config: ModelConfig) -> tuple[Part, ...]:
+    if faults := _attention_faults(config):
+        raise ConfigError(faults)
     a = config.attention
-    if isinstance(a, LatentAttentionConfig):
-        if (a.n_latent_heads, a.n_branches) not in _LATENT.values():
-            raise ConfigError(
-                [
-                    f"There is no official model with n_latent_heads={a.n_latent_heads} and n_branches={a.n_branches}."
-                ]
-            )
-        parts, gate = (*_LATENT_PARTS, *_latent_head_parts(a)), "attn.gated_proj.weight"
-    else:
-        parts, gate = _GROUPED_PARTS, "attn.c_gated.weight"
+    gate = "attn.c_gated.weight"
+    parts: tuple[Part, ...]
+    match a:
+        case LatentAttentionConfig():
+            parts, gate = (*_LATENT_PARTS, *_latent_head_parts(a)), "attn.gated_proj.weight"
+        case GroupedAttentionConfig():
+            parts = (*(_LOW_RANK_QUERY_PARTS if a.q_lora_rank else _QUERY_PARTS), *_KEY_VALUE_PARTS)
+        case TiedAttentionConfig():
+            parts = (*_QUERY_PARTS, *_TIED_PARTS)
+        case TensorProductAttentionConfig():
+            parts = _FACTOR_PARTS
     if config.gated_attention:
         parts += (Part(gate, "(N H) D", "layers.attention.output.w_gate", "D N H"),)
     return (*_MODEL, *_LAYER, *parts)
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    a = config.attention
     sizes = {"D": config.d_model, "F": config.d_ff, "V": config.vocab_size, "N": config.n_heads}
-    if isinstance(a, GroupedAttentionConfig):
-        return sizes | {"K": a.n_kv_heads, "H": a.d_head}
-    return sizes | {
-        "L": a.n_latent_heads,
-        "J": a.n_branches,
-        "G": a.n_groups,
-        "M": config.heads_per_latent,
-        "C": a.d_latent,
-        "H": a.d_nope,
-        "R": a.d_rope,
-        "E": a.d_nope + a.d_rope,
-        "A": a.q_lora_rank,
-        "kv": 2,
-    }
+    match config.attention:
+        case GroupedAttentionConfig() as a:
+            return sizes | {"K": a.n_kv_heads, "H": a.d_head, "A": a.q_lora_rank}
+        case TiedAttentionConfig() as a:
+            return sizes | {"K": a.n_tied_heads, "H": a.d_head, "R": a.d_rope}
+        case TensorProductAttentionConfig() as a:
+            return sizes | {"H": a.d_head, "r": a.rank, "rq": a.q_rank}
+        case LatentAttentionConfig() as a:
+            return sizes | {
+                "L": a.n_latent_heads,
+                "J": a.n_branches,
+                "G": a.n_groups,
+                "M": config.heads_per_latent,
+                "C": a.d_latent,
+                "H": a.d_nope,
+                "R": a.d_rope,
+                "E": a.d_nope + a.d_rope,
+                "A": a.q_lora_rank,
+                "kv": 2,
+            }
 
 
 def _axes(axes: str) -> list[list[list[str]]]:

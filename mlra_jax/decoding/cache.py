@@ -20,9 +20,21 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
+from mlra_jax.config import (
+    ConfigError,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention
+from mlra_jax.ops.decode import (
+    factored_decode_attention,
+    grouped_decode_attention,
+    latent_decode_attention,
+)
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.ops.device import current_device
@@ -162,10 +174,41 @@ class GroupedCache(LayerCache):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class FactoredCache(LayerCache):
+    """`a_k`, `a_v` [B, U, S, r], `b_k`, `b_v` [B, S, r * H]; features before tokens in the feature-major layout."""
+
+    def attend(self, q: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float) -> jax.Array:
+        """Attention of the new queries [B, T, U, M, H] over the cache; [B, T, U, M, H]."""
+        seen = self._visible(start_B, n_new_B, q.shape[1])
+        a_k, b_k, a_v, b_v = (self.arrays[name] for name in ("a_k", "b_k", "a_v", "b_v"))
+        out, lse = factored_decode_attention(q, a_k, b_k, a_v, b_v, seen, scale=scale, layout=self.layout)
+        return self._merge(out, lse)
+
+
+def _layer_arrays(
+    config: ModelConfig, rules: AxisRules
+) -> tuple[type[LayerCache], dict[str, tuple[int, ...]]]:
+    """The kind of a layer's cache, and for each of its arrays slots and width, or the width that all heads share."""
+    u = Slots.of(config, rules).count
+    match config.attention:
+        case LatentAttentionConfig() as a:
+            return LatentCache, {"kv_latent": (u, a.d_latent), "k_rope": (a.d_rope,)}
+        case TiedAttentionConfig() as a:
+            return LatentCache, {"kv_latent": (u, a.d_head), "k_rope": (a.d_rope,)}
+        case GroupedAttentionConfig() as a:
+            return GroupedCache, {"k": (u, a.d_head), "v": (u, a.d_head)}
+        case TensorProductAttentionConfig() as a:
+            by_head, shared = (u, a.rank), (a.rank * a.d_head,)
+            return FactoredCache, {"a_k": by_head, "b_k": shared, "a_v": by_head, "b_v": shared}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Cache:
     """The caches of all layers, and how many tokens each row of the batch holds."""
 
-    layers: tuple[LatentCache | GroupedCache, ...]
+    layers: tuple[Any, ...]
+    """`LatentCache`, `GroupedCache` or `FactoredCache`."""
     lengths: Any  # int32 [B]
 
     @classmethod
@@ -194,21 +237,13 @@ class Cache:
         stripe = page_size * rules.size("cache_length")
         length = -(-max_len // stripe) * stripe
         dtype = jnp.dtype(config.compute_dtype)
-        a = config.attention
-        if isinstance(a, LatentAttentionConfig):
-            u = Slots(rules, config.n_heads, a.n_latent_heads, a.n_branches).count
-            kind: type[LatentCache | GroupedCache] = LatentCache
-            shapes = {"kv_latent": (batch, u, length, a.d_latent), "k_rope": (batch, length, a.d_rope)}
-        else:
-            u = Slots(rules, config.n_heads, a.n_kv_heads, 1).count
-            kind = GroupedCache
-            shapes = dict.fromkeys(("k", "v"), (batch, u, length, a.d_head))
+        kind, shapes = _layer_arrays(config, rules)
 
-        def layer() -> LatentCache | GroupedCache:
+        def layer() -> LayerCache:
             arrays = {}
-            for name, (*heads, tokens, width) in shapes.items():
-                last = (tokens, width) if layout == "token_major" else (width, tokens)
-                zeros = jnp.zeros((*heads, *last), dtype)
+            for name, (*heads, width) in shapes.items():
+                last = (length, width) if layout == "token_major" else (width, length)
+                zeros = jnp.zeros((batch, *heads, *last), dtype)
                 arrays[name] = rules.constrain(zeros, *_AXES[layout, zeros.ndim])
             return kind(arrays, rules, page_size, layout)
 

@@ -20,7 +20,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import ConfigError, LatentAttentionConfig, ModelConfig
+from mlra_jax.config import (
+    ConfigError,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.decoding.cache import Cache, repeat_rows
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
 from mlra_jax.models import Transformer
@@ -78,13 +85,19 @@ def activation_bytes(config: ModelConfig) -> int:
     The residual stream and its norm are there all the time; beside them either the MLP's products or attention's
     queries and outputs, the latter in float32 too.
     """
-    a, n, width = config.attention, config.n_heads, jnp.dtype(config.compute_dtype).itemsize
-    if isinstance(a, LatentAttentionConfig):
-        rows = n * a.n_branches
-        attention = width * (rows * (2 * a.d_latent + a.d_rope) + n * (2 * a.d_nope + a.d_rope))
-        attention += 4 * n * a.d_nope
-    else:
-        attention = 3 * width * n * a.d_head
+    n, width = config.n_heads, jnp.dtype(config.compute_dtype).itemsize
+    match config.attention:
+        case LatentAttentionConfig() as a:
+            rows = n * a.n_branches
+            attention = width * (rows * (2 * a.d_latent + a.d_rope) + n * (2 * a.d_nope + a.d_rope))
+            attention += 4 * n * a.d_nope
+        case TiedAttentionConfig() as a:
+            attention = width * n * (3 * a.d_head + a.d_rope)
+        case GroupedAttentionConfig() as a:
+            attention = width * (3 * n * a.d_head + a.q_lora_rank)
+        case TensorProductAttentionConfig() as a:
+            factors = a.q_rank + 2 * a.rank
+            attention = width * (3 * n * a.d_head + factors * (n + a.d_head))
     return 2 * 4 * config.d_model + max(3 * width * config.d_ff, attention)
 
 

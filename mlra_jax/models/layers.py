@@ -140,6 +140,11 @@ def normal(config: ModelConfig) -> Initializer:
     return lambda key, shape, dtype: config.init_std * jax.random.normal(key, shape, dtype)
 
 
+def uniform(bound: float) -> Initializer:
+    """Uniform between -bound and bound."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 def output_init(config: ModelConfig) -> Initializer:
     """Of the output projections of attention and MLP: zeros in the paper, normal in its ablation."""
     zeros: Initializer = lambda key, shape, dtype: jnp.zeros(shape, dtype)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig
-from mlra_jax.models.attention import GroupedAttention, LatentAttention
+from mlra_jax.config import ModelConfig
+from mlra_jax.models.attention import attention_class
 from mlra_jax.models.layers import (
     DecodeLeaves,
     Embedding,
@@ -32,11 +32,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass keeps of a layer: everything, the products with weights, or its input alone."""
-
-
-def attention_class(config: ModelConfig) -> type[LatentAttention | GroupedAttention]:
-    """The module that `config.attention` describes."""
-    return LatentAttention if isinstance(config.attention, LatentAttentionConfig) else GroupedAttention
 
 
 class Block(nnx.Module):

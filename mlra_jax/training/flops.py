@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig
+from mlra_jax.config import LatentAttentionConfig, ModelConfig, TensorProductAttentionConfig
 
 
 def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> float:
@@ -15,21 +15,24 @@ def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> f
 
     Attention is counted as the model is defined (expanded keys and values, exact causal triangle), whatever form or
     kernel computes it: per query head and branch, 2 * (key width + value width) FLOPs for each of the (T + 1) / 2 keys
-    that a query sees on average, three times over for forward and backward. Recomputation is not counted. For the
-    2.9 B models at T = 2048: 21.8 G (MLRA-4), 18.4 G (MLA), 18.1 G (GQA, MHA).
+    that a query sees on average, three times over for forward and backward; and in TPA the products of factors,
+    2 * H for each factor of each head. Recomputation is not counted. For the 2.9 B models at T = 2048: 21.8 G (MLRA-4),
+    19.5 G (MLRA-2), 19.1 G (MFA), 18.4 G (MLA, GLA), 18.1 G (MHA, MQA, GQA, GTA, TPA).
 
     Args:
       config: the model.
       n_params: number of parameters, the tied embedding once.
       seq_len: T, tokens in a training sequence.
     """
-    a = config.attention
-    if isinstance(a, LatentAttentionConfig):
-        widths = a.n_branches * (a.d_nope + a.d_rope + a.d_nope)
-    else:
-        widths = 2 * a.d_head
     keys_seen = (seq_len + 1) / 2
-    return 6 * n_params + 3 * config.n_layers * config.n_heads * 2 * widths * keys_seen
+    match config.attention:
+        case LatentAttentionConfig() as a:
+            per_head = 2 * a.n_branches * (a.d_nope + a.d_rope + a.d_nope) * keys_seen
+        case TensorProductAttentionConfig() as a:
+            per_head = 2 * 2 * a.d_head * keys_seen + 2 * (a.q_rank + 2 * a.rank) * a.d_head
+        case a:
+            per_head = 2 * 2 * a.d_head * keys_seen
+    return 6 * n_params + 3 * config.n_layers * config.n_heads * per_head
 
 
 # Dense bfloat16 matrix FLOP/s of one JAX device, from the vendors' data sheets; the first pattern that matches counts.

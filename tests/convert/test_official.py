@@ -200,7 +200,8 @@ def test_parameters_are_converted_to_their_configured_type(parity):
 @pytest.mark.parametrize(
     ("change", "model_type", "said"),
     [
-        ({}, "tpa", ["model_type=tpa cannot be converted"]),
+        ({}, "nsa", ["model_type=nsa cannot be converted"]),
+        ({}, "gta_gated", ["model_type=gta_gated cannot be converted"]),
         ({}, "gqa_no_scale", ["model_type=gqa_no_scale cannot be converted"]),
         ({"model_type": None}, None, ["no model_type"]),
         (

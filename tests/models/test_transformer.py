@@ -11,9 +11,16 @@ import pytest
 from flax import nnx
 
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
-from mlra_jax.convert import model_config_from_official
-from mlra_jax.decoding.cache import Cache
+from mlra_jax.config import (
+    ConfigError,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
+from mlra_jax.convert import model_config_from_official, official_from_model_config
+from mlra_jax.decoding.cache import Cache, values_per_token
 from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU, rotate
 from mlra_jax.sharding import AxisRules
@@ -54,30 +61,23 @@ def sizes_by_part(config):
 
 def official_runs(repository):
     stored = json.loads((repository / "tests" / "parity" / "official_configs.json").read_text())
-    ours = ("mla", "gla", "mlra", "mha", "gqa")
     return {
         name: run | {"model": run["model"] | {"vocab_size": stored["vocab_size"]}}
         for name, run in stored["runs"].items()
-        if run["model_type"].startswith(ours)
     }
 
 
 @pytest.mark.smoke
-def test_full_size_models_have_the_official_numbers_of_parameters_without_being_allocated(repository):
+def test_every_official_run_has_a_configuration_with_its_exact_sizes_counted_without_allocating(repository):
     runs = official_runs(repository)
-    assert len(runs) == 24
+    assert len(runs) == 30
     for name, run in runs.items():
-        config = model_config_from_official(run["model"], run["model_type"])
+        config = load_config(name).model
+        assert config == model_config_from_official(run["model"], run["model_type"]), name
         expected = run["n_params"], run["attn_params_per_layer"], run["mlp_params_per_layer"]
         assert sizes_by_part(config) == expected, name
-
-
-@pytest.mark.parametrize("name", ["mlra_2", "mlra_4", "mla", "gqa", "mha"])
-def test_configuration_files_describe_the_official_models(repository, name):
-    run = official_runs(repository)[name]
-    config = load_config(name).model
-    assert config == model_config_from_official(run["model"], run["model_type"])
-    assert sizes_by_part(config)[0] == run["n_params"]
+        assert values_per_token(config) == run["kv_cache_values_per_token_per_layer"], name
+        assert official_from_model_config(config, block_size=2048).items() >= run["model"].items(), name
 
 
 def test_illegal_configuration_is_refused_with_every_fault():
@@ -87,9 +87,20 @@ def test_illegal_configuration_is_refused_with_every_fault():
     assert len(error.value.faults) == 4
 
 
-@pytest.mark.parametrize(
-    "attention", [TINY.attention, GroupedAttentionConfig(2, 4)], ids=["latent", "grouped"]
+ATTENTIONS = pytest.mark.parametrize(
+    "attention",
+    [
+        TINY.attention,
+        GroupedAttentionConfig(n_kv_heads=2, d_head=8),
+        GroupedAttentionConfig(n_kv_heads=1, d_head=8, q_lora_rank=6),
+        TiedAttentionConfig(n_tied_heads=2, d_head=8),
+        TensorProductAttentionConfig(rank=3, q_rank=2, d_head=8),
+    ],
+    ids=["latent", "grouped", "mfa", "gta", "tpa"],
 )
+
+
+@ATTENTIONS
 def test_initial_model_predicts_from_the_current_token_alone(attention):
     config = dataclasses.replace(TINY, attention=attention)
     params = initial_params(config)
@@ -118,6 +129,16 @@ def test_initial_values_are_normal_but_for_gains_and_output_projections():
             assert not np.allclose(value[0], value[1]), f"{name}: layers (or rows) are copies"
 
 
+def test_initial_factors_of_tpa_are_uniform_within_the_official_bounds():
+    attention = TensorProductAttentionConfig(rank=3, q_rank=5, d_head=16)
+    params = initial_params(dataclasses.replace(TINY, d_model=64, n_heads=8, attention=attention))
+    for x, r in (("q", 5), ("k", 3), ("v", 3)):
+        for name, fans in ((f"w_a{x}", 8 * r + 64 * r), (f"w_b{x}", r * 16 + 64 * 16)):
+            value, bound = params["layers"]["attention"][name], math.sqrt(6 / fans)
+            assert 0.95 * bound < np.abs(value).max() < 1.0001 * bound, name
+            assert abs(np.std(value) - bound / math.sqrt(3)) < 0.05 * bound, name
+
+
 def test_initial_values_on_a_mesh_are_those_without_one(on_mesh):
     make = lambda: params_of(Transformer(TINY, rngs=nnx.Rngs(0)))
     whole = make()
@@ -140,9 +161,7 @@ def test_last_logits_of_decoding_are_those_after_each_rows_last_new_token():
     np.testing.assert_allclose(last[:, 0], np.asarray(every)[[0, 1], n_new - 1], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "attention", [TINY.attention, GroupedAttentionConfig(n_kv_heads=2, d_head=8)], ids=str
-)
+@ATTENTIONS
 def test_a_feature_major_cache_gives_the_same_logits(attention):
     config = dataclasses.replace(TINY, output_init="normal", init_std=0.3, attention=attention)
     model = to_decode(config, initial_params(config), AxisRules())

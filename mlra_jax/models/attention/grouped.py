@@ -1,4 +1,10 @@
-"""Grouped-query attention: MHA (as many KV heads as query heads), GQA, and MQA (one KV head)."""
+"""Grouped-query attention: MHA (as many KV heads as query heads), GQA, MQA (one KV head), and MFA.
+
+q     = W_q x                          or, in MFA,   W_q RMSNorm(W_qa x)
+k, v  = W_k x, W_v x                   K heads
+y_n   = softmax(rope(q_n) . rope(k_k) / sqrt(H), causal) v_k          k = n // M
+out   = W_o concat_n(y_n)
+"""
 
 from __future__ import annotations
 
@@ -16,6 +22,7 @@ from mlra_jax.models.layers import (
     DecodeLeaves,
     Layout,
     Relayout,
+    RMSNorm,
     nested,
     normal,
     parameter,
@@ -30,6 +37,32 @@ if TYPE_CHECKING:
     from mlra_jax.decoding.cache import GroupedCache
 
 
+def attend_grouped(
+    rules: AxisRules, heads_per_kv: int, q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float
+) -> jax.Array:
+    """Inside `shard_map`: causal attention of a device's own query heads and tokens.
+
+    Args:
+      rules: the training table.
+      heads_per_kv: M, query heads that read one KV head.
+      q: [B, T, N, H], T and N the device's own.
+      k: [B, S, K, H], all tokens; the KV heads that its query heads read, or all of them.
+      v: [B, S, K, V], the same.
+      scale: multiplies the scores.
+
+    Returns:
+      [B, T, N, V].
+    """
+    n = q.shape[2]
+    if k.shape[2] * heads_per_kv != n:
+        # The KV heads are whole, the query heads split: one KV head for each run of heads that share it.
+        run = math.gcd(n, heads_per_kv)
+        read = (rules.axis_index("heads") * n + run * jnp.arange(n // run)) // heads_per_kv
+        k, v = jnp.take(k, read, axis=2), jnp.take(v, read, axis=2)
+    q_start = rules.axis_index("length") * q.shape[1]
+    return causal_attention(q, k, v, scale=scale, q_start=q_start)
+
+
 class GroupedAttention(nnx.Module):
     """Attention of N query heads over K KV heads; KV head k serves the query heads kM to (k+1)M - 1, M = N / K.
 
@@ -38,7 +71,8 @@ class GroupedAttention(nnx.Module):
       rngs: for the initial parameters.
       rules: table of logical axis names. Without a mesh nothing is split.
       layout: `train` has w_q [D, N, H], w_k and w_v [D, K, H]; `decode` has w_q [N, H, D], and keys and values by slot
-        (`Slots`), for cached decoding over devices, as w_kv [2, U, H, D].
+        (`Slots`), for cached decoding over devices, as w_kv [2, U, H, D]. A low-rank query has A in place of D in w_q,
+        and w_qa [D, A], or [A, D] to decode.
     """
 
     def __init__(
@@ -49,20 +83,23 @@ class GroupedAttention(nnx.Module):
         self.config, self.rules, self.layout = config, rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
-        self.softmax_scale = 1 / math.sqrt(a.d_head)
-        self.slots = Slots(rules, n, a.n_kv_heads, n_branches=1)
-        h = a.d_head
+        h, rank = a.d_head, a.q_lora_rank
+        self.softmax_scale = 1 / math.sqrt(h)
+        self.slots = Slots.of(config, rules)
+        new = lambda shape, names: parameter(rngs, rules, shape, names, init, dtype)
+        q_in, q_axis = (rank, rules.fitting("rank", rank)) if rank else (d, "embed")
+        self.q_norm = RMSNorm(config, (rank,), (None,), rngs=rngs, rules=rules) if rank else None
         if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
             self.kv_axis = rules.fitting("kv_heads", a.n_kv_heads)
-            kv = (d, a.n_kv_heads, h), ("embed", self.kv_axis, None)
-            self.w_q = parameter(rngs, rules, (d, n, h), ("embed", "heads", None), init, dtype)
-            self.w_k = parameter(rngs, rules, *kv, init, dtype)
-            self.w_v = parameter(rngs, rules, *kv, init, dtype)
+            self.w_qa = new((d, rank), ("embed", None)) if rank else None
+            self.w_q = new((q_in, n, h), (q_axis, "heads", None))
+            self.w_k = new((d, a.n_kv_heads, h), ("embed", self.kv_axis, None))
+            self.w_v = new((d, a.n_kv_heads, h), ("embed", self.kv_axis, None))
         else:
             self.kv_axis = "latent_slots"
-            joined, names = (2, self.slots.count, h, d), (None, "latent_slots", None, "embed")
-            self.w_q = parameter(rngs, rules, (n, h, d), ("heads", None, "embed"), init, dtype)
-            self.w_kv = parameter(rngs, rules, joined, names, init, dtype)
+            self.w_qa = new((rank, d), (None, "embed")) if rank else None
+            self.w_q = new((n, h, q_in), ("heads", None, q_axis))
+            self.w_kv = new((2, self.slots.count, h, d), (None, "latent_slots", None, "embed"))
         self.output = Output(config, h, rngs=rngs, rules=rules, layout=layout)
 
     @staticmethod
@@ -70,25 +107,34 @@ class GroupedAttention(nnx.Module):
         """What decoding keeps in another way."""
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
-        slots = Slots(rules, config.n_heads, a.n_kv_heads, n_branches=1)
+        slots = Slots.of(config, rules)
         by_slot = lambda w_DKH: slots.to_slots(w_DKH, axis=1).transpose(1, 2, 0)
-        return {
+        leaves = {
             "w_q": Relayout(("w_q",), lambda w_DNH: w_DNH.transpose(1, 2, 0)),
             "w_kv": Relayout(("w_k", "w_v"), lambda k, v: jnp.stack([by_slot(k), by_slot(v)])),
             **nested("output", Output.decode_leaves(config)),
         }
+        if a.q_lora_rank:
+            leaves["w_qa"] = Relayout(("w_qa",), jnp.transpose)
+        return leaves
 
     def _project(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
         rules, dtype, base = self.rules, self.compute_dtype, self.config.rope_base
+        train = self.layout == "train"
         q_names, kv_names = ("batch", "length", "heads", None), ("batch", "length", self.kv_axis, None)
-        project = lambda equation, w, names: rules.einsum(equation, x_BTD, weight(rules, w, dtype), out=names)
-        if self.layout == "train":
-            q = project("BTD,DNH->BTNH", self.w_q, q_names)
-            k, v = (project("BTD,DNH->BTNH", w, kv_names) for w in (self.w_k, self.w_v))
+        project = lambda equation, x, w, names: rules.einsum(equation, x, weight(rules, w, dtype), out=names)
+        q_in = x_BTD
+        if self.q_norm is not None:
+            row = ("batch", "length", None)
+            q_BTA = project("BTD,DA->BTA" if train else "BTD,AD->BTA", x_BTD, self.w_qa, row)
+            q_in = self.q_norm(q_BTA).astype(dtype)
+        if train:
+            q = project("BTD,DNH->BTNH", q_in, self.w_q, q_names)
+            k, v = (project("BTD,DNH->BTNH", x_BTD, w, kv_names) for w in (self.w_k, self.w_v))
         else:
-            q = project("BTD,NHD->BTNH", self.w_q, q_names)
-            k, v = project("BTD,GUHD->GBTUH", self.w_kv, (None, *kv_names))
+            q = project("BTD,NHD->BTNH", q_in, self.w_q, q_names)
+            k, v = project("BTD,GUHD->GBTUH", x_BTD, self.w_kv, (None, *kv_names))
         return rotate(q, positions, base), rotate(k, positions, base), v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -105,14 +151,7 @@ class GroupedAttention(nnx.Module):
         q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            n, m = q.shape[2], self.slots.heads_per_latent
-            if (
-                k.shape[2] * m != n
-            ):  # the KV heads are whole, the query heads split: one KV head for each query head
-                heads = (self.rules.axis_index("heads") * n + jnp.arange(n)) // m
-                k, v = jnp.take(k, heads, axis=2), jnp.take(v, heads, axis=2)
-            q_start = self.rules.axis_index("length") * q.shape[1]
-            return causal_attention(q, k, v, scale=self.softmax_scale, q_start=q_start)
+            return attend_grouped(self.rules, self.slots.heads_per_latent, q, k, v, scale=self.softmax_scale)
 
         heads, kv = ("batch", "length", "heads", None), ("batch", None, self.kv_axis, None)
         return self.output(x_BTD, self.rules.shard_map(attend, (heads, kv, kv), heads)(q, k, v))
@@ -122,36 +161,26 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[jax.Array, GroupedCache]:
         """Appends T tokens to the cache and attends over it; see `LatentAttention.decode`."""
         require_layout(self.layout, "decode")
-        rules, slots = self.rules, self.slots
+        slots = self.slots
         x_BTD = x_BTD.astype(self.compute_dtype)
         with jax.named_scope("queries"):
             q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
-        gate = self.output.gate(x_BTD) if slots.projected else None
-        w_o = weight(rules, self.output.w_o, self.compute_dtype) if slots.projected else None
 
         def attend(
             cache: GroupedCache,
+            start: jax.Array,
+            n_new: jax.Array,
             q: jax.Array,
             k: jax.Array,
             v: jax.Array,
-            gate: jax.Array | None,
-            w_o: jax.Array | None,
-            start: jax.Array,
-            n_new: jax.Array,
         ) -> tuple[jax.Array, GroupedCache]:
             with jax.named_scope("append"):
                 cache = cache.append({"k": k, "v": v}, start, n_new)
             with jax.named_scope("attend"):
-                y = cache.attend(slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale)
-            return self.output.from_slots(slots, y, gate, w_o), cache
+                return cache.attend(
+                    slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale
+                ), cache
 
         heads, kv = ("batch", None, slots.query_axis, None), ("batch", None, "latent_slots", None)
-        y_names = ("batch", None, None) if slots.projected else ("batch", None, "heads", None)
-        gate_names = None if gate is None else ("batch", None, None, None)
-        w_o_names = None if w_o is None else (None, None, None)
-        in_names = (cache.specs(), heads, kv, kv, gate_names, w_o_names, ("batch",), ("batch",))
-        y, cache = rules.shard_map(attend, in_names, (y_names, cache.specs()))(
-            cache, q, k, v, gate, w_o, start_B, n_new_B
-        )
-        with jax.named_scope("output"):
-            return (y if slots.projected else self.output(x_BTD, y)), cache
+        inputs = ((q, heads), (k, kv), (v, kv))
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from mlra_jax.config import ModelConfig
 from mlra_jax.sharding import AxisRules, current_mesh
 
 
@@ -24,6 +25,11 @@ class Slots:
     n_heads: int
     n_cached: int
     n_branches: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, rules: AxisRules) -> Slots:
+        """Those of a model."""
+        return cls(rules, config.n_heads, config.cached_heads, config.attention.n_branches)
 
     @property
     def copies(self) -> int:
@@ -62,7 +68,7 @@ class Slots:
 
     def to_slots(self, w_LX: jax.Array, axis: int) -> jax.Array:
         """Repeats the L cached heads along `axis` for each copy: [..., L, ...] to [..., U, ...]."""
-        return jnp.repeat(w_LX, self.copies, axis=axis)
+        return jnp.repeat(w_LX, self.copies, axis=axis) if self.copies > 1 else w_LX
 
     def heads_to_slots(self, w_JNX: jax.Array) -> jax.Array:
         """Lays per-head weights of each branch out by slot: [J, N, ...] to [U, M / r, ...]."""
@@ -104,10 +110,16 @@ class Slots:
 
     def gather(self, q_BTNH: jax.Array, n_local: int) -> jax.Array:
         """The queries that each local slot serves: [B, T, N, H] to [B, T, U, M / r, H]."""
-        if self.heads_per_slot == q_BTNH.shape[2]:
+        b, t, n, h = q_BTNH.shape
+        rows = self.heads_per_slot
+        if self.n_branches == 1:  # then slots serve heads in order
+            first, *_ = self._first_heads(n_local)
+            mine = jax.lax.dynamic_slice_in_dim(q_BTNH, first, n_local * rows, axis=2)
+            return mine.reshape(b, t, n_local, rows, h)
+        if rows == n:
             parts = [q_BTNH] * n_local
         else:
-            cut = lambda first: jax.lax.dynamic_slice_in_dim(q_BTNH, first, self.heads_per_slot, axis=2)
+            cut = lambda first: jax.lax.dynamic_slice_in_dim(q_BTNH, first, rows, axis=2)
             parts = [cut(first) for first in self._first_heads(n_local)]
         return jnp.stack(parts, axis=2)
 
@@ -121,8 +133,10 @@ class Slots:
             return y_BTUMH.reshape(b, t, n_local * rows, h)
         if rows == self.n_heads:
             return y_BTUMH.sum(axis=2)
+        if self.n_branches == 1:
+            y_BTUMH = y_BTUMH.reshape(b, t, 1, n_local * rows, h)
         total = jnp.zeros((b, t, self.n_heads, h), y_BTUMH.dtype)
-        for k, first in enumerate(self._first_heads(n_local)):
+        for k, first in enumerate(self._first_heads(n_local)[: y_BTUMH.shape[2]]):
             place = jnp.zeros_like(total)
             total = total + jax.lax.dynamic_update_slice_in_dim(place, y_BTUMH[:, :, k], first, axis=2)
         return total

@@ -1,4 +1,5 @@
-"""The public ops: decode attention over latent caches (MLA, GLA, MLRA) and grouped caches (MHA, GQA, MQA)."""
+"""The public ops: decode attention over latent caches (MLA, GLA, MLRA, GTA), grouped ones (MHA, GQA, MQA, MFA), and
+factored ones (TPA)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "xla": xla.decode_attention,
     "reference": reference.decode_attention,
 }
-"""Back ends of both ops, best first; each takes what `reference.decode_attention` takes, or declines."""
+"""Back ends of the latent and the grouped op, best first; each takes what `reference.decode_attention` takes, or
+declines."""
+
+FACTORED_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "xla": xla.factored_decode_attention,
+    "reference": reference.factored_decode_attention,
+}
+"""Back ends of the factored op, best first."""
 
 
 def latent_decode_attention(
@@ -113,6 +121,68 @@ def grouped_decode_attention(
     keywords = {"scale": scale, "page_table": page_table, "layout": layout}
     return dispatch(
         "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, kv_len, **keywords
+    )
+
+
+def factored_decode_attention(
+    q: Float[Array, "B T K M H"],
+    a_k: Float[Array, "P K _ _"],
+    b_k: Float[Array, "P _ _"],
+    a_v: Float[Array, "P K _ _"],
+    b_v: Float[Array, "P _ _"],
+    kv_len: Int[Array, "B T"],
+    *,
+    scale: float,
+    page_table: Int[Array, "B N"] | None = None,
+    layout: Layout = "token_major",
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
+    """Attention of M query heads for each of K local KV heads over a cache of factors of keys and values.
+
+    Head k's key of a token is the sum over i of `a_k[k, i] * b_k[i]`, r products of a number and a vector of width H
+    that all heads share; its value likewise, of `a_v` and `b_v` (Zhang et al., Tensor Product Attention Is All You
+    Need, 2025). Keys and values are never built: scores are `scale * sum of a_k[k, i] * (q . b_k[i])`.
+
+    Args:
+      q: queries.
+      a_k: cached factors of the keys by head [P, K, S, r]. Slots that no query of the row sees may hold anything.
+      b_k: cached factors of the keys that all heads share, [P, S, r * H], product by product.
+      a_v: the same of the values [P, K, S, r'].
+      b_v: [P, S, r' * V].
+      kv_len: how many of the leading tokens each query sees. 0: none.
+      scale: multiplies the scores.
+      page_table: see `latent_decode_attention`.
+      layout: `token_major`, as above, or `feature_major`, with the last two axes of all four swapped.
+      implementation: see `latent_decode_attention`; of `FACTORED_IMPLEMENTATIONS`.
+
+    Returns:
+      Output in the type of `q`, zeros where nothing is seen, and the float32 log-sum-exp, -inf there.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+      NotImplementedError: the named implementation does not take these arguments.
+    """
+    b, t, heads, _, h = q.shape
+    axis = -2 if layout == "feature_major" else -1
+    r, r_v, v_width = a_k.shape[axis], a_v.shape[axis], b_v.shape[axis]
+    if v_width % r_v:
+        raise ValueError(
+            f"b_v must be {r_v} factors wide, as many as a_v has; {v_width} is no multiple of that."
+        )
+    _check_cache(
+        kv_len,
+        page_table,
+        layout,
+        (b, t),
+        a_k=(a_k, (heads,), r),
+        b_k=(b_k, (), r * h),
+        a_v=(a_v, (heads,), r_v),
+        b_v=(b_v, (), v_width),
+    )
+    factors = (a_k, b_k[:, None], a_v, b_v[:, None])
+    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    return dispatch(
+        "factored_decode_attention", FACTORED_IMPLEMENTATIONS, implementation, q, factors, kv_len, **keywords
     )
 
 

@@ -59,17 +59,66 @@ def decode_attention(
     for q_BTLMW, k in parts:
         k_BLSW = jnp.broadcast_to(k, (k.shape[0], heads, *k.shape[2:]))
         scores = scores + jnp.einsum("BTLMW,BLSW->BTLMS", q_BTLMW, k_BLSW, preferred_element_type=jnp.float32)
-    slots = jnp.arange(v_BLSV.shape[2])
-    visible = (slots >= kv_start) & (slots < kv_len_BT[..., None])  # [B, T, S]
-    visible = visible[:, :, None, None, :]
-    scores = jnp.where(visible, scores * scale, -jnp.inf)
-    top = scores.max(axis=-1, keepdims=True)
-    p = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-    total = p.sum(axis=-1)
-    written = (slots < kv_len_BT.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
-    v_BLSV = jnp.where(written, v_BLSV, 0)  # 0 * NaN is NaN: what was never written must not be multiplied
+    p, total, lse = masked_softmax(scores * scale, kv_len_BT, kv_start)
+    v_BLSV = written(v_BLSV, kv_len_BT)
     # Batch axes first: einsum would make of "->BTLMV" a bfloat16 product that XLA lacks on the CPU.
     out = jnp.einsum("BTLMS,BLSV->BLTMV", p.astype(v_BLSV.dtype), v_BLSV, preferred_element_type=jnp.float32)
     out = out.swapaxes(1, 2) / jnp.where(total > 0, total, 1.0)[..., None]
-    lse = jnp.where(total > 0, jnp.log(total) + top[..., 0], -jnp.inf)
     return out.astype(parts[0][0].dtype), lse
+
+
+def masked_softmax(
+    scores_BTLMS: jax.Array, kv_len_BT: jax.Array, kv_start: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Exponentials of the visible scores below their maximum, 0 elsewhere; their sum; the scores' log-sum-exp."""
+    slots = jnp.arange(scores_BTLMS.shape[-1])
+    visible = (slots >= kv_start) & (slots < kv_len_BT[..., None])  # [B, T, S]
+    visible = visible[:, :, None, None, :]
+    scores = jnp.where(visible, scores_BTLMS, -jnp.inf)
+    top = scores.max(axis=-1, keepdims=True)
+    p = jnp.where(visible, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+    total = p.sum(axis=-1)
+    return p, total, jnp.where(total > 0, jnp.log(total) + top[..., 0], -jnp.inf)
+
+
+def written(v_BLSV: jax.Array, kv_len_BT: jax.Array) -> jax.Array:
+    """The values, zeros where no query of the row sees them: 0 * NaN is NaN."""
+    seen_BS = jnp.arange(v_BLSV.shape[2]) < kv_len_BT.max(axis=1)[:, None]
+    return jnp.where(seen_BS[:, None, :, None], v_BLSV, 0)
+
+
+def factored_decode_attention(
+    q_BTKMH: jax.Array,
+    factors: Sequence[jax.Array],
+    kv_len_BT: jax.Array,
+    *,
+    scale: float,
+    page_table: jax.Array | None = None,
+    layout: str = "token_major",
+    kv_start: jax.Array | int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over keys and values that are sums of r products of a factor by head and one that all heads share.
+
+    Args:
+      q_BTKMH: queries.
+      factors: a_k [P, K, S, r], b_k [P, 1, S, r * H], a_v [P, K, S, r'], b_v [P, 1, S, r' * V].
+      kv_len_BT: see `decode_attention`.
+      scale: multiplies the scores.
+      page_table: see `decode_attention`.
+      layout: see `decode_attention`.
+      kv_start: first token that is seen.
+
+    Returns:
+      As `decode_attention`: output [B, T, K, M, V] and log-sum-exp [B, T, K, M].
+    """
+    a_k, b_k, a_v, b_v = (gather_pages(token_major(x, layout), page_table) for x in factors)
+    by_factor = lambda b, a: b.reshape(b.shape[0], b.shape[2], a.shape[-1], -1)  # [B, S, r, H]
+    product = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
+    # Batch axes first, as above.
+    dots_BTKMSr = product("BTKMH,BSrH->BTKMSr", q_BTKMH, by_factor(b_k, a_k))
+    scores = jnp.einsum("BTKMSr,BKSr->BTKMS", dots_BTKMSr, a_k.astype(jnp.float32))
+    p, total, lse = masked_softmax(scores * scale, kv_len_BT, kv_start)
+    a_v, b_v = written(a_v, kv_len_BT), written(b_v, kv_len_BT)
+    p_BTKMSr = jnp.einsum("BTKMS,BKSr->BTKMSr", p, a_v.astype(jnp.float32))
+    out = product("BTKMSr,BSrV->BTKMV", p_BTKMSr.astype(b_v.dtype), by_factor(b_v, a_v))
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_BTKMH.dtype), lse

@@ -1,0 +1,25 @@
+"""TPA: queries, keys and values from few factors; those of keys and values are cached (paper, 2.9 B).
+
+    python train.py configs/tpa.py
+
+Parameters  2,873,183,232 (measured: counted from the shapes)
+Hardware    8 x H100 80 GB (from the paper's repository)
+Wall time   not run
+Result      perplexity 9.333 on FineWeb-Edu, 13.985 mean of seven corpora; 57.87 % zero-shot mean (from the paper)
+"""
+
+from mlra_jax.config import TensorProductAttentionConfig, TrainConfig
+
+from ._paper import paper_config
+
+
+def get_config() -> TrainConfig:
+    return paper_config(
+        "tpa",
+        attention=TensorProductAttentionConfig(
+            rank=2,
+            q_rank=6,
+            d_head=128,
+        ),
+        d_ff=10760,
+    )
