@@ -10,6 +10,7 @@ out           = W_o concat_n(y_n)
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from mlra_jax.models.layers import (
     rotate,
     weight,
 )
-from mlra_jax.ops.attention import causal_attention
+from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -210,35 +211,24 @@ class LatentAttention(nnx.Module):
             groups = (self.rules.axis_index("heads") * n + e * jnp.arange(k)) // m
             kv_BSJKC = jnp.take(kv_BSJKC, groups, axis=3)
         w_uk, w_uv = (w.reshape(j, k, e, c, h) for w in (w_uk, w_uv))
-        q_nope_BTKEH = q_nope.reshape(b, t, k, e, h)
-        q_rope_BTJKER = jnp.broadcast_to(q_rope.reshape(b, t, 1, k, e, -1), (b, t, j, k, e, q_rope.shape[-1]))
-        q_start = self.rules.axis_index("length") * t
+        q_nope_BTKEH, q_rope_BTKER = (q.reshape(b, t, k, e, -1) for q in (q_nope, q_rope))
+        attend = functools.partial(
+            causal_attention_parts, scale=self.softmax_scale, q_start=self.rules.axis_index("length") * t
+        )
         if self.absorbs:
-            q_BTJKEC = jnp.einsum("BTKEH,JKECH->BTJKEC", q_nope_BTKEH, w_uk)
-            k_rope_BSJKR = jnp.broadcast_to(k_rope[:, :, None, None], (b, s, j, k, k_rope.shape[-1]))
-            z = causal_attention(
-                jnp.concatenate([q_BTJKEC, q_rope_BTJKER], axis=-1).reshape(b, t, j * n, -1),
-                jnp.concatenate([kv_BSJKC, k_rope_BSJKR], axis=-1).reshape(b, s, j * k, -1),
-                kv_BSJKC.reshape(b, s, j * k, c),
-                scale=self.softmax_scale,
-                q_start=q_start,
-            )
-            z_BTJKEC = z.reshape(b, t, j, k, e, c)
+            # Heads (J, K): what all branches share, or all heads, is given once.
+            q_BTJKEC = jnp.einsum("BTKEH,JKECH->BTJKEC", q_nope_BTKEH, w_uk).reshape(b, t, j * k, e, c)
+            parts = [(q_BTJKEC, kv_BSJKC.reshape(b, s, j * k, c)), (q_rope_BTKER, k_rope[:, :, None])]
+            z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
             y = jnp.einsum("BTJKEC,JKECH->BTKEH", z_BTJKEC, w_uv, preferred_element_type=jnp.float32)
         else:
-            q_BTJKEH = jnp.broadcast_to(q_nope_BTKEH[:, :, None], (b, t, j, k, e, h))
-            k_BSJKEH = jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w_uk)
-            v_BSJKEH = jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w_uv)
-            k_rope_BSJKER = jnp.broadcast_to(
-                k_rope[:, :, None, None, None], (b, s, j, k, e, k_rope.shape[-1])
-            )
-            y = causal_attention(
-                jnp.concatenate([q_BTJKEH, q_rope_BTJKER], axis=-1).reshape(b, t, j * n, -1),
-                jnp.concatenate([k_BSJKEH, k_rope_BSJKER], axis=-1).reshape(b, s, j * n, -1),
-                v_BSJKEH.reshape(b, s, j * n, h),
-                scale=self.softmax_scale,
-                q_start=q_start,
-            )
+            k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
+            by_head = lambda x: x.reshape(b, -1, x.size // (b * x.shape[1] * x.shape[-1]), 1, x.shape[-1])
+            parts = [
+                (by_head(q_nope_BTKEH), by_head(k_BSJKEH).squeeze(3)),
+                (by_head(q_rope_BTKER), k_rope[:, :, None]),
+            ]
+            y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJKEH).squeeze(3))
             y = y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
         return (self.branch_scale * y).astype(self.compute_dtype).reshape(b, t, n, h)
 

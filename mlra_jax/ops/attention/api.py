@@ -1,4 +1,4 @@
-"""The public op: causal attention, grouped heads, values narrower than keys."""
+"""The public ops: causal attention of whole sequences, grouped heads, keys in parts, values narrower than keys."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.attention import reference, splash, xla
+from mlra_jax.ops.attention import mosaic_gpu, reference, splash, xla
+from mlra_jax.ops.attention.parts import Parts, heads_of, joined
 from mlra_jax.ops.dispatch import dispatch
 
 IMPLEMENTATIONS = {
-    "splash": splash.causal_attention,
-    "xla": xla.causal_attention,
-    "reference": reference.causal_attention,
+    "mosaic_gpu": mosaic_gpu.causal_attention,
+    "splash": joined(splash.causal_attention),
+    "xla": joined(xla.causal_attention),
+    "reference": joined(reference.causal_attention),
 }
-"""Best first; each takes what `reference.causal_attention` takes, or declines."""
+"""Best first; each takes what `causal_attention_parts` hands on, or declines."""
 
 
 def causal_attention(
@@ -55,13 +57,58 @@ def causal_attention(
         raise ValueError(
             f"q [B,T,N,H], k [B,S,K,H], v [B,S,K,V] with K dividing N expected; got {q.shape=}, {k.shape=}, {v.shape=}."
         )
-    return dispatch(
-        "causal_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k,
-        v,
-        scale=scale,
-        q_start=q_start,
+    b, t, n, h = q.shape
+    heads = k.shape[2]
+    parts = [(q.reshape(b, t, heads, n // heads, h), k)]
+    keywords = {"scale": scale, "q_start": q_start}
+    return dispatch("causal_attention", IMPLEMENTATIONS, implementation, parts, v, **keywords).reshape(
+        b, t, n, -1
     )
+
+
+def causal_attention_parts(
+    parts: Parts,
+    v: Float[Array, "B S L V"] | None,
+    *,
+    scale: float,
+    q_start: Int[Array, ""] | int = 0,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "B T L M V"]:
+    """Causal attention whose scores are a sum over parts of the key, each with its own queries.
+
+    So a rotary key that all heads share, or queries that all latent heads share, are given once; and values that are
+    part of the key, as latents are, not again.
+
+    Args:
+      parts: pairs of queries [B, T, heads, M, W] and keys [B, S, heads, W]. Of L heads, head l reads entry l mod
+        `heads`, so that the heads of queries and keys divide L.
+      v: values; None: the keys of the first part, which has L heads then.
+      scale: multiplies the scores.
+      q_start: position of the first query, see `causal_attention`.
+      implementation: see `causal_attention`.
+
+    Returns:
+      The attention output in the type of the queries.
+
+    Raises:
+      ValueError: shapes that do not belong together.
+      NotImplementedError: the named implementation does not take these arguments.
+    """
+    heads = heads_of(parts, v)
+    b, t, _, m, _ = parts[0][0].shape
+    s = parts[0][1].shape[1]
+    for i, (q, k) in enumerate(parts):
+        if (
+            q.shape != (b, t, q.shape[2], m, k.shape[-1])
+            or k.shape[:2] != (b, s)
+            or heads % q.shape[2]
+            or heads % k.shape[2]
+        ):
+            raise ValueError(
+                f"Part {i}: queries [B={b},T={t},heads,M={m},W] and keys [B={b},S={s},heads,W] expected, heads "
+                f"dividing L={heads}; got {q.shape=}, {k.shape=}."
+            )
+    if v is not None and v.shape[:2] != (b, s):
+        raise ValueError(f"Values [B={b},S={s},L,V] expected; got {v.shape=}.")
+    keywords = {"scale": scale, "q_start": q_start}
+    return dispatch("causal_attention", IMPLEMENTATIONS, implementation, parts, v, **keywords)

@@ -67,7 +67,8 @@ class Shape:
     @classmethod
     def of(cls, parts: Parts, v: jax.Array | None, page_table: jax.Array | None) -> Shape:
         """The sizes of a call in the token-major layout."""
-        (b, t, heads, m, _), keys = parts[0][0].shape, [k for _, k in parts]
+        (b, t, _, m, _), keys = parts[0][0].shape, [k for _, k in parts]
+        heads = (keys[0] if v is None else v).shape[1]
         return cls(
             batch=b,
             q_len=t,

@@ -126,7 +126,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     bounds_ref = take(shape.q_len > 1)
     row_len_ref = take(shape.q_len > 1)  # int32 [B, rows]
     pages_ref = take(shape.row_pages is not None)  # int32 [B, N]
-    q_refs = [take() for _ in shape.widths]  # [B, L, rows, W]
+    q_refs = [take() for _ in shape.widths]  # [B, L or a divisor of it, rows, W]: head l reads l modulo that
     k_refs = [take() for _ in shape.widths]  # [P, L or 1, S, W]
     v_ref = take(not shape.latent)  # [P, L, S, V]
     out_ref, lse_ref = (
@@ -145,7 +145,8 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     )
     tiles = config.tiles(shape)
     g, i, wg = lax.axis_index("tile"), lax.axis_index("share"), lax.axis_index("wg")
-    head, tile = lax.div(g, tiles), lax.rem(g, tiles)
+    # Later rows may see more: the longest programs come first.
+    head, tile = lax.div(g, tiles), tiles - 1 - lax.rem(g, tiles)
     columns = shape.v_width // value_groups
     # A warpgroup multiplies weights of its own from registers. The interpreter knows shared memory alone.
     from_registers = value_groups == 1 and not interpret
@@ -246,7 +247,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
             seen: Any = None
             if leads:
                 for q_ref, smem in zip(q_refs, q_smem, strict=True):
-                    source = q_ref.at[b, head, pl.ds(row0, rows)]
+                    source = q_ref.at[b, lax.rem(head, q_ref.shape[1]), pl.ds(row0, rows)]
                     plgpu.copy_gmem_to_smem(source, smem.at[row_group, pl.ds(0, rows)], q_full.at[row_group])
                 plgpu.barrier_wait(q_full.at[row_group])
                 seen = longest_ref[b]
@@ -454,7 +455,7 @@ def attend(
     kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
 
     def by_head(q_BTLMW: jax.Array) -> jax.Array:
-        q = q_BTLMW.transpose(0, 2, 1, 3, 4).reshape(b, heads, r, -1)
+        q = q_BTLMW.transpose(0, 2, 1, 3, 4).reshape(b, q_BTLMW.shape[2], r, -1)
         return jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - r), (0, 0)))
 
     kv_len = kv_len.astype(jnp.int32)
