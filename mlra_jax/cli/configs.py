@@ -1,7 +1,8 @@
 """Finds and loads configuration files, and parses `CONFIG [--field VALUE ...]`.
 
 A configuration file is Python: it defines `get_config() -> TrainConfig`, and may import its neighbours relatively
-(`from ._paper import paper_config`). Files whose names start with an underscore are such neighbours only.
+(`from ._paper import paper_config`). Files whose names start with an underscore are such neighbours only. Or it is the
+`config.json` that each run's folder holds: the run's configuration, everything resolved.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import difflib
 import importlib
 import importlib.util
 import itertools
+import json
 import re
 import sys
 import traceback
@@ -22,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from mlra_jax import config as config_module
-from mlra_jax.config import ConfigError, TrainConfig
+from mlra_jax.config import ConfigError, TrainConfig, from_dict
 
 _serial = itertools.count()
 
@@ -43,7 +45,7 @@ def config_names() -> list[str]:
 
 def _find(path_or_name: str) -> Path:
     given = Path(path_or_name)
-    is_name = given.parent == Path() and given.suffix != ".py"
+    is_name = given.parent == Path() and given.suffix not in (".py", ".json")
     places = [folder / f"{given}.py" for folder in config_folders()] if is_name else [given]
     for place in places:
         if place.is_file():
@@ -53,8 +55,8 @@ def _find(path_or_name: str) -> Path:
     hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
         [
-            f"No configuration {path_or_name}; {hint}Give the path of a Python file that defines get_config(), "
-            f"or one of: {', '.join(names)}."
+            f"No configuration {path_or_name}; {hint}Give the path of a Python file that defines get_config() or of a "
+            f"run's config.json, or one of: {', '.join(names)}."
         ]
     )
 
@@ -106,12 +108,18 @@ def load_config(path_or_name: str) -> TrainConfig:
     """The configuration that the `get_config()` of a file returns; not yet validated, since overrides may follow.
 
     Args:
-      path_or_name: path of a `.py` file, or a bare name such as `tiny`, looked up in `config_folders()`.
+      path_or_name: path of a `.py` file or of a run's `config.json`, or a bare name such as `tiny`, looked up in
+        `config_folders()`.
 
     Raises:
       ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`.
     """
     path = _find(path_or_name)
+    if path.suffix == ".json":
+        try:
+            return from_dict(json.loads(path.read_text()))
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
     if path.suffix != ".py":
         raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
     with _explaining(path):
@@ -160,10 +168,10 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
         default=default,
         prog=f"{prog} {chosen}",
         description=(
-            "Trains a model. CONFIG is the path of a Python file that defines get_config(), or one of: "
-            f"{names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to the "
-            "command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator HOST:PORT, "
-            "--distributed.processes N and --distributed.process_id I."
+            "Trains a model. CONFIG is the path of a Python file that defines get_config() or of a run's config.json, "
+            f"or one of: {names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to "
+            "the command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator "
+            "HOST:PORT, --distributed.processes N and --distributed.process_id I."
         ),
         use_underscores=True,
     )

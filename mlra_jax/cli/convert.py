@@ -5,45 +5,44 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import jax
 import numpy as np
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
 from mlra_jax.cli import command
-from mlra_jax.config import DataConfig, TrainConfig
+from mlra_jax.config import ConfigError, DataConfig, TrainConfig
 from mlra_jax.convert import (
     LazyTensor,
+    lazy_params_from_official,
     model_config_from_official,
     official_from_model_config,
     official_from_params,
-    open_safetensors,
-    params_from_official,
-    write_safetensors,
+    open_weights,
+    write_weights,
 )
-from mlra_jax.models import Transformer
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training import checkpoints
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class FromOfficialArgs:
     """Makes a checkpoint, without optimizer state, from the weights of an official PyTorch model.
 
-    Weights are read tensor by tensor; the checkpoint appears when it is complete.
+    Weights are read tensor by tensor (PyTorch is not needed, and nothing in the files is run); the checkpoint appears
+    when it is complete.
     """
 
     weights: tyro.conf.Positional[str]
-    """A .safetensors file, or a folder of them, with the official names."""
+    """The model's folder, with config.json and pytorch_model*.bin or *.safetensors files; or one file of weights."""
     out: str
     """Folder (or bucket URL) to make: what decode.py takes as --checkpoint."""
     config: str = ""
@@ -58,7 +57,8 @@ class FromOfficialArgs:
 class ToOfficialArgs:
     """Writes the parameters of a checkpoint as the weights of an official PyTorch model.
 
-    OUT gets model.safetensors and config.json, and appears when both are complete.
+    OUT gets model.safetensors (several files and an index if it would be larger than --max-file-gb) and config.json,
+    and appears when all are complete.
     """
 
     checkpoint: tyro.conf.Positional[str]
@@ -69,22 +69,15 @@ class ToOfficialArgs:
     """Step of the checkpoint; None: the latest."""
     with_head: bool = False
     """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
+    max_file_gb: float = 5.0
+    """Size in GB (10^9 bytes) above which the weights are cut into several files."""
 
 
-def _progress(tensors: Mapping[str, LazyTensor], verb: str) -> tuple[dict[str, LazyTensor], tqdm]:
-    """The same tensors, and a bar that counts the bytes of those read."""
-    size = lambda t: int(np.prod(t.shape)) * t.dtype.itemsize
-    bar = tqdm(total=sum(map(size, tensors.values())), unit="B", unit_scale=True, desc=verb, disable=None)
-
-    def counted(tensor: LazyTensor) -> LazyTensor:
-        def read() -> np.ndarray:
-            values = np.asarray(tensor)
-            bar.update(size(tensor))
-            return values
-
-        return dataclasses.replace(tensor, read=read)
-
-    return {name: counted(tensor) for name, tensor in tensors.items()}, bar
+@contextlib.contextmanager
+def _progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
+    """A bar of `total` bytes, on a terminal; what it gives is called with the bytes that are done."""
+    with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as bar:
+        yield bar.update
 
 
 def _read_json(path: Path) -> dict:
@@ -99,25 +92,38 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _check_new_run(out: str) -> None:
+    """Refuses a folder that holds a checkpoint, or whose storage cannot be used."""
+    check_storage(out, RUN_PROTOCOLS)
+    with contextlib.suppress(checkpoints.CheckpointError):
+        raise FileExistsError(f"{checkpoints.find_step(out)} exists; name another --out, or remove it.")
+
+
+def _save(out: str, params: dict, config: TrainConfig) -> None:
+    """Writes a run's step 0 with a bar, and prints where."""
+    with _progress(sum(x.nbytes for x in jax.tree.leaves(params)), "writing") as progress:
+        checkpoints.save_params(out, params, config, progress)
+    print(out)
+
+
+def _run_of(out: str, config: TrainConfig) -> TrainConfig:
+    """The configuration of a run in `out`; `train.py OUT/config.json` trains there."""
+    folder = out if is_remote(out) else str(Path(out).expanduser().absolute())
+    return dataclasses.replace(config, name=folder.rstrip("/").split("/")[-1], out=folder)
+
+
 def from_official(args: FromOfficialArgs) -> None:
     """See `FromOfficialArgs`."""
     weights = Path(args.weights).expanduser()
-    tensors = open_safetensors(weights)
+    _check_new_run(args.out)
+    tensors = open_weights(weights)
     beside = (weights if weights.is_dir() else weights.parent) / CONFIG_FILE
     official = _read_json(Path(args.config).expanduser() if args.config else beside)
     model = model_config_from_official(official, args.model_type or None)
-    seq_len = official.get("block_size", DataConfig().seq_len)
-    config = TrainConfig(
-        name=Path(args.out).name, model=model, data=DataConfig(tokenizer=args.tokenizer, seq_len=seq_len)
-    )
+    data = DataConfig(tokenizer=args.tokenizer, seq_len=official.get("block_size", DataConfig().seq_len))
+    config = _run_of(args.out, TrainConfig(model=model, data=data))
     config.validate()
-    with contextlib.suppress(checkpoints.CheckpointError):
-        raise FileExistsError(f"{checkpoints.find_step(args.out)} exists; name another --out, or remove it.")
-    tensors, bar = _progress(tensors, "reading")
-    with bar:
-        params = params_from_official(tensors, model)
-    checkpoints.save_params(args.out, params, config)
-    print(args.out)
+    _save(args.out, lazy_params_from_official(tensors, model), config)
 
 
 def to_official(args: ToOfficialArgs) -> None:
@@ -125,20 +131,28 @@ def to_official(args: ToOfficialArgs) -> None:
     out = Path(args.out).expanduser().absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists; name another --out, or remove it.")
+    if not args.max_file_gb > 0:
+        raise ConfigError([f"--max-file-gb {args.max_file_gb:g} must be positive."])
     config = checkpoints.load_config(args.checkpoint, args.step)
     official = official_from_model_config(config.model, block_size=config.data.seq_len)
-    host = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = nnx.state(nnx.eval_shape(lambda: Transformer(config.model, rngs=nnx.Rngs(0))), nnx.Param)
-    on_host = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
-    params = checkpoints.load_params(
-        args.checkpoint, jax.tree.map(on_host, nnx.to_pure_dict(state)), args.step
-    )
-    tensors, bar = _progress(official_from_params(params, config.model, with_head=args.with_head), "writing")
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    params = checkpoints.lazy_params(args.checkpoint, args.step)
+    tensors = official_from_params(params, config.model, with_head=args.with_head)
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
     unfinished.mkdir(parents=True)
     try:
-        with bar:
-            write_safetensors(unfinished / WEIGHTS_FILE, tensors)
+        with _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress:
+
+            def counted(tensor: LazyTensor) -> LazyTensor:
+                def read() -> np.ndarray:
+                    values = np.asarray(tensor)
+                    progress(tensor.nbytes)
+                    return values
+
+                return dataclasses.replace(tensor, read=read)
+
+            counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
+            write_weights(unfinished, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
         (unfinished / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
         unfinished.rename(out)
     finally:

@@ -1,25 +1,34 @@
 """The paper's PyTorch weights, in and out.
 
-`official.py` says which official tensor is which part of which parameter; `files.py` reads and writes tensors one at a
-time. Both directions exchange a mapping from official names to tensors that need not be in memory.
+`official.py` says which official tensor is which part of which parameter; `files.py` and `torch_files.py` read and
+write tensors one at a time. Both directions exchange a mapping from official names to tensors that need not be in
+memory.
 """
 
-from mlra_jax.convert.files import LazyTensor, open_safetensors, write_safetensors
+from mlra_jax.convert.files import open_safetensors, open_weights, write_safetensors, write_weights
 from mlra_jax.convert.official import (
     ConvertError,
+    lazy_params_from_official,
     model_config_from_official,
     official_from_model_config,
     official_from_params,
     params_from_official,
 )
+from mlra_jax.convert.torch_files import open_torch
+from mlra_jax.lazy import LazyStack, LazyTensor
 
 __all__ = [
     "ConvertError",
+    "LazyStack",
     "LazyTensor",
+    "lazy_params_from_official",
     "model_config_from_official",
     "official_from_model_config",
     "official_from_params",
     "open_safetensors",
+    "open_torch",
+    "open_weights",
     "params_from_official",
     "write_safetensors",
+    "write_weights",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from mlra_jax.convert.torch_files import open_torch
+from mlra_jax.lazy import LazyTensor, Tensor
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -23,60 +25,99 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-
-class Tensor(Protocol):
-    """Anything with a shape and a type that `np.asarray` takes: an array, or a `LazyTensor`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
+SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+_TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class LazyTensor:
-    """A tensor whose shape and type are known, and whose values are made when asked for by `np.asarray`."""
+def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of a file of weights, or of a model's folder, by name; none is read yet.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    Args:
+      path: a safetensors file, or one that `torch.save` wrote; or a folder with either kind, in one file or several:
+        those that `model.safetensors.index.json` or `pytorch_model.bin.index.json` lists, without one all
+        `*.safetensors`, else all `pytorch_model*.bin`. The files must stay in place while tensors are read.
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.read(), dtype=dtype)
+    Raises:
+      FileNotFoundError: there is no such file, or none in the folder, or one that the index lists is missing.
+      ValueError: a file cannot be read (see `open_torch`), or holds numbers that are not floating point; two files hold
+        the same name; or the files hold other tensors than the index lists.
+    """
+    path = Path(path).expanduser()
+    files, listed = _weight_files(path)
+    tensors: dict[str, LazyTensor] = {}
+    found: dict[str, str] = {}
+    for file in files:
+        is_safetensors = file.suffix == ".safetensors"
+        for name, tensor in (open_safetensors if is_safetensors else open_torch)(file).items():
+            if name in tensors:
+                raise ValueError(f"{file} holds {name}, which another file in {path} holds too.")
+            if tensor.dtype not in _NAMES:
+                raise ValueError(
+                    f"{file}: {name} is of type {tensor.dtype}; expected one of {', '.join(map(str, _NAMES))}."
+                )
+            tensors[name], found[name] = tensor, file.name
+    if listed is not None and listed != found:
+        wrong = sorted(name for name in {**listed, **found} if listed.get(name) != found.get(name))
+        raise ValueError(
+            f"The files in {path} do not hold what its index lists:\n  - "
+            + "\n  - ".join(
+                f"{name}: listed in {listed.get(name, 'no file')}, found in {found.get(name, 'none')}"
+                for name in wrong
+            )
+        )
+    return tensors
+
+
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files to read, and what the index says about which tensor is in which of them."""
+    if not path.is_dir():
+        return [path], None
+    for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
+        if (path / index).is_file():
+            try:
+                listed = json.loads((path / index).read_text())["weight_map"]
+                names = sorted(set(listed.values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{path / index} is not an index of weights: it has no weight_map."
+                ) from error
+            missing = [name for name in names if not (path / name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{path} lacks files that {index} lists: {', '.join(missing)}.")
+            return [path / name for name in names], listed
+        if files := sorted(path.glob(pattern)):
+            return files, None
+    raise FileNotFoundError(f"No *.safetensors and no pytorch_model*.bin file in the folder {path}.")
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, or of all `*.safetensors` files in a folder, by name; none is read yet.
-
-    Args:
-      path: file or folder. The files must stay in place while tensors are read.
+    """The tensors of a safetensors file, by name; none is read yet.
 
     Raises:
-      FileNotFoundError: there is no such file, or none in the folder.
-      ValueError: a file is not a whole safetensors file, or holds numbers that are not floating point, or two files
-        hold the same name.
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a whole safetensors file, or holds numbers that are not floating point.
     """
     path = Path(path).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        what = f"No *.safetensors file in the folder {path}" if path.is_dir() else f"No file {path}"
-        raise FileNotFoundError(f"{what}; the weights must be in the safetensors format.")
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {path}.")
+
+    def read(name: str) -> np.ndarray:
+        with safe_open(path, framework="np") as file:  # anew, so that no more than this tensor is mapped
+            return file.get_tensor(name)
+
     tensors: dict[str, LazyTensor] = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="np")
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}.") from error
-        for name in handle.keys():  # noqa: SIM118 - not a dictionary
-            entry = handle.get_slice(name)
-            shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
-            if name in tensors:
-                raise ValueError(f"{file} holds {name}, which another file in {path} holds too.")
-            if dtype not in _DTYPES:
-                raise ValueError(f"{file}: {name} is of type {dtype}; expected one of {', '.join(_DTYPES)}.")
-            read = functools.partial(handle.get_tensor, name)
-            tensors[name] = LazyTensor(shape, _DTYPES[dtype], read)
+    try:
+        with safe_open(path, framework="np") as file:
+            entries = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+            for name, entry in entries.items():
+                shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
+                if dtype not in _DTYPES:
+                    raise ValueError(
+                        f"{path}: {name} is of type {dtype}; expected one of {', '.join(_DTYPES)}."
+                    )
+                tensors[name] = LazyTensor(shape, _DTYPES[dtype], functools.partial(read, name))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
     return tensors
 
 
@@ -109,3 +150,37 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_weights(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, max_file_bytes: int
+) -> None:
+    """Writes tensors to a folder as Hugging Face libraries expect them, reading them one at a time.
+
+    One file `model.safetensors`; or, if that would be larger than `max_file_bytes`, several
+    `model-00001-of-0000N.safetensors`, none larger unless a single tensor is, and an index.
+
+    Args:
+      folder: exists.
+      tensors: see `write_safetensors`.
+      max_file_bytes: of the tensors in one file.
+    """
+    folder = Path(folder)
+    size = lambda t: math.prod(t.shape) * np.dtype(t.dtype).itemsize
+    files: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if files[-1] and filled + size(tensor) > max_file_bytes:
+            files.append({})
+            filled = 0
+        files[-1][name] = tensor
+        filled += size(tensor)
+    if len(files) == 1:
+        return write_safetensors(folder / SAFETENSORS_FILE, tensors)
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(files):
+        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        write_safetensors(folder / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(map(size, tensors.values()))}, "weight_map": weight_map}
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(index, indent=2) + "\n")

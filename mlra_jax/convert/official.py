@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -26,7 +28,7 @@ from mlra_jax.config import (
     TensorProductAttentionConfig,
     TiedAttentionConfig,
 )
-from mlra_jax.convert.files import LazyTensor, Tensor
+from mlra_jax.lazy import LazyStack, LazyTensor, Tensor
 
 
 class ConvertError(ValueError):
@@ -429,6 +431,57 @@ def _check(what: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[st
 _TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
+def lazy_params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """Our parameters of an official model, none made yet; those of the layers as `LazyStack`s.
+
+    Making a parameter, or one layer of it, reads the tensors that it comes from, one at a time (a tensor that is parts
+    of two parameters is read for each). Only the output matrix, if there is one, is read here, to compare it.
+
+    Args:
+      tensors: see `params_from_official`.
+      config: see `params_from_official`.
+
+    Raises:
+      ConvertError, ConfigError: see `params_from_official`.
+    """
+    official = _official_tensors(config)
+    expected = {name: t.shape for name, t in official.items()}
+    if _HEAD in tensors:
+        expected[_HEAD] = expected[_TABLE]
+    _check("tensors", {name: tuple(t.shape) for name, t in tensors.items()}, expected)
+    if _HEAD in tensors and _digest(tensors[_HEAD]) != _digest(tensors[_TABLE]):
+        raise ConvertError(f"{_HEAD} differs from {_TABLE}; these models use one matrix for both.")
+
+    sizes, dtype = _sizes(config), np.dtype(config.param_dtype)
+    sources: dict[tuple[str, int | None], list[tuple[str, Part]]] = {}
+    for name, tensor in official.items():
+        for part in tensor.parts:
+            sources.setdefault((part.path, tensor.layer), []).append((name, part))
+
+    def make(path: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        for name, part in sources[path, layer]:
+            theirs, ours = _views(np.asarray(tensors[name]), array, part, sizes)
+            ours[...] = theirs
+        return array
+
+    def lazy(path: str, layer: int | None, shape: tuple[int, ...]) -> LazyTensor:
+        return LazyTensor(shape, dtype, functools.partial(make, path, layer, shape))
+
+    flat: dict[str, LazyTensor | LazyStack] = {}
+    for path, shape in _our_shapes(config).items():
+        if (path, None) in sources:
+            flat[path] = lazy(path, None, shape)
+        else:
+            flat[path] = LazyStack(tuple(lazy(path, i, shape[1:]) for i in range(config.n_layers)))
+    return nnx.traversals.unflatten_mapping(flat, sep=".")
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Of the values, so that two tensors can be compared with one in memory."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(tensor)).view(np.uint8).data).digest()
+
+
 def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
     """Our parameters of an official model.
 
@@ -446,22 +499,7 @@ def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> 
       ConvertError: tensors are missing, unknown or of another shape, all listed; or the output matrix is not tied.
       ConfigError: there is no official model with this attention.
     """
-    official = _official_tensors(config)
-    expected = {name: t.shape for name, t in official.items()}
-    if _HEAD in tensors:
-        expected[_HEAD] = expected[_TABLE]
-    _check("tensors", {name: tuple(t.shape) for name, t in tensors.items()}, expected)
-    if _HEAD in tensors and np.asarray(tensors[_HEAD]).tobytes() != np.asarray(tensors[_TABLE]).tobytes():
-        raise ConvertError(f"{_HEAD} differs from {_TABLE}; these models use one matrix for both.")
-
-    flat = {path: np.empty(shape, config.param_dtype) for path, shape in _our_shapes(config).items()}
-    sizes = _sizes(config)
-    for name, tensor in official.items():
-        values = np.asarray(tensors[name])
-        for part in tensor.parts:
-            theirs, ours = _views(values, tensor.of(flat[part.path]), part, sizes)
-            ours[...] = theirs
-    return nnx.traversals.unflatten_mapping(flat, sep=".")
+    return jax.tree.map(np.asarray, lazy_params_from_official(tensors, config))
 
 
 def official_from_params(
@@ -469,10 +507,12 @@ def official_from_params(
 ) -> dict[str, LazyTensor]:
     """The official tensors of a model of ours, by name, in the type of the parameters.
 
-    Each is made when `np.asarray` asks for it, so a big model need not be in memory twice.
+    Each is made when `np.asarray` asks for it, so a big model need not be in memory twice. They come parameter by
+    parameter, so that of lazy parameters no more than two are needed at a time.
 
     Args:
-      params: nested dictionary of arrays in the training layout; gradients have the same names and shapes.
+      params: nested dictionary, in the training layout, of arrays, `LazyTensor`s or `LazyStack`s; gradients have the
+        same names and shapes.
       config: of the model.
       with_head: list the token matrix a second time as `lm_head.weight`, as the official checkpoints do.
 

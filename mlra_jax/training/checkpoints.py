@@ -11,15 +11,20 @@ knows no mesh, and each process reads just what its own devices hold.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlra_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
+from mlra_jax.lazy import LazyStack, LazyTensor
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training.step import TrainState
 
@@ -254,22 +259,124 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(run_dir: epath.PathLike, params: Any, config: TrainConfig) -> None:
+_CHUNK_BYTES = 64 * 2**20
+"""Lazy arrays larger than this are written in chunks: a stack layer by layer."""
+
+
+class _LazyHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `LazyTensor`s and `LazyStack`s into the format of arrays, one after the other and layer by layer.
+
+    So no more than one layer of a large stack is in memory. (Should Orbax rename the functions overridden here, arrays
+    would be written whole.)
+    """
+
+    def __init__(self, progress: Callable[[int], Any]):
+        super().__init__(deepcopy_host_arrays=False)
+        self._progress = progress
+
+    async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+        for value, info, arg in zip(values, infos, args, strict=True):
+            await super()._background_serialize([value], [info], [arg])
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
+        store = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+        by_layer = isinstance(value, LazyStack) and value.nbytes > _CHUNK_BYTES
+        places = [(store[i], layer) for i, layer in enumerate(value.layers)] if by_layer else [(store, value)]
+        for place, tensor in places:
+            await place.write(np.asarray(tensor))
+            self._progress(tensor.nbytes)
+
+
+def save_params(
+    run_dir: epath.PathLike, params: Any, config: TrainConfig, progress: Callable[[int], Any] = lambda n: None
+) -> None:
     """Writes step 0 of a run with parameters and configuration alone; decoding reads it like any other.
+
+    The step's folder appears when it is complete.
 
     Args:
       run_dir: must hold no checkpoint yet.
-      params: nested dictionary of JAX or NumPy arrays, in the training layout.
-      config: stored as JSON.
+      params: nested dictionary, in the training layout, of JAX or NumPy arrays; or of `LazyTensor`s and `LazyStack`s,
+        which are made one at a time, large stacks layer by layer.
+      config: stored as JSON, in the checkpoint and as `config.json` of the run.
+      progress: called with the number of bytes of each lazy array, or layer of one, that is written.
     """
-    options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True)
-    with ocp.CheckpointManager(_absolute(run_dir) / FOLDER, options=options) as manager:
+    lazy = _LazyHandler(progress)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (LazyTensor, lazy),
+        (LazyStack, lazy),
+        (np.ndarray, ocp.type_handlers.NumpyHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+    )
+
+    def chunks(x: Any) -> ocp.SaveArgs:
+        if not isinstance(x, LazyTensor | LazyStack) or x.nbytes <= _CHUNK_BYTES:
+            return ocp.SaveArgs()
+        if isinstance(x, LazyTensor):
+            return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        return ocp.SaveArgs(chunk_byte_size=x[0].nbytes, shard_axes=(0,))  # each chunk lies in one layer
+
+    run = _absolute(run_dir)
+    with ocp.CheckpointManager(
+        run / FOLDER,
+        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+        item_handlers={
+            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "config": ocp.JsonCheckpointHandler(),
+        },
+    ) as manager:
         manager.save(
             0,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), config=ocp.args.JsonSave(to_dict(config))
+                params=ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
+                config=ocp.args.JsonSave(to_dict(config)),
             ),
         )
+    write_config(run, config)
+
+
+def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
+    """Writes `config.json` of a run."""
+    (_absolute(run_dir) / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str, Any]:
+    """The parameters of a checkpoint, as they are stored, each read when it is asked for.
+
+    Returns:
+      Nested dictionary of `LazyTensor`s, and of `LazyStack`s under `layers`. The two parameters read last are kept, so
+      that going through the layers of one or two of them in turn reads each once.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    folder = find_step(checkpoint, step) / "params"
+    handler = ocp.PyTreeCheckpointHandler()
+    stored = handler.metadata(folder).tree
+
+    kept: dict[tuple[str, ...], np.ndarray] = {}
+
+    def read(path: tuple[str, ...]) -> np.ndarray:
+        if path in kept:
+            return kept[path]
+        for old in list(kept)[:-1]:  # before there is another one
+            del kept[old]
+        item: Any = np.zeros(())  # stands for the array
+        for key in reversed(path):
+            item = {key: item}
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+        kept[path] = jax.tree.leaves(handler.restore(folder, args=args))[0]
+        return kept[path]
+
+    def lazy(path: tuple[Any, ...], x: Any) -> LazyTensor | LazyStack:
+        keys, dtype = tuple(key.key for key in path), np.dtype(x.dtype)
+        if keys[0] != "layers":
+            return LazyTensor(tuple(x.shape), dtype, lambda: read(keys))
+        layer = lambda i: LazyTensor(tuple(x.shape[1:]), dtype, lambda: read(keys)[i])
+        return LazyStack(tuple(map(layer, range(x.shape[0]))))
+
+    return jax.tree_util.tree_map_with_path(lazy, stored)
 
 
 def state_bytes(abstract: Any) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import tempfile
@@ -16,12 +15,12 @@ import jax
 from etils import epath
 from jax.sharding import NamedSharding
 
-from mlra_jax.config import TrainConfig, to_dict
+from mlra_jax.config import TrainConfig
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
-from mlra_jax.training.checkpoints import Checkpoints, load_params
+from mlra_jax.training.checkpoints import Checkpoints, load_params, write_config
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
@@ -156,9 +155,7 @@ class _Monitor:
         self._steps = self._clipped = 0.0
 
         if writes:
-            (epath.Path(config.run_dir) / "config.json").write_text(
-                json.dumps(to_dict(config), indent=2) + "\n"
-            )
+            write_config(config.run_dir, config)
             verb = "Training" if changes is None else "Continuing"
             self._progress.say(
                 f"{verb} {config.name} in {config.run_dir} from step {start}: "

@@ -1,13 +1,22 @@
 """`mlra-convert`: official weights to a checkpoint and back."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.convert import main
-from mlra_jax.training.checkpoints import load_config
+from mlra_jax.config import ConfigError
+from mlra_jax.convert import open_weights
+from mlra_jax.training.checkpoints import Checkpoints, load_config
+from tests.convert.torch_writer import write_torch
 
 
 @pytest.fixture
@@ -43,6 +52,7 @@ def test_weights_become_a_checkpoint_and_come_back_with_the_same_bytes(official,
     before, after = load_file(official / "model.safetensors"), load_file(back / "model.safetensors")
     assert {k: v.tobytes() for k, v in after.items()} == {k: v.tobytes() for k, v in before.items()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "official", "run"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.json"]
 
     assert main(["to-official", str(run), "--out", str(tmp_path / "with_head"), "--with-head"]) == 0
     tied = load_file(tmp_path / "with_head" / "model.safetensors")
@@ -51,6 +61,86 @@ def test_weights_become_a_checkpoint_and_come_back_with_the_same_bytes(official,
     # Neither direction writes over what is there.
     assert "exists" in refusal(capsys, "from-official", official, "--out", run)
     assert "exists" in refusal(capsys, "to-official", run, "--out", back)
+
+
+def test_pytorch_files_in_several_parts_become_the_same_checkpoint_and_leave_in_several(official, tmp_path):
+    tensors = load_file(official / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    names = sorted(tensors)
+    files = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    (torch / "config.json").write_bytes((official / "config.json").read_bytes())
+    for file, part in files.items():
+        write_torch(torch / file, {name: tensors[name] for name in part})
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (torch / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+    assert main(["from-official", str(torch), "--out", str(tmp_path / "run")]) == 0
+    back = ["to-official", str(tmp_path / "run"), "--out", str(tmp_path / "back"), "--max-file-gb", "1e-4"]
+    assert main(back) == 0
+    read = open_weights(tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 2
+    assert {k: np.asarray(v).tobytes() for k, v in read.items()} == {
+        k: v.tobytes() for k, v in tensors.items() if k != "lm_head.weight"
+    }
+
+
+KILLED = """
+import os, signal, sys, contextlib
+from mlra_jax.cli import convert
+
+@contextlib.contextmanager
+def progress(total, verb):
+    done = 0
+    def update(n):
+        nonlocal done
+        done += n
+        if done > total / 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    yield update
+
+convert._progress = progress
+convert.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_made_again(
+    official, tmp_path, capsys, repository
+):
+    """Killed after half of the bytes; the second time as ever."""
+    run, back = tmp_path / "run", tmp_path / "back"
+    environment = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
+
+    def kill(*argv):
+        command = [sys.executable, "-c", KILLED, *map(str, argv)]
+        assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGKILL
+
+    kill("from-official", official, "--out", run)
+    assert any((run / "checkpoints").iterdir())
+    assert "No complete checkpoint" in refusal(capsys, "to-official", run, "--out", back)
+    assert main(["from-official", str(official), "--out", str(run)]) == 0
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["0"]
+
+    kill("to-official", run, "--out", back)
+    assert not back.exists()
+    assert main(["to-official", str(run), "--out", str(back)]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "official", "run"]
+
+
+def test_training_takes_a_converted_checkpoint_with_its_own_configuration(official, tmp_path):
+    run = tmp_path / "run"
+    assert main(["from-official", str(official), "--out", str(run), "--tokenizer", "byte"]) == 0
+    config = parse_train_args([str(run / "config.json"), "--steps", "2"], prog="train.py")
+    assert (config.run_dir, config.steps, config.data.seq_len) == (str(run), 2, 64)
+    with contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)) as checkpoints:
+        assert checkpoints.holds_parameters_alone()
+        assert checkpoints.check_config(config) == ["steps: 100001 -> 2"]
+    (run / "config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"config.json is not the config.json of a run"):
+        parse_train_args([str(run / "config.json")])
 
 
 def test_configuration_and_type_can_be_given_apart_from_the_weights(official, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from flax import nnx
 from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
 from mlra_jax.convert import (
     ConvertError,
+    lazy_params_from_official,
     model_config_from_official,
     official_from_model_config,
     official_from_params,
@@ -175,15 +177,30 @@ def test_output_matrix_is_taken_if_it_is_the_token_matrix_and_written_if_asked(p
         params_from_official(tensors | {"lm_head.weight": np.zeros(3, np.float32)}, config)
 
 
-def test_tensors_are_read_one_at_a_time_and_only_once(parity):
+def test_lazy_parameters_are_made_layer_by_layer_from_their_own_tensors(parity):
     config, tensors = parity("mlra_4")
     reads = []
 
     def counted(name, tensor):
         return dataclasses.replace(tensor, read=lambda: (reads.append(name), tensor.read())[1])
 
-    params_from_official({name: counted(name, t) for name, t in tensors.items()}, config)
-    assert sorted(reads) == sorted(tensors)
+    lazy = lazy_params_from_official({name: counted(name, t) for name, t in tensors.items()}, config)
+    assert reads == []
+    eager = params_from_official(tensors, config)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(lazy) == shapes(eager)
+    np.testing.assert_array_equal(
+        np.asarray(lazy["layers"]["attention"]["w_uk"][1]), eager["layers"]["attention"]["w_uk"][1]
+    )
+    assert reads == ["transformer.h.1.attn.kv_b_proj"]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, lazy), eager)
+    # Once for each parameter that it is a part of.
+    assert Counter(reads)["transformer.h.0.attn.kv_b_proj"] == 2
+    assert Counter(reads)["transformer.h.1.mlp.c_fc1.weight"] == 1
+    # Lazy parameters go out as well.
+    again = official_from_params(lazy, config)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(np.asarray(again[name]), np.asarray(tensor), err_msg=name)
 
 
 def test_parameters_are_converted_to_their_configured_type(parity):

@@ -1,26 +1,33 @@
 """What is saved comes back bit for bit, on any mesh; what does not fit is named."""
 
 import dataclasses
+import json
 import shutil
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 
-from mlra_jax.config import CheckpointConfig, GroupedAttentionConfig
+from mlra_jax.config import CheckpointConfig, GroupedAttentionConfig, TrainConfig, to_dict
 from mlra_jax.data.pipeline import TrainBatches
+from mlra_jax.lazy import LazyStack, LazyTensor
 from mlra_jax.sharding import TRAIN_RULES
 from mlra_jax.storage import StorageError
+from mlra_jax.training import checkpoints
 from mlra_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
     config_differences,
     find_step,
+    lazy_params,
     load_config,
     load_params,
+    save_params,
 )
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -203,3 +210,42 @@ def test_saving_a_step_twice_is_harmless(trained, mesh_of):
     checkpoints.close()
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), states[5].params)
     assert same(load_params(config.run_dir, abstract), states[5].params)
+
+
+def test_lazy_parameters_are_written_layer_by_layer_and_read_stack_by_stack(tmp_path, monkeypatch):
+    alive = []
+
+    def layer(i):
+        array = np.full((64, 128), i, np.float32)
+        alive.append(i)
+        most.append(len(alive))
+        weakref.finalize(array, alive.remove, i)
+        return array
+
+    most, written = [], []
+    lazy = lambda i: LazyTensor((64, 128), np.dtype(np.float32), lambda: layer(i))
+    stack, table = LazyStack(tuple(map(lazy, range(40)))), lazy(40)
+    params = {"layers": {"w": stack, "v": np.ones((40, 3), np.float32)}, "table": table}
+    monkeypatch.setattr(checkpoints, "_CHUNK_BYTES", 2**16)
+    save_params(tmp_path, params, TrainConfig(), written.append)
+    assert max(most) <= 2  # the one being written, and the next
+    assert (sum(written), len(written)) == (41 * 64 * 128 * 4, 41)
+    assert json.loads((tmp_path / "config.json").read_text()) == to_dict(TrainConfig())
+
+    read = lazy_params(tmp_path)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(read) == shapes(params)
+    loads = []
+    restore = ocp.PyTreeCheckpointHandler.restore
+    monkeypatch.setattr(
+        ocp.PyTreeCheckpointHandler, "restore", lambda *a, **k: (loads.append(1), restore(*a, **k))[1]
+    )
+    for i in range(40):  # two stacks in turn
+        np.testing.assert_array_equal(np.asarray(read["layers"]["w"][i]), np.full((64, 128), i))
+        np.testing.assert_array_equal(np.asarray(read["layers"]["v"][i]), np.ones(3))
+    assert len(loads) == 2
+    np.testing.assert_array_equal(np.asarray(read["table"]), np.full((64, 128), 40))
+    # And as any other checkpoint is read.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params)
+    assert same(load_params(tmp_path, abstract), jax.tree.map(np.asarray, params))

@@ -1,0 +1,179 @@
+"""State dicts that `torch.save` wrote, read without PyTorch and without running anything that is in them.
+
+Such a file is a zip archive: `NAME/data.pkl` is a pickle of the dictionary in which each tensor is a call of a function
+that rebuilds it (storage, offset, size, stride), and `NAME/data/KEY` are the storages' bytes, not compressed. A pickle
+may ask for any function of any module; here it gets the ones below, which only describe tensors, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jax.numpy as jnp
+import numpy as np
+
+from mlra_jax.lazy import LazyTensor
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": jnp.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+# What the pickle handles are tuples, so that a crafted one can change none of them.
+
+
+class _StorageType(NamedTuple):
+    dtype: np.dtype
+
+
+class _Storage(NamedTuple):
+    """Where in the file a storage's bytes lie."""
+
+    start: int
+    size: int  # elements
+    dtype: np.dtype
+
+
+class _Function(NamedTuple):
+    call: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the names that state dicts need, and refuses all others."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
+        self._path, self._archive, self._root = path, archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch" and name in _STORAGES:
+            return _StorageType(np.dtype(_STORAGES[name]))
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return _Function(self._tensor)
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return _Function(lambda tensor, *_: tensor)
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, which plain tensors do not need and which was not run"
+        )
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _, size = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError(f"it refers to a {kind}")
+        entry = self._archive.getinfo(f"{self._root}/data/{key}")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"its entry {entry.filename} is compressed")
+        if size * storage_type.dtype.itemsize > entry.file_size:
+            raise pickle.UnpicklingError(f"its entry {entry.filename} is shorter than its tensors")
+        return _Storage(self._start(entry), size, storage_type.dtype)
+
+    def _start(self, entry: zipfile.ZipInfo) -> int:
+        """The first byte of an entry's content: behind its local header, whose last two parts have any length."""
+        with self._path.open("rb") as file:
+            file.seek(entry.header_offset)
+            header = file.read(30)
+        return (
+            entry.header_offset
+            + 30
+            + int.from_bytes(header[26:28], "little")
+            + int.from_bytes(header[28:30], "little")
+        )
+
+    def _tensor(self, storage: Any, offset: int, shape: Any, strides: Any, *_: Any) -> LazyTensor:
+        shape, strides = tuple(shape), tuple(strides)
+        last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        legal = all(type(n) is int and n >= 0 for n in (offset, *shape, *strides))
+        if not legal or not isinstance(storage, _Storage) or (math.prod(shape) > 0 and last >= storage.size):
+            raise pickle.UnpicklingError(
+                f"a tensor of shape {shape}, strides {strides} and offset {offset} does not lie in its storage"
+            )
+        start = storage.start + offset * storage.dtype.itemsize
+        count = last - offset + 1 if math.prod(shape) else 0
+        read = functools.partial(_read, self._path, storage.dtype, start, count, shape, strides)
+        return LazyTensor(shape, storage.dtype, read)
+
+
+def _read(
+    path: Path, dtype: np.dtype, start: int, count: int, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> np.ndarray:
+    """The tensor whose elements lie, with these strides, among `count` in the file from byte `start` on."""
+    if count == 0:
+        return np.empty(shape, dtype)
+    flat = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=start).view(dtype)
+    if flat.size != count:
+        raise ValueError(f"{path} has become shorter while it was read.")
+    return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])
+
+
+def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
+    """The tensors of a state dict that `torch.save` wrote, by name; none is read yet.
+
+    Args:
+      path: of a `.bin`, `.pt` or `.pth` file in the zip format (PyTorch 1.6 and later). It must stay in place while
+        tensors are read.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is not a whole file in this format, or it holds something other than named tensors, or asks for
+        code to be run (what it asks for is named, and is not run).
+    """
+    path = Path(path).expanduser()
+
+    def refuse(why: str, cause: Exception | None = None) -> NoReturn:
+        raise ValueError(f"{path} {why}") from cause
+
+    if not path.is_file():
+        raise FileNotFoundError(f"No file {path}.")
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            if file.read(2) == b"PK":
+                refuse("is cut: the end of the file is missing.")
+        refuse(
+            "is not in the zip format that torch.save has written since PyTorch 1.6; load it and save it again with a "
+            "newer PyTorch."
+        )
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        roots = [name.removesuffix("/data.pkl") for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1:
+            refuse("is a zip archive, but not one that torch.save wrote: it must hold one data.pkl.")
+        order = f"{roots[0]}/byteorder"
+        if order in names and archive.read(order) != b"little":
+            refuse("was saved on a big-endian machine, which cannot be read.")
+        try:
+            content = _Unpickler(path, archive, roots[0]).load()
+        except Exception as error:  # a pickle can fail in any way
+            refuse(f"cannot be read as weights: {error}.", error)
+    if not isinstance(content, dict):
+        what = "one tensor" if isinstance(content, LazyTensor) else f"a {type(content).__name__}"
+        refuse(f"holds {what}; it must hold a dictionary of tensors.")
+    others = [str(name) for name, value in content.items() if not isinstance(value, LazyTensor)]
+    if others:
+        refuse(
+            f"holds more than tensors ({', '.join(others[:5])}{', ...' if len(others) > 5 else ''}); save the model's "
+            "state_dict() alone."
+        )
+    return {str(name): value for name, value in content.items()}

@@ -1,0 +1,73 @@
+"""Arrays that are made when they are asked for, so that what is larger than memory can be passed around."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Tensor(Protocol):
+    """Anything with a shape and a type that `np.asarray` takes: an array, a `LazyTensor`, a `LazyStack`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+class _Lazy:
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values will take."""
+        return self.size * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyTensor(_Lazy):
+    """A tensor whose shape and type are known, and whose values are made when asked for by `np.asarray`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyStack(_Lazy):
+    """Tensors of one shape and type, stacked on a new first axis; each can be read alone."""
+
+    layers: tuple[LazyTensor, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """That of the stack."""
+        return len(self.layers), *self.layers[0].shape
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """Of all layers."""
+        return self.layers[0].dtype
+
+    def __getitem__(self, layer: int) -> LazyTensor:
+        return self.layers[layer]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        stack = np.empty(self.shape, dtype or self.dtype)
+        for out, layer in zip(stack, self.layers, strict=True):
+            out[...] = np.asarray(layer)
+        return stack
