@@ -11,6 +11,7 @@ In the feature-major layout, the one for TPU, W comes before S; `Cache.create` t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -30,6 +31,7 @@ from mlra_jax.config import (
     TiedAttentionConfig,
 )
 from mlra_jax.models.attention.slots import Slots
+from mlra_jax.models.layers import rms_norm, rotary_tables, rotate
 from mlra_jax.ops.decode import (
     factored_decode_attention,
     grouped_decode_attention,
@@ -99,7 +101,6 @@ class LayerCache:
 
         Of row b the first `n_new_B[b]` tokens are written; tokens past the end of the cache are dropped.
         """
-        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
         arrays = {}
         for name, array in self.arrays.items():
             tokens = new[name].astype(array.dtype)
@@ -108,13 +109,8 @@ class LayerCache:
                 # what was there, choose, and write.
                 tokens = jnp.pad(tokens, [(0, 0), (0, 1)] + [(0, 0)] * (tokens.ndim - 2))
             b, t = tokens.shape[:2]
-            offset_T = jnp.arange(t)
-            position_BT = start_B[:, None] + offset_T
-            page_BT = position_BT // self.page_size
-            slot_BT = page_BT // n * self.page_size + position_BT % self.page_size
-            mine_BT = (page_BT % n == me) & (offset_T < n_new_B[:, None])
             token_axis = self._axes(array).index("cache_length")
-            slot_BT = jnp.where(mine_BT, slot_BT, array.shape[token_axis])  # past the end: dropped
+            slot_BT = self._slots(array.shape[token_axis], start_B, n_new_B, t)
             if self.layout == "feature_major" and t == 1 and current_device()[0] == "tpu":
                 arrays[name] = append_column(array, tokens[:, 0], slot_BT[:, 0])
                 continue
@@ -122,6 +118,16 @@ class LayerCache:
             index[0], index[token_axis] = jnp.arange(b)[:, None], slot_BT
             arrays[name] = array.at[tuple(index)].set(tokens, mode="drop")
         return dataclasses.replace(self, arrays=arrays)
+
+    def _slots(self, capacity: int, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
+        """Where this device keeps the T tokens from `start_B` on, [B, T]: past its end if they are not its own."""
+        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
+        offset_T = jnp.arange(t)
+        position_BT = start_B[:, None] + offset_T
+        page_BT = position_BT // self.page_size
+        slot_BT = page_BT // n * self.page_size + position_BT % self.page_size
+        mine_BT = (page_BT % n == me) & (offset_T < n_new_B[:, None])
+        return jnp.where(mine_BT, slot_BT, capacity).astype(jnp.int32)
 
     def _visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
         """How many of this device's leading slots each of the T new queries sees, [B, T]."""
@@ -146,6 +152,66 @@ class LayerCache:
 @dataclasses.dataclass(frozen=True)
 class LatentCache(LayerCache):
     """`kv_latent` [B, U, S, C] and `k_rope` [B, S, R]; features before tokens in the feature-major layout."""
+
+    def enter(
+        self,
+        a_BTE: jax.Array,
+        q_gain: jax.Array,
+        kv_gain: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        eps: float,
+        q_scale: float,
+        kv_scale: float,
+        rope_base: float,
+    ) -> tuple[jax.Array, Self]:
+        """Normalises queries and latents, rotates keys, and appends latents and keys.
+
+        Args:
+          a_BTE: products of the new tokens with W_qa, this device's part of W_kva, and W_kr: [B, T, A + U*C + R].
+          q_gain: of the queries' norm, [A].
+          kv_gain: of the latents' norms, [U, C].
+          start_B: see `append`.
+          n_new_B: see `append`.
+          eps: of the norms.
+          q_scale: multiplies the normalised queries.
+          kv_scale: multiplies the normalised latents.
+          rope_base: of the rotation's frequencies.
+
+        Returns:
+          The normalised, scaled queries [B, T, A], and the cache.
+        """
+        kv_latent, k_rope = self.arrays["kv_latent"], self.arrays["k_rope"]
+        (b, t, _), rank, (u, c) = a_BTE.shape, q_gain.shape[0], kv_gain.shape
+        positions_BT = start_B[:, None] + jnp.arange(t)
+        if t == 1 and self.layout == "token_major" and current_device()[0] == "gpu":
+            from mlra_jax.ops.decode.mosaic_gpu_append import append_latents
+
+            half = rotary_tables(positions_BT[:, 0], a_BTE.shape[2] - rank - u * c, rope_base)
+            cos, sin = (x.astype(a_BTE.dtype) for x in half)
+            tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+            slot_B = self._slots(kv_latent.shape[2], start_B, n_new_B, t)[:, 0]
+            with contextlib.suppress(NotImplementedError):
+                q_BA, kv_latent, k_rope = append_latents(
+                    a_BTE[:, 0],
+                    q_gain,
+                    kv_gain,
+                    *tables,
+                    slot_B,
+                    kv_latent,
+                    k_rope,
+                    eps=eps,
+                    q_scale=q_scale,
+                    kv_scale=kv_scale,
+                )
+                arrays = {"kv_latent": kv_latent, "k_rope": k_rope}
+                return q_BA[:, None], dataclasses.replace(self, arrays=arrays)
+        q_BTA, kv, k_rope = jnp.split(a_BTE, [rank, rank + u * c], axis=2)
+        q_BTA = (rms_norm(q_BTA, q_gain, eps) * q_scale).astype(a_BTE.dtype)
+        kv_latent = rms_norm(kv.reshape(b, t, u, c), kv_gain, eps) * kv_scale
+        new = {"kv_latent": kv_latent, "k_rope": rotate(k_rope, positions_BT, rope_base)}
+        return q_BTA, self.append(new, start_B, n_new_B)
 
     def attend(
         self, q_nope: jax.Array, q_rope: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float

@@ -108,9 +108,28 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `x` [..., *shape]; returns float32."""
-        x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype).astype(jnp.float32) * weight(self.rules, self.gain, jnp.float32)
+        return rms_norm(x, weight(self.rules, self.gain, self.gain.dtype), self.eps)
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """See `RMSNorm`: `x` [..., *gain.shape]; returns float32."""
+    x32 = x.astype(jnp.float32)
+    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype).astype(jnp.float32) * gain.astype(jnp.float32)
+
+
+def rotary_tables(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """Float32 cosines and sines of `positions` (integers) at frequencies base**(-2i/R): [*positions.shape, R/2].
+
+    Args:
+      positions: integers.
+      width: R.
+      base: of the frequencies.
+    """
+    half = width // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
@@ -125,12 +144,11 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
       The rotated array in the type of `x`; the tables are computed in float32 and rounded to it.
     """
     half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency  # [(B,) T, R/2]
-    if positions.ndim == 1:
-        angle = angle[None]
-    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    positions = positions[None] if positions.ndim == 1 else positions
+    tables = rotary_tables(positions, x.shape[-1], base)  # [(B or 1,) T, R/2]
+    cos, sin = (
+        table.reshape(*table.shape[:2], *(1,) * (x.ndim - 3), half).astype(x.dtype) for table in tables
+    )
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 

@@ -61,6 +61,24 @@ def test_a_step_on_an_h100_neither_copies_nor_converts_weights_or_cache(model, b
     assert memory.temp_size_in_bytes < min(cache // 4, 2**27)
 
 
+def kernels(hlo: str) -> list[str]:
+    """Names of what the compiled program launches."""
+    launched = r"^ +(?:ROOT )?%([\w.-]+) = .*? (?:fusion|custom-call|copy)\("
+    return re.findall(launched, hlo[hlo.index("\nENTRY") :], re.MULTILINE)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_layer_of_mlra_4_takes_few_kernels_on_an_h100(batch):
+    devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    counts = []
+    for n_layers in (2, 3):
+        config = dataclasses.replace(BASE, n_layers=n_layers)
+        compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=MAX_LEN)
+        counts.append(len(kernels(compiled.as_text())))
+    assert counts[1] - counts[0] <= 19
+
+
 def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weights():
     assert moved("\nENTRY %main {\n  %convert.1 = bf16[3072,1600]{1,0} fusion(%w), kind=kLoop\n}") == {
         "convert.1": 2 * 3072 * 1600

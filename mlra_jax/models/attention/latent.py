@@ -129,43 +129,18 @@ class LatentAttention(nnx.Module):
             return 2 * a.d_latent + a.d_rope <= 2 * a.d_nope + a.d_rope
         return a.form == "absorbed"
 
-    def _down(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The products of the input with W_qa [B, T, A], W_kva [B, T, L (or U), C] and W_kr [B, T, R]."""
-        rules, dtype = self.rules, self.compute_dtype
-        row = ("batch", "length", None)
-        if self.layout == "train":
-            w_qa, w_kva, w_kr = (weight(rules, w, dtype) for w in (self.w_qa, self.w_kva, self.w_kr))
-            q_BTA = rules.einsum("BTD,DA->BTA", x_BTD, w_qa, out=row)
-            kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_kva, out=(*row, None))
-            return q_BTA, kv_BTLC, rules.einsum("BTD,DR->BTR", x_BTD, w_kr, out=row)
-
-        by_slot = ("batch", "length", "latent_slots", None)
-        a_BTXE = rules.einsum("BTD,XED->BTXE", x_BTD, weight(rules, self.w_a, dtype), out=by_slot)
-        a = self.sizes
-
-        def cut(a_BTXE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            a_BTE = a_BTXE.squeeze(2)
-            q_BTA, kv, k_rope_BTR = jnp.split(a_BTE, [a.q_lora_rank, a_BTE.shape[2] - a.d_rope], axis=2)
-            return q_BTA, kv.reshape(*kv.shape[:2], -1, a.d_latent), k_rope_BTR
-
-        # All devices have computed the same q_BTA and k_rope_BTR, which is what the check wants to be told.
-        return rules.shard_map(cut, (by_slot,), (row, by_slot, row), check_vma=False)(a_BTXE)
-
     def _queries(self, q_BTA: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q_nope [B, T, N, H] and the rotated q_rope [B, T, N, R], N split as the table says."""
+        """q_nope [B, T, N, H] and the rotated q_rope [B, T, N, R], N split as the table says.
+
+        Args:
+          q_BTA: the normalised, scaled product with W_qa.
+          positions: of the tokens, [B, T] or [T].
+        """
         rules, dtype, h = self.rules, self.compute_dtype, self.sizes.d_nope
-        q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         equation = "BTA,ANE->BTNE" if self.layout == "train" else "BTA,NEA->BTNE"
         names = ("batch", "length", "heads", None)
         q_BTNE = rules.einsum(equation, q_BTA, weight(rules, self.w_qb, dtype), out=names)
         return q_BTNE[..., :h], rotate(q_BTNE[..., h:], positions, self.config.rope_base)
-
-    def _latents(
-        self, kv_BTLC: jax.Array, k_rope_BTR: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """What is cached: the normalised, scaled kv_latent [B, T, L (or U), C] and the rotated k_rope [B, T, R]."""
-        kv_latent_BTLC = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(self.compute_dtype)
-        return kv_latent_BTLC, rotate(k_rope_BTR, positions, self.config.rope_base)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.
@@ -179,10 +154,16 @@ class LatentAttention(nnx.Module):
         require_layout(self.layout, "train")
         x_BTD = x_BTD.astype(self.compute_dtype)
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
-        q_BTA, kv_BTLC, k_rope_BTR = self._down(x_BTD)
+        rules, dtype = self.rules, self.compute_dtype
+        row = ("batch", "length", None)
+        w_qa, w_kva, w_kr = (weight(rules, w, dtype) for w in (self.w_qa, self.w_kva, self.w_kr))
+        q_BTA = rules.einsum("BTD,DA->BTA", x_BTD, w_qa, out=row)
+        kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_kva, out=(*row, None))
+        k_rope_BTR = rules.einsum("BTD,DR->BTR", x_BTD, w_kr, out=row)
+        q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         q_nope, q_rope = self._queries(q_BTA, positions)
-        kv_latent, k_rope = self._latents(kv_BTLC, k_rope_BTR, positions)
-        dtype = self.compute_dtype
+        kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
+        k_rope = rotate(k_rope_BTR, positions, self.config.rope_base)
         heads, whole = ("batch", "length", "heads", None), ("batch", None, None)
         up = (None, "heads", None, None)
         # Every query sees all earlier tokens: under context parallelism the latents are gathered, L*C + R a token.
@@ -250,9 +231,37 @@ class LatentAttention(nnx.Module):
         rules, dtype, slots = self.rules, self.compute_dtype, self.slots
         x_BTD = x_BTD.astype(dtype)
         positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
+        by_slot, row, by_row = ("batch", None, "latent_slots", None), ("batch", None, None), ("batch",)
         with jax.named_scope("latents"):
-            q_BTA, kv_BTUC, k_rope_BTR = self._down(x_BTD)
-            kv_latent, k_rope = self._latents(kv_BTUC, k_rope_BTR, positions)
+            a_BTXE = rules.einsum("BTD,XED->BTXE", x_BTD, weight(rules, self.w_a, dtype), out=by_slot)
+        gains = (weight(rules, norm.gain, norm.gain.dtype) for norm in (self.q_norm, self.kv_norm))
+
+        def enter(
+            cache: LatentCache,
+            a_BTXE: jax.Array,
+            q_gain: jax.Array,
+            kv_gain: jax.Array,
+            start: jax.Array,
+            n_new: jax.Array,
+        ) -> tuple[jax.Array, LatentCache]:
+            with jax.named_scope("append"):
+                return cache.enter(
+                    a_BTXE.squeeze(2),
+                    q_gain,
+                    kv_gain,
+                    start,
+                    n_new,
+                    eps=self.config.norm_eps,
+                    q_scale=self.q_scale,
+                    kv_scale=self.kv_scale,
+                    rope_base=self.config.rope_base,
+                )
+
+        # All devices have computed the same q_BTA and k_rope, which is what the check wants to be told.
+        entered = (cache.specs(), by_slot, (None,), ("latent_slots", None), by_row, by_row)
+        q_BTA, cache = rules.shard_map(enter, entered, (row, cache.specs()), check_vma=False)(
+            cache, a_BTXE, *gains, start_B, n_new_B
+        )
         with jax.named_scope("queries"):
             q_nope, q_rope = self._queries(q_BTA, positions)
         gate = self.output.gate(x_BTD) if slots.projected else None
@@ -262,18 +271,14 @@ class LatentAttention(nnx.Module):
             cache: LatentCache,
             q_nope: jax.Array,
             q_rope: jax.Array,
-            kv_latent: jax.Array,
-            k_rope: jax.Array,
             w_uk: jax.Array,
             w_uv: jax.Array,
             gate: jax.Array | None,
             w_o: jax.Array | None,
             start: jax.Array,
             n_new: jax.Array,
-        ) -> tuple[jax.Array, LatentCache]:
+        ) -> jax.Array:
             u = w_uk.shape[0]
-            with jax.named_scope("append"):
-                cache = cache.append({"kv_latent": kv_latent, "k_rope": k_rope}, start, n_new)
             with jax.named_scope("absorb"):
                 q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
                 q_rope = slots.gather(q_rope, u)
@@ -287,29 +292,25 @@ class LatentAttention(nnx.Module):
                     "BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32
                 )
             y_BTUMH = self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
-            return self.output.from_slots(slots, y_BTUMH, gate, w_o), cache
+            return self.output.from_slots(slots, y_BTUMH, gate, w_o)
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
-        by_slot = ("latent_slots", None, None, None)
-        latent_names, row = ("batch", None, "latent_slots", None), ("batch", None, None)
         y_names = row if slots.projected else ("batch", None, "heads", None)
         gate_names = None if gate is None else ("batch", None, None, None)
         w_o_names = None if w_o is None else (None, None, None)
         inputs = (
             q_names,
             q_names,
-            latent_names,
-            row,
-            by_slot,
+            ("latent_slots", None, None, None),
             ("latent_slots", *[None] * 5),
             gate_names,
             w_o_names,
-            ("batch",),
-            ("batch",),
+            by_row,
+            by_row,
         )
         w_uk, w_uv = weight(rules, self.w_uk, dtype), weight(rules, self.w_uv, dtype)
-        y, cache = rules.shard_map(attend, (cache.specs(), *inputs), (y_names, cache.specs()))(
-            cache, q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv, gate, w_o, start_B, n_new_B
+        y = rules.shard_map(attend, (cache.specs(), *inputs), y_names)(
+            cache, q_nope, q_rope, w_uk, w_uv, gate, w_o, start_B, n_new_B
         )
         with jax.named_scope("output"):
             return (y if slots.projected else self.output(x_BTD, y)), cache

@@ -163,6 +163,23 @@ def find_tuned(shape: Shape, kind: str) -> Config | None:
     return tuning.find("mosaic_gpu", sizes, kind, Config, adapt)
 
 
+def check_device(interpret: Any) -> tuple[str, int]:
+    """Kind and streaming multiprocessors of the GPU that is compiled for; 132 where a kernel is interpreted.
+
+    Raises:
+      NotImplementedError: Mosaic GPU kernels do not run there.
+    """
+    platform, kind = current_device()
+    processors = 132 if interpret is not None else find_processors(kind)
+    if processors is None or (interpret is None and platform != "gpu"):
+        raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
+    if jax.__version_info__ < (0, 11):
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
+        )
+    return kind, processors
+
+
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,
@@ -189,14 +206,7 @@ def decode_attention(
     Raises:
       NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernel takes.
     """
-    platform, kind = current_device()
-    processors = 132 if interpret is not None else find_processors(kind)
-    if interpret is None and (platform != "gpu" or processors is None):
-        raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
-        )
+    kind, processors = check_device(interpret)
     if layout != "token_major":
         raise NotImplementedError(f"the Mosaic GPU kernel reads token-major caches; this one is {layout}.")
     arrays = [x for pair in parts for x in pair] + ([] if v is None else [v])
@@ -214,7 +224,7 @@ def decode_attention(
         )
     if config is None and interpret is None:
         config = find_tuned(shape, kind)
-    config = config or Config.heuristic(shape, processors or 132)
+    config = config or Config.heuristic(shape, processors)
     if (needed := config.shared_bytes(shape)) > SHARED_MEMORY:
         raise NotImplementedError(
             f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are {SHARED_MEMORY}."
