@@ -94,7 +94,21 @@ class LayerCache:
         arrays = {k: repeat_rows(self.rules, n, v, *self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
 
+    def add(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
+        """`append` on every device, of arrays that are laid out by the table or will be."""
+        by_head, shared, rows = ("batch", None, "latent_slots", None), ("batch", None, None), ("batch",)
+        names = {name: by_head if x.ndim == 4 else shared for name, x in new.items()}
+        append = lambda cache, *args: cache.append(*args)
+        with jax.named_scope("append"):
+            add = self.rules.shard_map(append, (self.specs(), names, rows, rows), self.specs())
+            return add(self, dict(new), start_B, n_new_B)
+
     # Inside `shard_map`:
+
+    @property
+    def n_slots(self) -> int:
+        """Slots of this device."""
+        return next(x.shape[1] for x in self.arrays.values() if x.ndim == 4)
 
     def append(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
         """The cache with the tokens `new` (by head [B, T, U, W], shared [B, T, W]) at positions from `start_B` on.

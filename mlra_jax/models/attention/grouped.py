@@ -165,22 +165,12 @@ class GroupedAttention(nnx.Module):
         x_BTD = x_BTD.astype(self.compute_dtype)
         with jax.named_scope("queries"):
             q, k, v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
+        cache = cache.add({"k": k, "v": v}, start_B, n_new_B)
 
-        def attend(
-            cache: GroupedCache,
-            start: jax.Array,
-            n_new: jax.Array,
-            q: jax.Array,
-            k: jax.Array,
-            v: jax.Array,
-        ) -> tuple[jax.Array, GroupedCache]:
-            with jax.named_scope("append"):
-                cache = cache.append({"k": k, "v": v}, start, n_new)
+        def attend(cache: GroupedCache, start: jax.Array, n_new: jax.Array, q: jax.Array) -> jax.Array:
             with jax.named_scope("attend"):
-                return cache.attend(
-                    slots.gather(q, k.shape[2]), start, n_new, scale=self.softmax_scale
-                ), cache
+                q_BTUMH = slots.gather(q, cache.n_slots)
+                return cache.attend(q_BTUMH, start, n_new, scale=self.softmax_scale)
 
-        heads, kv = ("batch", None, slots.query_axis, None), ("batch", None, "latent_slots", None)
-        inputs = ((q, heads), (k, kv), (v, kv))
-        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B)
+        inputs = ((q, ("batch", None, slots.query_axis, None)),)
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache

@@ -71,7 +71,7 @@ class LatentAttention(nnx.Module):
         self.q_scale = math.sqrt(d / rank) if a.scale_latents else 1.0
         self.kv_scale = math.sqrt(d / latent) if a.scale_latents else 1.0
         self.branch_scale = 1 / math.sqrt(a.n_branches) if a.scale_latents else 1.0
-        self.slots = Slots(rules, n, a.n_latent_heads, a.n_branches)
+        self.slots = Slots.of(config, rules)
 
         new = lambda shape, names: parameter(rngs, rules, shape, names, init, dtype)
         self.q_norm = RMSNorm(config, (rank,), (None,), rngs=rngs, rules=rules)
@@ -101,7 +101,7 @@ class LatentAttention(nnx.Module):
         """What decoding keeps in another way."""
         a = config.attention
         assert isinstance(a, LatentAttentionConfig)
-        slots = Slots(rules, config.n_heads, a.n_latent_heads, a.n_branches)
+        slots = Slots.of(config, rules)
 
         def join(w_DA: jax.Array, w_DLC: jax.Array, w_DR: jax.Array) -> jax.Array:
             flat = lambda w: w.reshape(w.shape[0], -1).T
@@ -264,19 +264,15 @@ class LatentAttention(nnx.Module):
         )
         with jax.named_scope("queries"):
             q_nope, q_rope = self._queries(q_BTA, positions)
-        gate = self.output.gate(x_BTD) if slots.projected else None
-        w_o = weight(rules, self.output.w_o, dtype) if slots.projected else None
 
         def attend(
             cache: LatentCache,
+            start: jax.Array,
+            n_new: jax.Array,
             q_nope: jax.Array,
             q_rope: jax.Array,
             w_uk: jax.Array,
             w_uv: jax.Array,
-            gate: jax.Array | None,
-            w_o: jax.Array | None,
-            start: jax.Array,
-            n_new: jax.Array,
         ) -> jax.Array:
             u = w_uk.shape[0]
             with jax.named_scope("absorb"):
@@ -291,26 +287,13 @@ class LatentAttention(nnx.Module):
                 y_UMBTH = jnp.einsum(
                     "BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32
                 )
-            y_BTUMH = self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
-            return self.output.from_slots(slots, y_BTUMH, gate, w_o)
+            return self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
-        y_names = row if slots.projected else ("batch", None, "heads", None)
-        gate_names = None if gate is None else ("batch", None, None, None)
-        w_o_names = None if w_o is None else (None, None, None)
         inputs = (
-            q_names,
-            q_names,
-            ("latent_slots", None, None, None),
-            ("latent_slots", *[None] * 5),
-            gate_names,
-            w_o_names,
-            by_row,
-            by_row,
+            (q_nope, q_names),
+            (q_rope, q_names),
+            (weight(rules, self.w_uk, dtype), ("latent_slots", None, None, None)),
+            (weight(rules, self.w_uv, dtype), ("latent_slots", *[None] * 5)),
         )
-        w_uk, w_uv = weight(rules, self.w_uk, dtype), weight(rules, self.w_uv, dtype)
-        y = rules.shard_map(attend, (cache.specs(), *inputs), y_names)(
-            cache, q_nope, q_rope, w_uk, w_uv, gate, w_o, start_B, n_new_B
-        )
-        with jax.named_scope("output"):
-            return (y if slots.projected else self.output(x_BTD, y)), cache
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,6 @@ from mlra_jax.sharding import AxisRules, Names
 
 if TYPE_CHECKING:
     from mlra_jax.decoding.cache import LayerCache
-
-SomeCache = TypeVar("SomeCache", bound="LayerCache")
 
 
 class Output(nnx.Module):
@@ -83,52 +81,49 @@ class Output(nnx.Module):
         self,
         x_BTD: jax.Array,
         slots: Slots,
-        attend: Callable[..., tuple[jax.Array, SomeCache]],
-        cache: SomeCache,
+        attend: Callable[..., jax.Array],
+        cache: LayerCache,
         inputs: Sequence[tuple[jax.Array, Names]],
         start_B: jax.Array,
         n_new_B: jax.Array,
-    ) -> tuple[jax.Array, SomeCache]:
+    ) -> jax.Array:
         """Cached attention on every device for its own slots, and the block's output from what they give.
 
         Args:
           x_BTD: the input of the block, in the compute type.
           slots: how query heads meet cached heads.
           attend: runs inside `shard_map`: of the cache, `start_B`, `n_new_B` and the inputs, each device's own, the
-            outputs y [B, T, U, M / r, H] of its slots, and the new cache.
-          cache: of this layer.
+            outputs y [B, T, U, M / r, H] of its slots.
+          cache: of this layer, the new tokens in it.
           inputs: arrays, with the logical names of their axes.
-          start_B: tokens already in the cache.
+          start_B: tokens in the cache before the new ones.
           n_new_B: new tokens of each row.
 
         Returns:
-          [B, T, D] in the compute type, and the cache.
+          [B, T, D] in the compute type.
         """
         projected = slots.projected
         gate = self.gate(x_BTD) if projected else None
         w_o = weight(self.rules, self.w_o, self.compute_dtype) if projected else None
 
         def on_device(
-            cache: SomeCache,
+            cache: LayerCache,
             start: jax.Array,
             n_new: jax.Array,
             inputs: Sequence[jax.Array],
             gate: jax.Array | None,
             w_o: jax.Array | None,
-        ) -> tuple[jax.Array, SomeCache]:
-            y_BTUMH, cache = attend(cache, start, n_new, *inputs)
-            return self.from_slots(slots, y_BTUMH, gate, w_o), cache
+        ) -> jax.Array:
+            return self.from_slots(slots, attend(cache, start, n_new, *inputs), gate, w_o)
 
         arrays, names = zip(*inputs, strict=True)
         gate_names = None if gate is None else ("batch", None, None, None)
         w_o_names = None if w_o is None else (None, None, None)
         y_names = ("batch", None, None) if projected else ("batch", None, "heads", None)
         in_names = (cache.specs(), ("batch",), ("batch",), names, gate_names, w_o_names)
-        y, cache = self.rules.shard_map(on_device, in_names, (y_names, cache.specs()))(
-            cache, start_B, n_new_B, arrays, gate, w_o
-        )
+        y = self.rules.shard_map(on_device, in_names, y_names)(cache, start_B, n_new_B, arrays, gate, w_o)
         with jax.named_scope("output"):
-            return (y if projected else self(x_BTD, y)), cache
+            return y if projected else self(x_BTD, y)
 
     def from_slots(
         self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_DNH: jax.Array | None

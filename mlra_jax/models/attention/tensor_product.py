@@ -152,21 +152,14 @@ class TensorProductAttention(nnx.Module):
         slots = self.slots
         x_BTD = x_BTD.astype(self.compute_dtype)
         with jax.named_scope("queries"):
-            q, *factors = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
+            q, a_k, b_k, a_v, b_v = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
+        b_k, b_v = (b.reshape(*b.shape[:2], -1) for b in (b_k, b_v))
+        cache = cache.add({"a_k": a_k, "b_k": b_k, "a_v": a_v, "b_v": b_v}, start_B, n_new_B)
 
-        def attend(
-            cache: FactoredCache, start: jax.Array, n_new: jax.Array, q: jax.Array, *factors: jax.Array
-        ) -> tuple[jax.Array, FactoredCache]:
-            a_k, b_k, a_v, b_v = factors
-            flat = lambda b_BTrH: b_BTrH.reshape(*b_BTrH.shape[:2], -1)
-            new = {"a_k": a_k, "b_k": flat(b_k), "a_v": a_v, "b_v": flat(b_v)}
-            with jax.named_scope("append"):
-                cache = cache.append(new, start, n_new)
+        def attend(cache: FactoredCache, start: jax.Array, n_new: jax.Array, q: jax.Array) -> jax.Array:
             with jax.named_scope("attend"):
-                q_BTUMH = slots.gather(q, a_k.shape[2])
-                return cache.attend(q_BTUMH, start, n_new, scale=self.softmax_scale), cache
+                q_BTUMH = slots.gather(q, cache.n_slots)
+                return cache.attend(q_BTUMH, start, n_new, scale=self.softmax_scale)
 
-        heads, a = ("batch", None, slots.query_axis, None), ("batch", None, "latent_slots", None)
-        b = ("batch", None, None, None)
-        inputs = tuple(zip((q, *factors), (heads, a, b, a, b), strict=True))
-        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B)
+        inputs = ((q, ("batch", None, slots.query_axis, None)),)
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache

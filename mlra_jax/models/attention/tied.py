@@ -142,23 +142,15 @@ class TiedAttention(nnx.Module):
         with jax.named_scope("queries"):
             q_nope, q_rope, kv, k_rope = self._project(x_BTD, start_B[:, None] + jnp.arange(x_BTD.shape[1]))
             q_nope = jnp.pad(q_nope, [(0, 0)] * 3 + [(0, kv.shape[-1] - q_nope.shape[-1])])
+        cache = cache.add({"kv_latent": kv, "k_rope": k_rope}, start_B, n_new_B)
 
         def attend(
-            cache: LatentCache,
-            start: jax.Array,
-            n_new: jax.Array,
-            q_nope: jax.Array,
-            q_rope: jax.Array,
-            kv: jax.Array,
-            k_rope: jax.Array,
-        ) -> tuple[jax.Array, LatentCache]:
-            with jax.named_scope("append"):
-                cache = cache.append({"kv_latent": kv, "k_rope": k_rope}, start, n_new)
+            cache: LatentCache, start: jax.Array, n_new: jax.Array, *queries: jax.Array
+        ) -> jax.Array:
             with jax.named_scope("attend"):
-                q_nope, q_rope = (slots.gather(x, kv.shape[2]) for x in (q_nope, q_rope))
-                return cache.attend(q_nope, q_rope, start, n_new, scale=self.softmax_scale), cache
+                q_nope, q_rope = (slots.gather(q, cache.n_slots) for q in queries)
+                return cache.attend(q_nope, q_rope, start, n_new, scale=self.softmax_scale)
 
-        heads, kv_names = ("batch", None, slots.query_axis, None), ("batch", None, "latent_slots", None)
-        names = (heads, heads, kv_names, ("batch", None, None))
-        inputs = tuple(zip((q_nope, q_rope, kv, k_rope), names, strict=True))
-        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B)
+        heads = ("batch", None, slots.query_axis, None)
+        inputs = ((q_nope, heads), (q_rope, heads))
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache
