@@ -18,6 +18,8 @@ from mlra_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
     TrainConfig,
     from_dict,
     to_dict,
@@ -42,6 +44,19 @@ def test_the_defaults_are_legal():
         ),
         (GroupedAttentionConfig(d_head=7), ["d_head=7 must be even"]),
         (GroupedAttentionConfig(n_kv_heads=0), ["n_kv_heads=0 must be at least 1"]),
+        (GroupedAttentionConfig(q_lora_rank=-1), ["q_lora_rank=-1 must not be negative; 0 is none"]),
+        (TiedAttentionConfig(d_head=6), ["d_head=6 must be a multiple of 4"]),
+        (TiedAttentionConfig(n_tied_heads=0), ["n_tied_heads=0 must be at least 1"]),
+        (TensorProductAttentionConfig(rank=0, q_rank=0), ["rank=0 must be", "q_rank=0 must be"]),
+        (TensorProductAttentionConfig(d_head=9), ["d_head=9 must be even"]),
+        (
+            ModelConfig(n_heads=23, attention=TiedAttentionConfig(6)),
+            ["n_heads=23 is not divisible by attention.n_tied_heads=6"],
+        ),
+        (
+            ModelConfig(n_heads=23, attention=LatentAttentionConfig(2, 1)),
+            ["n_heads=23 is not divisible by attention.n_latent_heads=2"],
+        ),
         (
             ModelConfig(n_heads=23, attention=GroupedAttentionConfig(6)),
             ["n_heads=23 is not divisible by attention.n_kv_heads=6"],
@@ -116,7 +131,10 @@ def test_a_training_configuration_lists_the_faults_of_all_its_parts():
 def test_derived_sizes(attention, n_heads, groups, per_latent, d_latent):
     assert (attention.n_groups, attention.d_latent) == (groups, d_latent)
     assert ModelConfig(n_heads=n_heads, attention=attention).heads_per_latent == per_latent
-    assert ModelConfig(n_heads=24, attention=GroupedAttentionConfig(6)).heads_per_latent == 4
+    for grouped in (GroupedAttentionConfig(6), TiedAttentionConfig(6)):
+        assert ModelConfig(n_heads=24, attention=grouped).heads_per_latent == 4
+    tpa = ModelConfig(n_heads=24, attention=TensorProductAttentionConfig())
+    assert (tpa.cached_heads, tpa.heads_per_latent) == (24, 1)
 
 
 @given(known=st.tuples(*[st.integers(1, 4)] * 3), rest=st.integers(1, 4), free=st.integers(0, 3))
@@ -137,7 +155,16 @@ def test_accumulation_is_derived_from_the_global_batch():
         data.accumulation(7)
 
 
-@pytest.mark.parametrize("attention", [LatentAttentionConfig(8, 2), GroupedAttentionConfig(2, 64)])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        LatentAttentionConfig(8, 2),
+        GroupedAttentionConfig(2, 64),
+        GroupedAttentionConfig(1, 64, q_lora_rank=32),
+        TiedAttentionConfig(2, 64),
+        TensorProductAttentionConfig(3, 4, 64),
+    ],
+)
 def test_json_gives_the_configuration_back(attention):
     config = TrainConfig(
         name="x",
@@ -152,6 +179,8 @@ def test_fields_that_a_stored_configuration_lacks_take_their_defaults():
     stored = to_dict(TrainConfig(seed=7))
     del stored["steps"], stored["model"]["remat"], stored["log"]
     assert from_dict(stored) == TrainConfig(seed=7)
+    stored["model"]["attention"] = {"n_kv_heads": 6, "d_head": 128}  # as before there were low-rank queries
+    assert from_dict(stored).model.attention == GroupedAttentionConfig(6, 128)
 
 
 def test_unknown_stored_fields_are_refused_all_at_once():

@@ -19,6 +19,7 @@ from mlra_jax.config import (
     LatentAttentionConfig,
     MeshConfig,
     ModelConfig,
+    TensorProductAttentionConfig,
     TrainConfig,
 )
 from mlra_jax.sharding import (
@@ -99,6 +100,7 @@ MODEL = ModelConfig(
     vocab_size=96, n_layers=1, d_model=48, n_heads=8, d_ff=80, attention=LatentAttentionConfig(4, 4)
 )
 GROUPED = dataclasses.replace(MODEL, n_heads=12, attention=GroupedAttentionConfig(3, 16))
+TENSOR_PRODUCT = dataclasses.replace(MODEL, n_heads=12, attention=TensorProductAttentionConfig())
 TRAIN = TrainConfig(model=MODEL, data=DataConfig(seq_len=64, global_batch=16, micro_batch=2))
 
 
@@ -145,6 +147,8 @@ def test_training_layout_is_refused_with_every_size_that_does_not_divide_and_wha
         *((MODEL, t, False) for t in (3, 5, 6, 12)),
         *((GROUPED, t, True) for t in (1, 3, 6, 12)),
         *((GROUPED, t, False) for t in (2, 4, 5, 9)),
+        *((TENSOR_PRODUCT, t, True) for t in (1, 2, 12)),
+        *((TENSOR_PRODUCT, t, False) for t in (5, 24)),
     ],
     ids=lambda x: x if isinstance(x, int | bool) else "",
 )
@@ -172,6 +176,10 @@ def test_decoding_layout_is_refused_with_every_fault_and_what_would_fit():
         "n_kv_heads=3 (each read by 4 query heads)"
         in faults_of(check_decode_layout, GROUPED, MeshConfig(1, 1, 2))[0]
     )
+    assert faults_of(check_decode_layout, TENSOR_PRODUCT, MeshConfig(1, 1, 8)) == [
+        "model.n_heads=12 (each read by 1 query head) cannot be laid out on mesh axis tensor=8; use --mesh.tensor "
+        "1, 2, 3, 4, 6, 12 and --mesh.context for more devices."
+    ]
 
 
 def test_whole_query_heads_need_not_divide():

@@ -10,7 +10,13 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from mlra_jax.config import GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.config import (
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
@@ -29,6 +35,11 @@ MODELS = {
     "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16)),
     "mqa_gated": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 16), gated_attention=True),
     "mha": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 16)),
+    "mfa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 24, q_lora_rank=20)),
+    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(2, 16)),
+    "tpa_gated": dataclasses.replace(
+        BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True
+    ),
 }
 BATCH, LENGTH = 8, 32
 TOKENS = np.random.default_rng(0).integers(0, 256, (BATCH, LENGTH + 1), dtype=np.int32)
@@ -79,6 +90,10 @@ def whole():
         ("gqa", (1, 2, 2, 2)),
         ("mqa_gated", (2, 1, 4, 1)),
         ("mha", (2, 2, 1, 2)),
+        ("mfa", (1, 2, 4, 1)),
+        ("gta", (1, 1, 8, 1)),
+        ("gta", (1, 2, 2, 2)),
+        ("tpa_gated", (1, 2, 2, 2)),
     ],
     ids=str,
 )
@@ -118,6 +133,11 @@ def test_logits_loss_and_gradients_on_a_mesh_equal_those_without_one(whole, on_m
         ("gqa", (2, 1, 2, 2), False),
         ("mqa_gated", (1, 1, 2, 4), True),
         ("mha", (1, 1, 8, 1), True),
+        ("mfa", (1, 1, 4, 2), True),
+        ("gta", (1, 1, 8, 1), True),
+        ("gta", (2, 1, 2, 2), False),
+        ("tpa_gated", (1, 1, 8, 1), True),
+        ("tpa_gated", (2, 1, 2, 2), False),
     ],
     ids=str,
 )

@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.ops.decode import grouped_decode_attention, latent_decode_attention, xla
+from mlra_jax.ops.decode import (
+    factored_decode_attention,
+    grouped_decode_attention,
+    latent_decode_attention,
+    xla,
+)
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
 
 EVERYWHERE = ("reference", "xla")
@@ -172,6 +177,47 @@ def test_bfloat16_is_as_close_to_float32_as_rounding_allows(monkeypatch, impleme
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
 
 
+def factored_call(case, seed, k_rank, v_rank):
+    """A call of the factored op, and the grouped call with the keys and values that its factors make."""
+    call, rng = make_case(case, seed, jnp.float32, scale=0.6), np.random.default_rng(seed)
+    q, *caches, kv_len, table = call.args
+    turn = lambda x: x.swapaxes(-1, -2) if case.layout == "feature_major" else x
+    factors, made = [], []
+    for cache, rank in zip(caches, (k_rank, v_rank), strict=True):
+        unseen = np.isnan(turn(np.asarray(cache)))  # [P, K, S, W]
+        pages, heads, slots, width = unseen.shape
+        a = np.where(unseen[..., :1], np.nan, rng.standard_normal((pages, heads, slots, rank)))
+        b = np.where(unseen[:, 0, :, :1, None], np.nan, rng.standard_normal((pages, slots, rank, width)))
+        made.append(turn(np.einsum("pksr,psrw->pksw", a, b)))
+        factors += [turn(a), turn(b.reshape(pages, slots, rank * width))]
+    factors = [jnp.asarray(x, jnp.float32) for x in factors]
+    factored = dataclasses.replace(call, op=factored_decode_attention, args=(q, *factors, kv_len, table))
+    return factored, dataclasses.replace(call, args=(q, *made, kv_len, table))
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=sizes(page=st.none() | st.integers(1, 5)),
+    ranks=st.tuples(*[st.integers(1, 3)] * 2),
+    seed=st.integers(0, 99),
+)
+def test_factored_attention_equals_attention_over_the_keys_and_values_that_the_factors_make(
+    sizes, ranks, seed
+):
+    case = Case(**sizes | {"rope": 0, "value": sizes["value"] or 3})
+    factored, grouped = factored_call(case, seed, *ranks)
+    check(run(factored, "reference"), definition(grouped), atol=1e-4)
+
+
+@pytest.mark.parametrize("page", [None, 100])
+@pytest.mark.parametrize("layout", ["token_major", "feature_major"])
+def test_factored_attention_in_blocks_equals_the_definition_too(monkeypatch, page, layout):
+    monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
+    case = Case((300, 128, 0, 130), 2, 3, 1, 4, rope=0, value=3, slots=350, page=page, layout=layout)
+    factored, grouped = factored_call(case, 0, 2, 3)
+    check(run(factored, "xla"), definition(grouped), atol=1e-4)
+
+
 @pytest.fixture
 def as_users_call():
     """Without the check of annotations, which would speak first."""
@@ -211,6 +257,24 @@ def test_an_array_that_does_not_belong_to_the_others_is_named(case, name, wrong)
     ]
     with pytest.raises(ValueError, match=f"^{name} must have the shape"):
         call(*args)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("a_k", lambda x: x[:, :1], "^a_k must have the shape"),
+        ("b_k", lambda x: x[..., :4], "^b_k must have the shape"),
+        ("a_v", lambda x: x[:, :, :3], "^a_v must have the shape"),
+        ("b_v", lambda x: x[..., :5], "^b_v must be 2 factors wide, as many as a_v has; 5 is no multiple"),
+        ("b_v", lambda x: x[:, :3], "^b_v must have the shape"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_call")
+def test_a_factor_that_does_not_belong_to_the_others_is_named(name, wrong, said):
+    call, _ = factored_call(dataclasses.replace(LATENT, rope=0, value=3), 0, 2, 2)
+    names = ("q", "a_k", "b_k", "a_v", "b_v", "kv_len", "page_table")
+    with pytest.raises(ValueError, match=said):
+        call(*(wrong(x) if n == name else x for n, x in zip(names, call.args, strict=True)))
 
 
 @pytest.mark.usefixtures("as_users_call")

@@ -144,9 +144,7 @@ class TiedAttention(nnx.Module):
             q_nope = jnp.pad(q_nope, [(0, 0)] * 3 + [(0, kv.shape[-1] - q_nope.shape[-1])])
         cache = cache.add({"kv_latent": kv, "k_rope": k_rope}, start_B, n_new_B)
 
-        def attend(
-            cache: LatentCache, start: jax.Array, n_new: jax.Array, *queries: jax.Array
-        ) -> jax.Array:
+        def attend(cache: LatentCache, start: jax.Array, n_new: jax.Array, *queries: jax.Array) -> jax.Array:
             with jax.named_scope("attend"):
                 q_nope, q_rope = (slots.gather(q, cache.n_slots) for q in queries)
                 return cache.attend(q_nope, q_rope, start, n_new, scale=self.softmax_scale)
