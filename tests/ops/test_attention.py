@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
 from mlra_jax.ops.attention import causal_attention, splash, xla
-from mlra_jax.ops.attention.parts import joined
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
+from mlra_jax.ops.attention.parts import joined
 
 
 def by_hand(q, k, v, scale, q_start):

@@ -9,14 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.ops.attention.parts import Parts, heads_of
 from mlra_jax.ops.decode import mosaic_gpu as decode
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.remat import ATTENTION
 
+ROWS = 64
+"""Queries, or keys, of a warpgroup."""
 TILE = 128
-"""Rows, and tokens, that they are padded to a multiple of."""
+"""Tokens are padded to a multiple of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +36,17 @@ class Shape:
     v_width: int
     latent: bool
     """Whether the value is the first part of the key."""
-    rows: int
-    """Of queries, of one head: tokens times M."""
-    rows_per_token: int
-    """M."""
+    heads_per_kv: int
+    """M: query heads that read a KV head."""
+    queries: int
+    """T."""
     tokens: int
     """S."""
+
+    @property
+    def key_widths(self) -> tuple[int, ...]:
+        """Of what is read of a key, with its value, where that is not part of it."""
+        return self.widths if self.latent else (*self.widths, self.v_width)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +54,18 @@ class Config:
     """How a call is cut.
 
     Attributes:
-      block: tokens that the forward kernel takes at a time.
+      row_groups: warpgroups of a program of the forward kernel, each with a tile of 64 tokens of a query head.
+      block: tokens that it takes at a time.
       stages: of its ring.
-      row_groups: its warpgroups, of 64 rows each.
       dq_block: tokens that the kernel for the queries' gradients takes at a time.
       dq_stages: of its ring.
-      dk_stages: of its ring.
+      dk_stages: of the ring of the kernel for the keys' gradients, which takes 64 rows at a time.
       dk_shares: programs among which the rows that see a block of keys are divided; their sums are added up after.
     """
 
-    block: int = 128
-    stages: int = 3
-    row_groups: int = 2
+    row_groups: int
+    block: int
+    stages: int
     dq_block: int = 64
     dq_stages: int = 4
     dk_stages: int = 4
@@ -65,14 +74,17 @@ class Config:
     @classmethod
     def heuristic(cls, shape: Shape, processors: int) -> Config:
         """A cut that fits the GPU."""
+        tiles = shape.queries // ROWS * shape.heads_per_kv
+        wide = sum(shape.key_widths) > 192
         programs = shape.tokens // TILE * shape.heads * shape.batch
-        wide = sum(shape.widths) + (0 if shape.latent else shape.v_width)
         return cls(
-            stages=3 if wide <= 192 else 2,
+            row_groups=3 if tiles % 3 == 0 else 2,
+            block=64,
+            stages=3 if wide else 4,
+            dq_stages=3 if wide else 4,
+            dk_stages=3 if wide else 4,
             # The first block of keys is seen by twice as many rows as the average one.
-            dk_shares=max(1, min(8 * processors // programs, shape.rows // (4 * TILE))),
-            dk_stages=4 if wide <= 192 else 3,
-            dq_stages=4 if wide <= 192 else 3,
+            dk_shares=max(1, min(8 * processors // programs, tiles // 8)),
         )
 
 
@@ -144,8 +156,8 @@ def _shape(parts: Parts, v: jax.Array | None) -> Shape:
         widths=tuple(k.shape[-1] for _, k in parts),
         v_width=(parts[0][1] if v is None else v).shape[-1],
         latent=v is None,
-        rows=whole(t * m),
-        rows_per_token=m,
+        heads_per_kv=m,
+        queries=whole(t),
         tokens=whole(s),
     )
 
@@ -155,41 +167,35 @@ def _config(config: Config | None, shape: Shape) -> Config:
     return config or Config.heuristic(shape, processors)
 
 
-def by_rows(q_BTLMW: jax.Array, rows: int) -> jax.Array:
-    """Queries by head, [B, L, rows, W] with T * M rows of one token after the other, padded with zeros."""
-    b, t, heads, m, w = q_BTLMW.shape
-    q = q_BTLMW.transpose(0, 2, 1, 3, 4).reshape(b, heads, t * m, w)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, rows - t * m), (0, 0)))
+def _pad(x: jax.Array, axis: int, n: int) -> jax.Array:
+    """`x` with zeros up to a size of n along an axis."""
+    return jnp.pad(x, [(0, n - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
-def by_tokens(k_BSLW: jax.Array, tokens: int) -> jax.Array:
-    """Keys or values by head, [B, L, S, W], padded with zeros."""
-    return jnp.pad(k_BSLW.swapaxes(1, 2), ((0, 0), (0, 0), (0, tokens - k_BSLW.shape[1]), (0, 0)))
+def _by_head(x_BTLMW: jax.Array, shape: Shape) -> jax.Array:
+    """[M, B, T, L, W], padded: as a product with a matrix for each head leaves it, which therefore turns nothing."""
+    return _pad(x_BTLMW.transpose(3, 0, 1, 2, 4), 2, shape.queries)
 
 
 def _forward(
     scale: float, config: Config | None, interpret: Any, start: jax.Array, parts: Parts, v: jax.Array | None
 ) -> tuple[jax.Array, Any]:
-    from mlra_jax.ops.decode.mosaic_gpu_kernel import attend
+    from mlra_jax.ops.attention.mosaic_gpu_kernel import attend
 
     shape = _shape(parts, v)
-    config = _config(config, shape)
-    t = parts[0][0].shape[1]
-    seen = jnp.broadcast_to(jnp.minimum(start + jnp.arange(1, t + 1), parts[0][1].shape[1]), (shape.batch, t))
-    keys = [by_tokens(k, shape.tokens) for _, k in parts]
-    values = None if v is None else by_tokens(v, shape.tokens)
-    pairs = tuple((q, k) for (q, _), k in zip(parts, keys, strict=True))
-    out, lse = attend(
-        pairs,
-        values,
-        seen,
-        None,
-        shape=decode.Shape.of(pairs, values, None),
+    out_MBTLV, lse = attend(
+        start,
+        [_by_head(q, shape) for q, _ in parts],
+        [_pad(k, 1, shape.tokens) for _, k in parts],
+        None if v is None else _pad(v, 1, shape.tokens),
+        shape=shape,
+        config=_config(config, shape),
         scale=scale,
-        config=decode.Config(1, config.block, config.stages, config.row_groups),
         interpret=interpret,
     )
-    return out, (start, parts, v, out, lse)
+    out_MBTLV, lse = checkpoint_name(out_MBTLV, ATTENTION), checkpoint_name(lse, ATTENTION)
+    out = out_MBTLV[:, :, : parts[0][0].shape[1]].transpose(1, 2, 3, 0, 4)
+    return out, (start, parts, v, out_MBTLV, lse)
 
 
 def _backward(
@@ -197,38 +203,38 @@ def _backward(
 ) -> tuple[Any, list[tuple[jax.Array, jax.Array]], jax.Array | None]:
     from mlra_jax.ops.attention.mosaic_gpu_kernel import gradients
 
-    start, parts, v, out, lse = saved
+    start, parts, v, out_MBTLV, lse = saved
     shape = _shape(parts, v)
-    (b, t, _, m, _), s = parts[0][0].shape, parts[0][1].shape[1]
-    dq, dk, dv = gradients(
+    dq, dk = gradients(
         start,
-        tuple(by_rows(q, shape.rows) for q, _ in parts),
-        tuple(by_tokens(k, shape.tokens) for _, k in parts),
-        None if v is None else by_tokens(v, shape.tokens),
-        by_rows(out, shape.rows),
-        by_rows(lse[..., None], shape.rows)[..., 0],
-        by_rows(d_out, shape.rows),
+        [_by_head(q, shape) for q, _ in parts],
+        [_pad(k, 1, shape.tokens) for _, k in parts],
+        None if v is None else _pad(v, 1, shape.tokens),
+        out_MBTLV,
+        lse,
+        _by_head(d_out, shape),
         shape=shape,
         config=_config(config, shape),
         scale=scale,
         interpret=interpret,
     )
 
-    def sum_shared(x_BLSW: jax.Array, heads: int) -> jax.Array:
-        by_shared = x_BLSW.reshape(b, -1, heads, *x_BLSW.shape[2:])
-        return by_shared.astype(jnp.float32).sum(axis=1).astype(x_BLSW.dtype)
+    def shared(x: jax.Array, axis: int, heads: int, n: int) -> jax.Array:
+        """Sums over the heads that share one, along `axis`, and leaves the first n tokens, along the axis before."""
+        x = jax.lax.slice_in_dim(x, 0, n, axis=axis - 1)
+        if heads == shape.heads:
+            return x
+        by_shared = x.reshape(*x.shape[:axis], -1, heads, *x.shape[axis + 1 :])
+        return by_shared.astype(jnp.float32).sum(axis=axis).astype(x.dtype)
 
-    def of_queries(x_BLSW: jax.Array, heads: int) -> jax.Array:
-        x = sum_shared(x_BLSW[:, :, : t * m], heads)
-        return x.reshape(b, heads, t, m, -1).transpose(0, 2, 1, 3, 4)
-
-    of_keys = lambda x_BLSW, heads: sum_shared(x_BLSW[:, :, :s], heads).swapaxes(1, 2)
+    of_queries = lambda x, q: shared(x, 3, q.shape[2], q.shape[1]).transpose(1, 2, 3, 0, 4)
+    of_keys = lambda x, k: shared(x, 2, k.shape[2], k.shape[1])
     d_parts = [
-        (of_queries(q, n), of_keys(k, heads))
-        for q, n, k, heads in zip(dq, shape.q_heads, dk, shape.k_heads, strict=True)
+        (of_queries(dq_i, q), of_keys(dk_i, k))
+        for (q, k), dq_i, dk_i in zip(parts, dq, dk[: len(parts)], strict=True)
     ]
     d_start = np.zeros(start.shape, jax.dtypes.float0)
-    return d_start, d_parts, None if dv is None else of_keys(dv, shape.heads)
+    return d_start, d_parts, None if v is None else of_keys(dk[-1], v)
 
 
 _attend.defvjp(_forward, _backward)

@@ -1,14 +1,15 @@
-"""Gradients of causal attention for Hopper GPUs, in Pallas Mosaic GPU: one kernel for the queries, one for the keys.
+"""Causal attention for Hopper GPUs, in Pallas Mosaic GPU: a kernel for the output, and one each for the gradients of
+the queries and of the keys and values.
 
-Rows of a head are its query heads for each token in turn, M a token, so that a tile of rows ends at nearly one token
-and little is computed only to be masked. Each kernel makes the weights again from the log-sum-exp; neither adds to
-memory that others write, so gradients are the same from run to run. The forward pass is the decode kernel
-(`mlra_jax.ops.decode.mosaic_gpu_kernel`), which has the same rows.
+A warpgroup of a program has a tile of 64 tokens of one query head, or 64 keys; those of a program share what streams
+by. The gradients' kernels make the weights again from the log-sum-exp, and neither adds to memory that others write, so
+gradients are the same from run to run. Arrays are as products with weights leave them: nothing is turned.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,16 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mlra_jax.ops.attention.mosaic_gpu import Config, Shape
-from mlra_jax.ops.decode.mosaic_gpu_kernel import _MATRIX, _PARAMS, _ROW, LOG2E, _transforms, plgpu
+from mlra_jax.ops.attention.mosaic_gpu import ROWS, Config, Shape
+from mlra_jax.ops.decode.mosaic_gpu_kernel import _MATRIX, _PARAMS, _ROW, LOG2E, LOWEST, _transforms, plgpu
 
-ROWS = 64
-"""Rows of a warpgroup's products."""
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-GROUPS = 2
-"""Warpgroups of a program that compute, each with 64 rows of queries or 64 keys of its own."""
+KEY_GROUPS = 2
+"""Warpgroups of a program for the gradients of keys, each with 64 keys."""
 
 
 def _products(interpret: bool, *pairs: tuple[tuple[int, ...], list[tuple[Any, Any]]]) -> list[jax.Array]:
@@ -71,156 +68,224 @@ def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def _dq_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
+class Inputs:
+    """What all three kernels read, and which of it a program's head has."""
+
+    def __init__(self, refs: list[Any], shape: Shape, gradients: bool):
+        take = lambda n: [refs.pop(0) for _ in range(n)]
+        parts = len(shape.widths)
+        (start_ref,) = take(1)  # int32 [1]: position of the first query
+        self.q_refs = take(parts)  # [M, B, T, heads of the part, W]
+        self.k_refs = take(parts)  # [B, S, heads of the part, W]
+        self.v_ref = None if shape.latent else take(1)[0]  # [B, S, L, V]
+        # Gradient of the output [M, B, T, L, V], log-sum-exp to the base of 2, and sums of gradient times output
+        # times scale, [M, B, L, T]
+        more: list[Any] = take(3) if gradients else [None] * 3
+        self.do_ref, self.lse_ref, self.delta_ref = more
+        self.head, self.b = lax.axis_index("head"), lax.axis_index("batch")
+        self.start, self.shape = start_ref[0], shape
+
+    def rows(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Query head and first token of tile r: the heads' tiles of the same tokens follow each other."""
+        m = self.shape.heads_per_kv
+        return lax.rem(r, m), lax.div(r, m) * ROWS
+
+    def queries(self, r: jax.Array) -> list[Any]:
+        """The parts of tile r's queries."""
+        m, t = self.rows(r)
+        heads = [lax.rem(self.head, n) for n in self.shape.q_heads]
+        return [q.at[m, self.b, pl.ds(t, ROWS), n] for q, n in zip(self.q_refs, heads, strict=True)]
+
+    def keys(self, first: jax.Array, n: int) -> list[Any]:
+        """The parts of n keys, and their values where those are not part of the keys."""
+        heads = [lax.rem(self.head, n) for n in self.shape.k_heads]
+        keys = [k.at[self.b, pl.ds(first, n), h] for k, h in zip(self.k_refs, heads, strict=True)]
+        return keys if self.v_ref is None else [*keys, self.v_ref.at[self.b, pl.ds(first, n), self.head]]
+
+    def of_rows(self, ref: Any, r: jax.Array) -> Any:
+        """Tile r of an array like the output, or like the log-sum-exp."""
+        m, t = self.rows(r)
+        if ref.shape[-1] == self.shape.queries and len(ref.shape) == 4:
+            return ref.at[m, self.b, self.head, pl.ds(t, ROWS)]
+        return ref.at[m, self.b, pl.ds(t, ROWS), self.head]
+
+
+def _stream(n: jax.Array, stages: int, full: Any, free: Any, copies: Any) -> None:
+    """Issues `copies(i, slot)`, each to arrive at `full`, for i below n, each slot when it is free again."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    def one(i: jax.Array, _: None) -> None:
+        slot = lax.rem(i, stages)
+        pl.when(i >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
+        for source, target in copies(i, slot):
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+    lax.fori_loop(0, n, one, None)
+    # A barrier must not be left before all its phases were seen.
+    drain = lambda i, _: plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+    lax.fori_loop(jnp.maximum(n - stages, 0), n, drain, None)
+
+
+def _row_kernel(
+    *refs: Any,
+    shape: Shape,
+    groups: int,
+    block: int,
+    stages: int,
+    scale: float,
+    gradients: bool,
+    interpret: bool,
+) -> None:
+    """The output and its log-sum-exp; with `gradients` those of the queries. A program has `groups` tiles of rows."""
     args = list(refs)
-    take = lambda n: [args.pop(0) for _ in range(n)]
-    parts, block, stages = len(shape.widths), config.dq_block, config.dq_stages
-    (start_ref,) = take(1)  # int32 [1]: position of the first query
-    q_refs, k_refs = take(parts), take(parts)  # [B, heads of the part, rows, W], [B, heads of the part, S, W]
-    v_ref = None if shape.latent else take(1)[0]  # [B, L, S, V]
-    do_ref, lse_ref, delta_ref = take(
-        3
-    )  # [B, L, rows, V], [B, L, rows] to the base of 2, [B, L, rows] times scale
-    dq_refs = take(parts)  # [B, L, rows, W]
-    q_smem, do_smem, k_smem, v_smem, p_smem, full, free, q_full = args
+    inputs = Inputs(args, shape, gradients)
+    outs = [args.pop(0) for _ in range(len(shape.widths) if gradients else 2)]
+    q_smem, do_smem, k_smem, v_smem, o_smem, p_smem, full, free, q_full = args
     v_smem = k_smem[0] if shape.latent else v_smem
+    o_smem = q_smem[0] if o_smem is None else o_smem
 
-    i, head, b, wg = (lax.axis_index(name) for name in ("tile", "head", "batch", "wg"))
-    tile = shape.rows // (ROWS * GROUPS) - 1 - i  # long ones first
-    m, start = shape.rows_per_token, start_ref[0]
-    seen = lambda row: start + lax.div(row, m) + 1  # tokens
-    first_row = tile * (ROWS * GROUPS)
-    most = jnp.minimum(seen(first_row + (ROWS * GROUPS - 1)), shape.tokens)
-    n_blocks = lax.div(most + (block - 1), block)
+    wg = lax.axis_index("wg")
+    tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")  # long ones first
+    last_token = inputs.rows(tile * groups + (groups - 1))[1] + (ROWS - 1)
+    seen = jnp.minimum(inputs.start + last_token + 1, shape.tokens)
+    n_blocks = lax.div(seen + (block - 1), block)
 
-    @pl.when(wg == GROUPS)
+    @pl.when(wg == groups)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        values = [] if shape.latent else [v_smem]
 
-        def one(j: jax.Array, _: None) -> None:
-            slot = lax.rem(j, stages)
-            pl.when(j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            tokens = pl.ds(j * block, block)
-            for k_ref, smem, heads in zip(k_refs, k_smem, shape.k_heads, strict=True):
-                source = k_ref.at[b, lax.rem(head, heads), tokens]
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
-            if v_ref is not None:
-                plgpu.copy_gmem_to_smem(v_ref.at[b, head, tokens], v_smem.at[slot], full.at[slot])
+        def copies(j: jax.Array, slot: jax.Array) -> Any:
+            return zip(inputs.keys(j * block, block), [x.at[slot] for x in (*k_smem, *values)], strict=True)
 
-        lax.fori_loop(0, n_blocks, one, None)
-        drain = lambda j, _: plgpu.barrier_wait(free.at[lax.rem(j, stages)])
-        lax.fori_loop(jnp.maximum(n_blocks - stages, 0), n_blocks, drain, None)
+        _stream(n_blocks, stages, full, free, copies)
 
     def compute(me: int) -> None:
-        plgpu.set_max_registers(232, action="increase")
-        row0 = first_row + me * ROWS
-        rows = pl.ds(row0, ROWS)
-        for q_ref, smem, heads in zip(q_refs, q_smem, shape.q_heads, strict=True):
-            plgpu.copy_gmem_to_smem(q_ref.at[b, lax.rem(head, heads), rows], smem.at[me], q_full.at[me])
-        plgpu.copy_gmem_to_smem(do_ref.at[b, head, rows], do_smem.at[me], q_full.at[me])
-        lse, delta = (
-            plgpu.load(ref.at[b, head, rows], layout=_ROW, optimized=False) for ref in (lse_ref, delta_ref)
-        )
+        plgpu.set_max_registers(min(232, (512 - 40) // groups // 8 * 8), action="increase")
+        r = tile * groups + me
+        t0 = inputs.rows(r)[1] + inputs.start
+        for source, smem in zip(inputs.queries(r), q_smem, strict=True):
+            plgpu.copy_gmem_to_smem(source, smem.at[me], q_full.at[me])
+        lse: Any = None
+        delta: Any = None
+        if gradients:
+            plgpu.copy_gmem_to_smem(inputs.of_rows(inputs.do_ref, r), do_smem.at[me], q_full.at[me])
+            lse, delta = (
+                plgpu.load(inputs.of_rows(ref, r), layout=_ROW, optimized=False)
+                for ref in (inputs.lse_ref, inputs.delta_ref)
+            )
         plgpu.barrier_wait(q_full.at[me])
+        size = (ROWS, block)
 
-        def step(j: jax.Array, dq: list[jax.Array], masked: bool) -> list[jax.Array]:
+        def operand(x: jax.Array) -> Any:
+            """For products from registers; the interpreter knows shared memory alone."""
+            x = x.astype(jnp.bfloat16)
+            if not interpret:
+                return x
+            p_smem[me][...] = x
+            plgpu.commit_smem()
+            return p_smem[me]
+
+        def visible(j: jax.Array) -> jax.Array:
+            row = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + t0
+            token = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + j * block
+            return token <= row
+
+        def step(j: jax.Array, carry: Any, masked: bool) -> Any:
             slot = lax.rem(j, stages)
             plgpu.barrier_wait(full.at[slot])
-            size = (ROWS, block)
             turned = lambda x: x.at[slot].transpose((1, 0))
-            s, dp = _products(
-                interpret,
-                (size, [(q.at[me], turned(k)) for q, k in zip(q_smem, k_smem, strict=True)]),
-                (size, [(do_smem.at[me], turned(v_smem))]),
-            )
-            p = jnp.exp2(s * (scale * LOG2E) - _spread(lse, size, 0))
-            if masked:
-                row = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + row0
-                token = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + (j * block - start)
-                p = jnp.where(token * m <= row, p, 0.0)
-            ds: Any = (p * (dp * scale - _spread(delta, size, 0))).astype(jnp.bfloat16)
-            if interpret:
-                p_smem[me][...] = ds
-                plgpu.commit_smem()
-                ds = p_smem[me]
-            dq = _add_products(interpret, dq, [(n, ds, k.at[slot]) for n, k in enumerate(k_smem)])
+            scores = size, [(q.at[me], turned(k)) for q, k in zip(q_smem, k_smem, strict=True)]
+            if gradients:
+                s, dp = _products(interpret, scores, (size, [(do_smem.at[me], turned(v_smem))]))
+                p = jnp.exp2(s * (scale * LOG2E) - _spread(lse, size, 0))
+                p = jnp.where(visible(j), p, 0.0) if masked else p
+                ds = operand(p * (dp * scale - _spread(delta, size, 0)))
+                carry = _add_products(interpret, carry, [(n, ds, k.at[slot]) for n, k in enumerate(k_smem)])
+            else:
+                acc, m, norm = carry
+                (s,) = _products(interpret, scores)
+                s = jnp.where(visible(j), s, -jnp.inf) if masked else s
+                m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
+                alpha = jnp.exp2(m - m_new)
+                p = jnp.exp2(s * (scale * LOG2E) - _spread(m_new, size, 0))
+                norm = norm * alpha + p.sum(axis=1)
+                acc = acc * _spread(alpha, acc.shape, 0)
+                (acc,) = _add_products(interpret, [acc], [(0, operand(p), v_smem.at[slot])])
+                carry = acc, m_new, norm
             plgpu.barrier_arrive(free.at[slot])
-            return dq
+            return carry
 
-        clear = jnp.clip(lax.div(seen(row0), block), 0, n_blocks)  # up to here every row sees every token
-        dq = [_zeros(ROWS, w) for w in shape.widths]
-        dq = lax.fori_loop(0, clear, functools.partial(step, masked=False), dq)
-        dq = lax.fori_loop(clear, n_blocks, functools.partial(step, masked=True), dq)
-        for x, smem in zip(dq, q_smem, strict=True):
+        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), _ROW)
+        carry: Any = [_zeros(ROWS, w) for w in shape.widths]
+        if not gradients:
+            carry = _zeros(ROWS, shape.v_width), vector(LOWEST), vector(0.0)
+        clear = jnp.clip(lax.div(t0 + 1, block), 0, n_blocks)  # up to here every row sees every token
+        carry = lax.fori_loop(0, clear, functools.partial(step, masked=False), carry)
+        carry = lax.fori_loop(clear, n_blocks, functools.partial(step, masked=True), carry)
+
+        if gradients:
+            results = list(zip(carry, q_smem, outs, strict=True))
+        else:
+            acc, m, norm = carry
+            inputs.of_rows(outs[1], r)[...] = (m + jnp.log2(norm)) * (1 / LOG2E)
+            results = [(acc * _spread(1.0 / norm, acc.shape, 0), o_smem, outs[0])]
+        for x, smem, _ in results:
             smem[me] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        for smem, dq_ref in zip(q_smem, dq_refs, strict=True):
-            plgpu.copy_smem_to_gmem(smem.at[me], dq_ref.at[b, head, rows])
+        for _, smem, ref in results:
+            plgpu.copy_smem_to_gmem(smem.at[me], inputs.of_rows(ref, r))
         plgpu.wait_smem_to_gmem(0)
 
-    for me in range(GROUPS):
+    for me in range(groups):
         pl.when(wg == me)(functools.partial(compute, me))
 
 
-def _dk_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
+def _key_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
+    """Gradients of keys and values. A program has 64 keys for each warpgroup, and a share of the rows that see them."""
     args = list(refs)
-    take = lambda n: [args.pop(0) for _ in range(n)]
-    parts, tile, stages = len(shape.widths), ROWS, config.dk_stages
-    (start_ref,) = take(1)  # int32 [1]: position of the first query
-    q_refs, k_refs = take(parts), take(parts)  # [B, heads of the part, rows, W], [B, heads of the part, S, W]
-    v_ref = None if shape.latent else take(1)[0]  # [B, L, S, V]
-    do_ref, lse_ref, delta_ref = take(
-        3
-    )  # [B, L, rows, V], [B, L, rows] to the base of 2, [B, L, rows] times scale
-    dk_refs = take(parts + (not shape.latent))  # [shares, B, L, S, W], and of the values
+    inputs = Inputs(args, shape, gradients=True)
+    parts, stages = len(shape.widths), config.dk_stages
+    dk_refs = [
+        args.pop(0) for _ in range(parts + (not shape.latent))
+    ]  # [shares, B, S, L, W], and of the values
     k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, p_smem, full, free, k_full = args
     v_smem = k_smem[0] if shape.latent else v_smem
 
-    block, share, head, b, wg = (lax.axis_index(name) for name in ("block", "share", "head", "batch", "wg"))
-    m, start = shape.rows_per_token, start_ref[0]
-    first_row = lambda token: jnp.maximum(token - start, 0) * m  # that sees the token
-    first_token, last_token = block * (ROWS * GROUPS), (block + 1) * (ROWS * GROUPS) - 1
-    n_tiles = shape.rows // tile
-    first = jnp.minimum(lax.div(first_row(first_token), tile), n_tiles)
+    block, share, wg = (lax.axis_index(name) for name in ("block", "share", "wg"))
+    first_token = block * (ROWS * KEY_GROUPS)
+    n_tiles = shape.queries // ROWS * shape.heads_per_kv
+    # The first tile with a token that sees the first key, and with only tokens that see the last.
+    first = lax.div(jnp.maximum(first_token - inputs.start, 0), ROWS) * shape.heads_per_kv
+    whole = first_token + (ROWS * KEY_GROUPS - 1) - inputs.start
+    whole = lax.div(jnp.maximum(whole, 0) + (ROWS - 1), ROWS) * shape.heads_per_kv
+    first = jnp.minimum(first, n_tiles)
     per = lax.div(n_tiles - first + (config.dk_shares - 1), config.dk_shares)
     low = jnp.minimum(first + share * per, n_tiles)
     high = jnp.minimum(low + per, n_tiles)
-    clear = jnp.clip(
-        lax.div(first_row(last_token) + (tile - 1), tile), low, high
-    )  # from here on nothing is masked
+    clear = jnp.clip(whole, low, high)
 
-    @pl.when(wg == GROUPS)
+    @pl.when(wg == KEY_GROUPS)
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        def copies(i: jax.Array, slot: jax.Array) -> Any:
+            r = low + i
+            vectors = ((inputs.do_ref, do_smem), (inputs.lse_ref, lse_smem), (inputs.delta_ref, delta_smem))
+            yield from zip(inputs.queries(r), [smem.at[slot] for smem in q_smem], strict=True)
+            yield from ((inputs.of_rows(ref, r), smem.at[slot]) for ref, smem in vectors)
 
-        def one(n: jax.Array, _: None) -> None:
-            slot = lax.rem(n, stages)
-            pl.when(n >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
-            rows = pl.ds((low + n) * tile, tile)
-            for q_ref, smem, heads in zip(q_refs, q_smem, shape.q_heads, strict=True):
-                source = q_ref.at[b, lax.rem(head, heads), rows]
-                plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
-            for ref, smem in ((do_ref, do_smem), (lse_ref, lse_smem), (delta_ref, delta_smem)):
-                plgpu.copy_gmem_to_smem(ref.at[b, head, rows], smem.at[slot], full.at[slot])
-
-        lax.fori_loop(0, high - low, one, None)
-        drain = lambda n, _: plgpu.barrier_wait(free.at[lax.rem(n, stages)])
-        lax.fori_loop(jnp.maximum(high - low - stages, 0), high - low, drain, None)
+        _stream(high - low, stages, full, free, copies)
 
     def compute(me: int) -> None:
         plgpu.set_max_registers(232, action="increase")
         token0 = first_token + me * ROWS
-        tokens = pl.ds(token0, ROWS)
-        for k_ref, smem, heads in zip(k_refs, k_smem, shape.k_heads, strict=True):
-            plgpu.copy_gmem_to_smem(k_ref.at[b, lax.rem(head, heads), tokens], smem.at[me], k_full.at[me])
-        if v_ref is not None:
-            plgpu.copy_gmem_to_smem(v_ref.at[b, head, tokens], v_smem.at[me], k_full.at[me])
+        values = [] if shape.latent else [v_smem]
+        for source, smem in zip(inputs.keys(token0, ROWS), (*k_smem, *values), strict=True):
+            plgpu.copy_gmem_to_smem(source, smem.at[me], k_full.at[me])
         plgpu.barrier_wait(k_full.at[me])
+        size = (ROWS, ROWS)
 
         def step(i: jax.Array, dk: list[jax.Array], masked: bool) -> list[jax.Array]:
             slot = lax.rem(i - low, stages)
             plgpu.barrier_wait(full.at[slot])
-            size = (ROWS, tile)
             turned = lambda x: x.at[slot].transpose((1, 0))
             s, dp = _products(
                 interpret,
@@ -232,9 +297,11 @@ def _dk_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret
             )
             p = jnp.exp2(s * (scale * LOG2E) - _spread(lse, size, 1))
             if masked:
-                token = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + (token0 - start)
-                row = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + i * tile
-                p = jnp.where(token * m <= row, p, 0.0)
+                token = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + token0
+                row = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + (
+                    inputs.rows(i)[1] + inputs.start
+                )
+                p = jnp.where(token <= row, p, 0.0)
             ds: Any = (p * (dp * scale - _spread(delta, size, 1))).astype(jnp.bfloat16)
             weights: Any = p.astype(jnp.bfloat16)
             if interpret:
@@ -247,23 +314,118 @@ def _dk_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret
             plgpu.barrier_arrive(free.at[slot])
             return dk
 
-        dk = [_zeros(ROWS, w) for w in (*shape.widths, *(() if shape.latent else (shape.v_width,)))]
+        dk = [_zeros(ROWS, w) for w in shape.key_widths]
         dk = lax.fori_loop(low, clear, functools.partial(step, masked=True), dk)
         dk = lax.fori_loop(clear, high, functools.partial(step, masked=False), dk)
         for x, ref in zip(dk, dk_refs, strict=True):
-            ref[share, b, head, tokens] = x.astype(ref.dtype)
+            ref[share, inputs.b, pl.ds(token0, ROWS), inputs.head] = x.astype(ref.dtype)
 
-    for me in range(GROUPS):
+    for me in range(KEY_GROUPS):
         pl.when(wg == me)(functools.partial(compute, me))
+
+
+def _bf16(*shape: int) -> Any:
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(shape[-1]))
+
+
+def _run_rows(
+    arrays: Sequence[jax.Array],
+    *,
+    shape: Shape,
+    groups: int,
+    block: int,
+    stages: int,
+    scale: float,
+    gradients: bool,
+    interpret: Any,
+) -> list[jax.Array]:
+    of_rows = lambda heads, w: jax.ShapeDtypeStruct(
+        (shape.heads_per_kv, shape.batch, shape.queries, heads, w), jnp.bfloat16
+    )
+    out_type: list[Any] = [of_rows(shape.heads, w) for w in shape.widths]
+    if not gradients:
+        lse = (shape.heads_per_kv, shape.batch, shape.heads, shape.queries)
+        out_type = [of_rows(shape.heads, shape.v_width), jax.ShapeDtypeStruct(lse, jnp.float32)]
+    tiles = shape.queries // ROWS * shape.heads_per_kv
+    assert tiles % groups == 0
+    staged = not gradients and shape.v_width != shape.widths[0]
+    return plgpu.kernel(
+        functools.partial(
+            _row_kernel,
+            shape=shape,
+            groups=groups,
+            block=block,
+            stages=stages,
+            scale=scale,
+            gradients=gradients,
+            interpret=interpret is not None,
+        ),
+        out_type=out_type,
+        scratch_types=[
+            [_bf16(groups, ROWS, w) for w in shape.widths],
+            _bf16(groups, ROWS, shape.v_width) if gradients else None,
+            [_bf16(stages, block, w) for w in shape.widths],
+            None if shape.latent else _bf16(stages, block, shape.v_width),
+            _bf16(groups, ROWS, shape.v_width) if staged else None,
+            None if interpret is None else [_bf16(ROWS, block)] * groups,
+            plgpu.Barrier(num_arrivals=len(shape.key_widths), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(shape.widths) + gradients, num_barriers=groups),
+        ],
+        grid=(tiles // groups, shape.heads, shape.batch),
+        grid_names=("tile", "head", "batch"),
+        num_threads=groups + 1,
+        thread_name="wg",
+        compiler_params=_PARAMS,
+        interpret=interpret,
+        kernel_name="attention_dq" if gradients else "attention",
+    )(*arrays)
 
 
 @functools.partial(
     jax.jit, static_argnames=("shape", "config", "scale", "interpret")
 )  # compiled once for all layers
+def attend(
+    start: jax.Array,
+    qs: Sequence[jax.Array],
+    ks: Sequence[jax.Array],
+    v: jax.Array | None,
+    *,
+    shape: Shape,
+    config: Config,
+    scale: float,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Output [M, B, T, L, V] and log-sum-exp of the scaled scores [M, B, L, T].
+
+    Args:
+      start: position of the first query, int32 [1].
+      qs: parts of the queries [M, B, T, heads of the part, W].
+      ks: parts of the keys [B, S, heads of the part, W].
+      v: values [B, S, L, V], or None: the first part of the keys.
+      shape: sizes.
+      config: how the work is cut.
+      scale: of the scores.
+      interpret: runs on the CPU.
+    """
+    out, lse = _run_rows(
+        [start, *qs, *ks, *([] if v is None else [v])],
+        shape=shape,
+        groups=config.row_groups,
+        block=config.block,
+        stages=config.stages,
+        scale=scale,
+        gradients=False,
+        interpret=interpret,
+    )
+    return out, lse
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "config", "scale", "interpret"))
 def gradients(
     start: jax.Array,
-    qs: tuple[jax.Array, ...],
-    ks: tuple[jax.Array, ...],
+    qs: Sequence[jax.Array],
+    ks: Sequence[jax.Array],
     v: jax.Array | None,
     out: jax.Array,
     lse: jax.Array,
@@ -273,84 +435,66 @@ def gradients(
     config: Config,
     scale: float,
     interpret: Any,
-) -> tuple[list[jax.Array], list[jax.Array], jax.Array | None]:
-    """Gradients of queries, keys and values by head.
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Gradients for each head of the parts of its queries [M, B, T, L, W], and of its keys [B, S, L, W].
+
+    The last of the keys' is the values' [B, S, L, V]; where `v` is None, it is in that of the first part.
 
     Args:
-      start: position of the first query, int32 [1].
-      qs: parts of the queries [B, heads of the part, rows, W].
-      ks: parts of the keys [B, heads of the part, S, W].
-      v: values [B, L, S, V], or None: the first part of the keys.
-      out: the output [B, L, rows, V].
-      lse: log-sum-exp of the scaled scores [B, L, rows].
-      d_out: gradient of the output.
+      start: see `attend`.
+      qs: see `attend`.
+      ks: see `attend`.
+      v: see `attend`.
+      out: as `attend` gave it.
+      lse: as `attend` gave it.
+      d_out: gradient of the output, like it.
       shape: sizes.
       config: how the work is cut.
       scale: of the scores.
       interpret: runs on the CPU.
-
-    Returns:
-      For each part the queries' gradient for each head, [B, L, rows, W]; the keys' [B, L, S, W] (what the values add
-      is in the first of them if `v` is None); the values'.
     """
-    interpreted = interpret is not None
-    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(2, 3)
     arrays = [start, *qs, *ks, *([] if v is None else [v]), d_out, lse * LOG2E, delta]
-    kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
-    bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=_transforms(s[-1]))
-    keep = functools.partial(
-        functools.partial, shape=shape, config=config, scale=scale, interpret=interpreted
+    dq = _run_rows(
+        arrays,
+        shape=shape,
+        groups=2,
+        block=config.dq_block,
+        stages=config.dq_stages,
+        scale=scale,
+        gradients=True,
+        interpret=interpret,
     )
-    copies = len(qs) + (v is not None)
-    of_head = lambda rows, w, *first: jax.ShapeDtypeStruct(
-        (*first, shape.batch, shape.heads, rows, w), jnp.bfloat16
-    )
-
-    block, stages = config.dq_block, config.dq_stages
-    dq = kernel(
-        keep(_dq_kernel),
-        out_type=[of_head(shape.rows, w) for w in shape.widths],
-        scratch_types=[
-            [bf16(GROUPS, ROWS, w) for w in shape.widths],
-            bf16(GROUPS, ROWS, shape.v_width),
-            [bf16(stages, block, w) for w in shape.widths],
-            None if v is None else bf16(stages, block, shape.v_width),
-            [bf16(ROWS, block)] * GROUPS if interpreted else None,
-            plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=len(qs) + 1, num_barriers=GROUPS),
+    stages, shares = config.dk_stages, config.dk_shares
+    dtype = jnp.float32 if shares > 1 else jnp.bfloat16
+    vector = plgpu.SMEM((stages, ROWS), jnp.float32)
+    dk = plgpu.kernel(
+        functools.partial(
+            _key_kernel, shape=shape, config=config, scale=scale, interpret=interpret is not None
+        ),
+        out_type=[
+            jax.ShapeDtypeStruct((shares, shape.batch, shape.tokens, shape.heads, w), dtype)
+            for w in shape.key_widths
         ],
-        grid=(shape.rows // (ROWS * GROUPS), shape.heads, shape.batch),
-        grid_names=("tile", "head", "batch"),
-        num_threads=GROUPS + 1,
-        kernel_name="attention_dq",
-    )(*arrays)
-
-    tile, stages = ROWS, config.dk_stages
-    vector = plgpu.SMEM((stages, tile), jnp.float32)
-    widths = [*shape.widths, *([] if v is None else [shape.v_width])]
-    sums = [of_head(shape.tokens, w, config.dk_shares) for w in widths]
-    if config.dk_shares > 1:
-        sums = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in sums]
-    dk = kernel(
-        keep(_dk_kernel),
-        out_type=sums,
         scratch_types=[
-            [bf16(GROUPS, ROWS, w) for w in shape.widths],
-            None if v is None else bf16(GROUPS, ROWS, shape.v_width),
-            [bf16(stages, tile, w) for w in shape.widths],
-            bf16(stages, tile, shape.v_width),
+            [_bf16(KEY_GROUPS, ROWS, w) for w in shape.widths],
+            None if shape.latent else _bf16(KEY_GROUPS, ROWS, shape.v_width),
+            [_bf16(stages, ROWS, w) for w in shape.widths],
+            _bf16(stages, ROWS, shape.v_width),
             vector,
             vector,
-            [bf16(2, ROWS, tile)] * GROUPS if interpreted else None,
+            None if interpret is None else [_bf16(2, ROWS, ROWS)] * KEY_GROUPS,
             plgpu.Barrier(num_arrivals=len(qs) + 3, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=GROUPS),
+            plgpu.Barrier(num_arrivals=KEY_GROUPS, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(shape.key_widths), num_barriers=KEY_GROUPS),
         ],
-        grid=(shape.batch, shape.heads, config.dk_shares, shape.tokens // (ROWS * GROUPS)),
+        # The first keys are seen by most rows: they come first.
+        grid=(shape.batch, shape.heads, shares, shape.tokens // (ROWS * KEY_GROUPS)),
         grid_names=("batch", "head", "share", "block"),
-        num_threads=GROUPS + 1,
+        num_threads=KEY_GROUPS + 1,
+        thread_name="wg",
+        compiler_params=_PARAMS,
+        interpret=interpret,
         kernel_name="attention_dk",
     )(*arrays)
-    dk = [x[0] if config.dk_shares == 1 else x.sum(axis=0).astype(jnp.bfloat16) for x in dk]
-    return dq, dk[: len(ks)], None if v is None else dk[-1]
+    return dq, [x[0] if shares == 1 else x.sum(axis=0).astype(jnp.bfloat16) for x in dk]
