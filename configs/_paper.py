@@ -32,7 +32,7 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
             tokenizer="gpt2",
             seq_len=2048,
             global_batch=480,
-            micro_batch=1,
+            micro_batch=0,
             order="official",
             official_ranks=8,
         ),

@@ -237,8 +237,10 @@ class ModelConfig(Validated):
     """Type of matrix products and attention; the residual stream, norms and softmax are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters are stored: float32 for training; decoding may hold bfloat16."""
-    remat: Literal["none", "dots", "full"] = "full"
-    """What a layer recomputes in the backward pass: nothing, all but matrix products, or everything."""
+    remat: Literal["auto", "none", "dots", "mlp", "attention", "full"] = "auto"
+    """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
+    everything (none); products with weights and attention's output (dots); the MLP's first products and attention's
+    output (mlp); attention's output; nothing (full). auto: training takes what fits; full where memory is unknown."""
 
     @property
     def cached_heads(self) -> int:
@@ -329,8 +331,9 @@ class DataConfig(Validated):
     """T: tokens in a sequence."""
     global_batch: int = 480
     """Sequences in one optimizer step, over all devices."""
-    micro_batch: int = 1
-    """Sequences that one data-parallel device (data x fsdp) processes at a time; accumulation is derived from it."""
+    micro_batch: int = 0
+    """Sequences that one data-parallel device (data x fsdp) processes at a time; accumulation is derived from it.
+    0: what fits and is fastest by estimate (1 where the memory is unknown)."""
     order: Literal["shuffled", "sequential", "official"] = "shuffled"
     """shuffled: a new permutation of windows each epoch, from the seed; sequential: file order; official: the order
     of the paper's PyTorch code, in which rank r of `official_ranks` reads every `official_ranks`-th file."""
@@ -348,11 +351,12 @@ class DataConfig(Validated):
             at,
             "seq_len",
             "global_batch",
-            "micro_batch",
             "official_ranks",
             "read_threads",
             "prefetch",
         )
+        if self.micro_batch < 0:
+            faults.append(f"{at}micro_batch={self.micro_batch} must be at least 1, or 0: what fits.")
         if not faults and self.order == "official" and self.global_batch % self.official_ranks:
             faults.append(
                 f"{at}global_batch={self.global_batch} is not divisible by official_ranks={self.official_ranks}, "
@@ -361,16 +365,17 @@ class DataConfig(Validated):
         return faults
 
     def accumulation(self, n_data_shards: int) -> int:
-        """Micro-batches in one optimizer step on `n_data_shards` = data x fsdp devices.
+        """Micro-batches in one optimizer step on `n_data_shards` = data x fsdp devices; counts `micro_batch` 0 as 1.
 
         Raises:
           ConfigError: `global_batch` is not a multiple of `micro_batch * n_data_shards`.
         """
-        per_micro = self.micro_batch * n_data_shards
+        micro_batch = self.micro_batch or 1
+        per_micro = micro_batch * n_data_shards
         if self.global_batch % per_micro:
             raise ConfigError(
                 [
-                    f"data.global_batch={self.global_batch} is not a multiple of micro_batch={self.micro_batch} x "
+                    f"data.global_batch={self.global_batch} is not a multiple of micro_batch={micro_batch} x "
                     f"{n_data_shards} data-parallel devices (data x fsdp) = {per_micro}; change one of them."
                 ]
             )

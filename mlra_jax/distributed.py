@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
@@ -94,6 +95,15 @@ def initialize(config: DistributedConfig) -> None:
                 f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
             ]
         )
+
+
+def agree(size: int | None) -> int | None:
+    """The `size` in bytes that process 0 knows, rounded to MiB, on every process; all of them must ask."""
+    if jax.process_count() == 1:
+        return size
+    mib = np.int32(-1 if size is None else size // 2**20)  # JAX has no 64 bits
+    agreed = int(multihost_utils.broadcast_one_to_all(mib))
+    return None if agreed < 0 else agreed * 2**20
 
 
 class StopSignal:

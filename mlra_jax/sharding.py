@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import (
@@ -36,13 +37,37 @@ Names = tuple[str | None, ...]
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the explicit axes `data`, `fsdp`, `tensor` and `context` over `devices` (default: all).
 
+    Where the devices form several slices (TPU slices, hosts of GPUs) with a slower network between them, these lie
+    along `data`, and along `fsdp` as far as `data` has no room; `tensor` and `context` stay inside a slice.
+
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or to slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
     shape = tuple(getattr(sizes, axis) for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Explicit,) * len(MESH_AXES), devices=devices)
+    types = (AxisType.Explicit,) * len(MESH_AXES)
+    n_slices = len({getattr(device, "slice_index", None) for device in devices})
+    if n_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+    between = _slices_along(sizes, n_slices)
+    within = tuple(size // n for size, n in zip(shape, between, strict=True))
+    laid_out = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=types)
+
+
+def _slices_along(sizes: MeshConfig, n_slices: int) -> tuple[int, int, int, int]:
+    """How many slices lie along each of `MESH_AXES`."""
+    along_data = math.gcd(sizes.data, n_slices)
+    along_fsdp = n_slices // along_data
+    if sizes.fsdp % along_fsdp:
+        raise ConfigError(
+            [
+                f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} cannot be laid out on {n_slices} slices (TPU slices "
+                f"or hosts of GPUs): tensor and context stay inside a slice; use --mesh.data {n_slices} or a multiple."
+            ]
+        )
+    return along_data, along_fsdp, 1, 1
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -6,56 +6,78 @@ TPUs need `libtpu` (`pip install libtpu`), GPUs JAX's CUDA plugin. Nothing is ru
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.hardware import GIB, device_memory, find_accelerator
 from mlra_jax.ops.device import find_chip
-from mlra_jax.sharding import MESH_AXES, TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules
+from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
+from mlra_jax.training.plan import resolve
 from mlra_jax.training.step import abstract_state, make_train_step
 
-GIB = 2**30
-
-HBM_BYTES = {
-    "v4": 32 * GIB,
-    "v5e": 16 * GIB,
-    "v5p": 95 * GIB,
-    "v6e": 32 * GIB,
-    "tpu7x": 96 * GIB,
+GPUS = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "l4": "NVIDIA L4",
 }
-"""High-bandwidth memory of one JAX device, from Google Cloud's system architecture pages (a TPU7x chip, 192 GiB, is
-two devices; a v4 or v5p chip is one)."""
+"""Short names of GPUs, and what JAX calls them."""
 
 
-def topology_mesh(name: str, config: MeshConfig) -> Mesh:
-    """The mesh that `config` describes over the devices of a TPU topology such as `v5e:4x4` or `v5p:2x2x1`.
+def described_devices(name: str) -> list[jax.Device]:
+    """The devices of a topology that is named and need not be there.
+
+    Args:
+      name: a TPU slice (`v5e:16x16`, `v5p:4x4x4`, `v6e:16x16`, `tpu7x:4x4x4`), several of them (`2*v5e:16x16`), or GPUs
+        of one host or several (`h100:8`, `h100:4x8`: 4 hosts of 8); GPUs are those of `GPUS`.
 
     Raises:
-      ValueError: no such topology, or no `libtpu`.
-      ConfigError: the mesh does not multiply to its number of devices.
+      ValueError: no such topology, or the plugin that knows it is not installed.
     """
+    slices, _, slice_name = name.rpartition("*")
+    generation, _, shape = slice_name.partition(":")
+    if (slices and not slices.isdigit()) or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(
+            f"{name!r} is not a topology; it has a name such as v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, "
+            "2*v5e:16x16 (two slices), h100:8, h100:4x8 (4 hosts of 8)."
+        )
+    if generation in GPUS:
+        sizes = [int(n) for n in shape.split("x")]
+        return gpu_devices(GPUS[generation], sizes[-1], hosts=int(slices or 1) * math.prod(sizes[:-1]))
+    several = {"num_slices": int(slices)} if slices else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **several).devices
     except Exception as e:  # whatever the plugin raises
         raise ValueError(
             f"The TPU topology {name!r} cannot be described: {e}. It needs `pip install libtpu` and a name such as "
             "v5e:4x4, v5p:2x2x1, v6e:4x4."
         ) from e
-    sizes = config.resolve(len(devices))
-    shape = [getattr(sizes, axis) for axis in MESH_AXES]
-    return Mesh(np.array(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
-    """NVIDIA GPUs of one host that are described and not there: XLA and kernels compile for them on a CPU.
+def topology_mesh(name: str, config: MeshConfig) -> Mesh:
+    """The mesh that `config` describes over the devices of a topology (`described_devices`).
+
+    Raises:
+      ValueError: no such topology, or its plugin is not installed.
+      ConfigError: the mesh does not multiply to its number of devices.
+    """
+    return make_mesh(config, described_devices(name))
+
+
+def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
+    """NVIDIA GPUs that are described and not there: XLA and kernels compile for them on a CPU.
 
     Args:
       kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.device.CHIPS`.
-      n: how many.
+      n: how many on a host.
+      hosts: how many hosts.
 
     Raises:
       ValueError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
@@ -64,6 +86,8 @@ def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
     if chip is None:
         raise ValueError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
     major, minor = divmod(chip.capability, 10)
+    accelerator = find_accelerator(kind)
+    memory = accelerator.memory if accelerator else 24 * GIB
     description = f"""
       gpu_device_info {{
         threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
@@ -71,11 +95,11 @@ def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
         shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
         registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
-        device_memory_size: 25769803776 cuda_compute_capability {{ major: {major} minor: {minor} }}
+        device_memory_size: {memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
       }}
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
     """
-    shape = f"1x1x{n}"
+    shape = f"1x{hosts}x{n}"
     try:
         return topologies.get_topology_desc(
             platform="cuda", topology_name=shape, topology=shape, target_config=description
@@ -87,19 +111,26 @@ def gpu_devices(kind: str, n: int = 1) -> list[jax.Device]:
 
 
 def hbm_bytes(topology: str) -> int:
-    """Memory in bytes of one device of the topology's generation."""
-    return HBM_BYTES[topology.split(":", maxsplit=1)[0]]
+    """Memory in bytes of one device of the topology."""
+    memory = device_memory(described_devices(topology)[0])
+    assert memory is not None
+    return memory
 
 
-def compile_train_step(config: TrainConfig, topology: str) -> jax.stages.Compiled:
+def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.Compiled:
     """Compiles the train step of `config` for `topology`, on its `mesh`, without allocating.
 
+    Args:
+      config: the run; what it leaves to be chosen (micro-batch, remat) is chosen by the planner.
+      topology: a name (`described_devices`), or a mesh over such devices.
+
     Raises:
-      ConfigError: the model or the batch cannot be laid out on the mesh.
+      ConfigError: the model or the batch cannot be laid out on the mesh, or does not fit the devices by estimate.
     """
-    mesh = topology_mesh(topology, config.mesh)
+    mesh = topology_mesh(topology, config.mesh) if isinstance(topology, str) else topology
     sizes = MeshConfig(**mesh.shape)
     check_train_layout(config, sizes)
+    config, _ = resolve(config, mesh)
     n_data = sizes.data * sizes.fsdp
     accumulation = config.data.accumulation(n_data)
     with jax.set_mesh(mesh):

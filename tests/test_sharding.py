@@ -110,6 +110,36 @@ def faults_of(check, *args):
     return error.value.faults
 
 
+@dataclasses.dataclass(frozen=True)
+class SlicedDevice:
+    """What the layout of a mesh looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices_along"),
+    [((2, 2, 2, 1), 0), ((4, 1, 2, 1), 0), ((1, 8, 1, 1), 1), ((1, 2, 4, 1), 1), ((2, 1, 1, 4), 0)],
+    ids=str,
+)
+def test_slices_lie_along_data_then_fsdp_and_the_other_axes_stay_inside_one(sizes, slices_along):
+    devices = [SlicedDevice(i, i // 4) for i in range(8)]
+    laid_out = make_mesh(MeshConfig(*sizes), devices).devices
+    slices = np.vectorize(lambda device: device.slice_index)(laid_out)
+    assert slices.shape == sizes
+    half = np.split(slices, 2, axis=slices_along)
+    assert [set(part.ravel()) for part in half] == [{0}, {1}]
+
+
+def test_a_mesh_whose_tensor_axis_would_cross_slices_is_refused():
+    with pytest.raises(ConfigError, match=r"data=1 x mesh\.fsdp=1 .* 2 slices .* --mesh\.data 2"):
+        make_mesh(MeshConfig(1, 1, 8, 1), [SlicedDevice(i, i // 4) for i in range(8)])
+
+
 def test_training_layouts_that_divide_are_taken():
     for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 1, 2, 4)):
         check_train_layout(TRAIN, MeshConfig(*sizes))

@@ -10,6 +10,7 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.models.layers import MLP_UNIT
 from mlra_jax.topologies import Memory, compile_decode_step, compile_train_step, hbm_bytes, topology_mesh
+from mlra_jax.training.plan import resolve
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -47,7 +48,11 @@ def test_train_step_compiles_and_fits(name, topology):
     assert memory.total < hbm_bytes(topology)
     # The donated state is updated in place, so little more than the metrics comes out beside it.
     assert memory.outputs < 1e6
-    if name == "mlra_4":  # parameters and two moments in float32, an equal part on each device
+    _, plan = resolve(config, topology_mesh(topology, config.mesh))
+    assert plan.fits
+    if name == "mlra_4":
+        assert plan.total == pytest.approx(memory.total, rel=0.1)
+        # Parameters and two moments in float32, an equal part on each device.
         state = 12 * 2_873_220_096 / TRAIN[topology]
         assert 0.99 * state < memory.arguments < 1.1 * state
 
@@ -73,6 +78,17 @@ def test_decode_step_compiles_and_fits(name, topology):
         whole = 2 * 24 * 3072 * (1024 + 64) * 3 / 4
         padding = 2 * 24 * 3 * 3072 * (-(9880 // 4) % MLP_UNIT)
         assert weights + whole + padding < memory.arguments - cache < 1.001 * (weights + whole + padding)
+
+
+def test_several_slices_are_described_and_lie_along_data():
+    mesh = topology_mesh("2*v5e:2x2", MeshConfig(data=2, fsdp=4))
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {1}]
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:", "two*v5e:2x2", "h100:x", "h100"])
+def test_what_is_no_name_of_a_topology_is_refused_with_examples(name):
+    with pytest.raises(ValueError, match=r"is not a topology; .* v5e:16x16"):
+        topology_mesh(name, MeshConfig())
 
 
 def test_a_topology_that_does_not_exist_is_refused():

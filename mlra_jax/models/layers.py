@@ -8,8 +8,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig
+from mlra_jax.ops.remat import MLP
 from mlra_jax.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -228,6 +230,7 @@ class SwiGLU(nnx.Module):
             return rules.einsum("BTF,DF->BTD", hidden_BTF, w_down, out=out)
         gate_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_gate, dtype), out=hidden)
         up_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_up, dtype), out=hidden)
+        gate_BTF, up_BTF = checkpoint_name(gate_BTF, MLP), checkpoint_name(up_BTF, MLP)
         return rules.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down, out=out)
 
 

@@ -21,17 +21,24 @@ from mlra_jax.models.layers import (
     nested,
     require_layout,
 )
+from mlra_jax.ops.remat import ATTENTION, MLP
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
     from mlra_jax.decoding.cache import Cache
 
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "none": _policies.everything_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION)
+    ),
+    "mlp": _policies.save_only_these_names(ATTENTION, MLP),
+    "attention": _policies.save_only_these_names(ATTENTION),
+    "full": _policies.nothing_saveable,
 }
-"""What the backward pass keeps of a layer: everything, the products with weights, or its input alone."""
+"""What the backward pass keeps of a layer besides its input, from most memory to most computation: everything; products
+with weights and what attention gives; the MLP's first products and what attention gives; that alone; nothing."""
 
 
 class Block(nnx.Module):
@@ -103,15 +110,22 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
         require_layout(self.layout, "train")
-        graph, stacked = nnx.split(self.layers)
-
-        def layer(x_BTD: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, state)(x_BTD), None
-
-        if self.config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, self.embedding.encode(tokens_BT), stacked)
+        layer, stacked = self.scanned_layer()
+        step = lambda x_BTD, state: (layer(x_BTD, state), None)
+        x_BTD, _ = jax.lax.scan(step, self.embedding.encode(tokens_BT), stacked)
         return self.final_norm(x_BTD)
+
+    def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
+        """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.
+
+        In the training layout. When differentiated it recomputes what `config.remat` says.
+        """
+        graph, stacked = nnx.split(self.layers)
+        layer = lambda x_BTD, state: nnx.merge(graph, state)(x_BTD)
+        remat = "full" if self.config.remat == "auto" else self.config.remat
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        return layer, stacked
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""

@@ -5,9 +5,8 @@ Model FLOPs utilisation is `tokens_per_second * train_flops_per_token(...) / (de
 
 from __future__ import annotations
 
-import re
-
 from mlra_jax.config import LatentAttentionConfig, ModelConfig, TensorProductAttentionConfig
+from mlra_jax.hardware import find_accelerator
 
 
 def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> float:
@@ -35,26 +34,7 @@ def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> f
     return 6 * n_params + 3 * config.n_layers * config.n_heads * per_head
 
 
-# Dense bfloat16 matrix FLOP/s of one JAX device, from the vendors' data sheets; the first pattern that matches counts.
-# T4 has no bfloat16: the number is its float16 rate. A TPU7x chip (2307 T) is two JAX devices.
-_PEAK_TFLOPS = (
-    (r"H100 PCIe", 756),
-    (r"H100 NVL|H200 NVL", 835),
-    (r"H100|H200|GH200", 989),
-    (r"A100", 312),
-    (r"\bL4\b", 121),
-    (r"\bT4\b", 65),
-    (r"^TPU v4$", 275),
-    (r"^TPU (v5e|v5 lite)$", 197),
-    (r"^TPU (v5p|v5)$", 459),
-    (r"^TPU (v6e|v6 lite)$", 918),
-    (r"^TPU ?7x$", 1153.5),
-)
-
-
 def peak_flops(device_kind: str) -> float | None:
     """Peak dense bfloat16 FLOP/s of one device of this `jax.Device.device_kind`; None if it is not in the table."""
-    for pattern, tflops in _PEAK_TFLOPS:
-        if re.search(pattern, device_kind):
-            return tflops * 1e12
-    return None
+    chip = find_accelerator(device_kind)
+    return chip.flops if chip else None

@@ -17,12 +17,14 @@ from jax.sharding import NamedSharding
 
 from mlra_jax.config import TrainConfig
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
-from mlra_jax.distributed import StopSignal
+from mlra_jax.distributed import StopSignal, agree
+from mlra_jax.hardware import device_memory
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training.checkpoints import Checkpoints, load_params, write_config
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
+from mlra_jax.training.plan import Plan, resolve
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
@@ -65,12 +67,12 @@ def train(config: TrainConfig) -> TrainResult:
     mesh_config = config.mesh.resolve(jax.device_count())
     check_train_layout(config, mesh_config)
     n_data_shards = mesh_config.data * mesh_config.fsdp
-    accumulation = config.data.accumulation(n_data_shards)
+    mesh = make_mesh(config.mesh)
+    config, plan = resolve(config, mesh, agree(device_memory(jax.local_devices()[0])))
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
     with contextlib.ExitStack() as stack:
-        mesh = make_mesh(config.mesh)
         stack.enter_context(jax.set_mesh(mesh))
 
         train_data = TrainBatches(config.data, config.model.vocab_size, config.seed)
@@ -90,11 +92,11 @@ def train(config: TrainConfig) -> TrainResult:
         else:
             state = checkpoints.restore(abstract)
 
-        monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, start, changes)))
+        monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, start, changes, plan)))
         stop = stack.enter_context(StopSignal())
         profiler = stack.enter_context(contextlib.closing(_Profiler(config, start)))
         sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
-        batches = stack.enter_context(train_data.device_batches(sharding, accumulation, start))
+        batches = stack.enter_context(train_data.device_batches(sharding, plan.accumulation, start))
 
         def evaluate(params: Any) -> float:
             micro_batch = config.data.micro_batch * n_data_shards
@@ -132,7 +134,9 @@ def train(config: TrainConfig) -> TrainResult:
 class _Monitor:
     """Fetches each step's metrics while the next one runs, checks them, and reports every `log.every` steps."""
 
-    def __init__(self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str] | None):
+    def __init__(
+        self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str] | None, plan: Plan
+    ):
         """`changes` since the checkpoint that the run continues; None: there is none."""
         self._config, self._start = config, start
         first = jax.process_index() == 0
@@ -162,6 +166,7 @@ class _Monitor:
                 f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
                 f"{self._tokens_per_step} tokens per step."
             )
+            self._progress.say(f"Estimated: {plan}.")
             for change in changes or []:
                 self._progress.say(f"  changed since the checkpoint: {change}")
 

@@ -29,10 +29,10 @@ BASE = ModelConfig(
 MODELS = {
     "mlra_4": dataclasses.replace(BASE, attention=latent(4, 4)),
     "mlra_2_gated": dataclasses.replace(BASE, attention=latent(4, 2), gated_attention=True),
-    "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2)),
+    "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2), remat="attention"),
     "mla": dataclasses.replace(BASE, attention=latent(1, 1), remat="full"),
     "gla_2": dataclasses.replace(BASE, attention=latent(2, 1), remat="dots"),
-    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16)),
+    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16), remat="mlp"),
     "mqa_gated": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 16), gated_attention=True),
     "mha": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 16)),
     "mfa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 24, q_lora_rank=20)),

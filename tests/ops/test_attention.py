@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
+from mlra_jax.models.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 from mlra_jax.ops.attention.parts import joined
@@ -205,3 +206,28 @@ def test_tpus_attend_with_splash_forward_and_backward(topology):
         program = value_and_grads(None, wrap=wrap).lower(*args).compile().as_text()
     assert program.count("splash_mha_fwd") > 0
     assert program.count("splash_mha_dkv") > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.parametrize(("policy", "kernels"), [("attention", 2), ("full", 3)])
+def test_a_policy_that_keeps_what_attention_gives_does_not_run_it_again(policy, kernels):
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:2]
+    mesh, spec = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Explicit,)), PartitionSpec("data")
+    attend = jax.shard_map(
+        functools.partial(causal_attention, scale=0.1), in_specs=(spec,) * 3, out_specs=spec
+    )
+
+    def layer(q, w):
+        return q + attend(q * w, q[:, :, :1] * w, q[:, :, :1] * w), None
+
+    def loss(q, w):
+        step = jax.checkpoint(layer, policy=REMAT_POLICIES[policy], prevent_cse=False)
+        return jnp.sum(jax.lax.scan(step, q, w)[0].astype(jnp.float32))
+
+    sharding = NamedSharding(mesh, PartitionSpec("data", None, None, None))
+    with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+        q = jax.ShapeDtypeStruct((2, 256, 2, 128), jnp.bfloat16, sharding=sharding)
+        program = (
+            jax.jit(jax.grad(loss)).lower(q, jax.ShapeDtypeStruct((4,), jnp.bfloat16)).compile().as_text()
+        )
+    assert program.count("tpu_custom_call") == kernels  # forward, backward, and forward again

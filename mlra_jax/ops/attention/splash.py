@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.remat import ATTENTION
 
 BLOCKS = (512, 256, 128)
 """Tokens of a block of queries or keys: the first that divides them."""
@@ -62,7 +63,9 @@ def causal_attention(
         use_fused_bwd_kernel=True,
     )
     mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=int(q_start))] * n)
-    kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    kernel = splash.make_splash_mha_single_device(
+        mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION, interpret=interpret
+    )
     q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # Splash attention takes no scale
     return unchecked(_attend)(kernel, *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
 

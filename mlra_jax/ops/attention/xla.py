@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.ops.attention import reference
+from mlra_jax.ops.remat import ATTENTION
 
 BLOCK_ELEMENTS = 1 << 26
 """Most scores held at a time: 256 MiB of float32."""
@@ -19,7 +21,8 @@ def causal_attention(
     s = k_BSKH.shape[1]
     block = max(1, min(t, BLOCK_ELEMENTS // (b * n * s)))
     if block == t:
-        return reference.causal_attention(q_BTNH, k_BSKH, v_BSKV, scale=scale, q_start=q_start)
+        out = reference.causal_attention(q_BTNH, k_BSKH, v_BSKV, scale=scale, q_start=q_start)
+        return checkpoint_name(out, ATTENTION)
 
     @jax.checkpoint
     def one_block(i: jax.Array) -> jax.Array:
@@ -29,4 +32,4 @@ def causal_attention(
     n_blocks = -(-t // block)
     padded_BTNH = jnp.pad(q_BTNH, ((0, 0), (0, n_blocks * block - t), (0, 0), (0, 0)))
     blocks = jax.lax.map(one_block, jnp.arange(n_blocks))  # [T / block, B, block, N, V]
-    return blocks.swapaxes(0, 1).reshape(b, n_blocks * block, n, -1)[:, :t]
+    return checkpoint_name(blocks.swapaxes(0, 1).reshape(b, n_blocks * block, n, -1)[:, :t], ATTENTION)

@@ -1,0 +1,74 @@
+"""What accelerators can do at best, from their makers' data sheets.
+
+One JAX device is meant: a whole GPU, a whole TPU v4, v5p, v5e or v6e chip, half a TPU7x chip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """Peak rates and memory of one JAX device."""
+
+    flops: float
+    """Dense bfloat16 matrix FLOP/s (T4 has no bfloat16: float16)."""
+    memory: int
+    """Bytes of high-bandwidth memory."""
+    bandwidth: float
+    """Bytes per second between it and the chip."""
+    links: float
+    """Bytes per second that all links to other devices of the slice or host send at once; half of the bidirectional
+    figure of the data sheet."""
+
+
+def _of(tflops: float, gib: float, gb_per_second: float, links: float) -> Accelerator:
+    return Accelerator(tflops * 1e12, int(gib * GIB), gb_per_second * 1e9, links * 1e9)
+
+
+# NVIDIA's data sheets and Google Cloud's pages on TPU system architecture; the first pattern that matches counts.
+_ACCELERATORS = (
+    (r"H100 PCIe", _of(756, 79.6, 2000, 300)),
+    (r"H100 NVL", _of(835, 93.6, 3900, 300)),
+    (r"H200 NVL", _of(835, 139.8, 4800, 450)),
+    (r"GH200 480GB", _of(989, 94.5, 4000, 450)),
+    (r"H200|GH200", _of(989, 139.8, 4800, 450)),
+    (r"H100", _of(989, 79.1, 3350, 450)),
+    (r"A100.*80GB", _of(312, 79.2, 2039, 300)),
+    (r"A100", _of(312, 39.4, 1555, 300)),
+    (r"\bL4\b", _of(121, 22.0, 300, 32)),
+    (r"\bT4\b", _of(65, 14.6, 300, 16)),
+    (r"^TPU v4$", _of(275, 32, 1228, 300)),
+    (r"^TPU (v5e|v5 lite)$", _of(197, 16, 819, 200)),
+    (r"^TPU (v5p|v5)$", _of(459, 95, 2765, 600)),
+    (r"^TPU (v6e|v6 lite)$", _of(918, 32, 1640, 400)),
+    (r"^TPU ?7x$", _of(1153.5, 96, 3690, 600)),
+)
+
+
+def find_accelerator(kind: str) -> Accelerator | None:
+    """What is known of the devices of this `jax.Device.device_kind`; None: nothing."""
+    return next((chip for pattern, chip in _ACCELERATORS if re.search(pattern, kind)), None)
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that a program may use of the device; None: unknown (a CPU, or a device not in the table).
+
+    A device that is there says so itself; of one that is only described the whole memory counts.
+    """
+    if device.platform == "cpu":
+        return None
+    try:
+        stats = device.memory_stats()
+    except Exception:  # whatever the plugin of a described device raises
+        stats = None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    chip = find_accelerator(device.device_kind)
+    return chip.memory if chip else None

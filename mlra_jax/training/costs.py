@@ -1,0 +1,137 @@
+"""FLOPs and bytes of a train step by formula, and the time that they take at best: a roofline, nothing measured.
+
+The compiler's own `cost_analysis()` counts the body of a scan once, and of a kernel what the kernel claims; these
+formulas count layers and micro-batches as often as they run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from mlra_jax.config import LatentAttentionConfig, ModelConfig, TrainConfig
+from mlra_jax.hardware import Accelerator
+from mlra_jax.training.flops import train_flops_per_token
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one device does in one step."""
+
+    model_flops: float
+    """Forward and backward pass, as `train_flops_per_token` counts them."""
+    recomputed_flops: float
+    """What the backward pass computes again."""
+    memory_bytes: float
+    """Read and written in high-bandwidth memory, if nothing but operands of products, of attention and of the optimizer
+    leaves the chip."""
+    link_bytes: dict[str, float]
+    """Sent to other devices, by mesh axis."""
+
+    def parts(self, chip: Accelerator) -> dict[str, float]:
+        """Seconds that computation, memory and links take, each at its peak."""
+        return {
+            "compute": (self.model_flops + self.recomputed_flops) / chip.flops,
+            "memory": self.memory_bytes / chip.bandwidth,
+            "links": sum(self.link_bytes.values()) / chip.links,
+        }
+
+    def at_best(self, chip: Accelerator) -> float:
+        """Seconds if everything overlaps: a bound that no program beats."""
+        return max(self.parts(chip).values())
+
+    def in_sequence(self, chip: Accelerator) -> float:
+        """Seconds if nothing overlaps, at peak rates; to compare choices by."""
+        return sum(self.parts(chip).values())
+
+    def mfu_bound(self, chip: Accelerator) -> float:
+        """Model FLOPs utilisation of `at_best`."""
+        return self.model_flops / (self.at_best(chip) * chip.flops)
+
+
+def gathered_values(config: ModelConfig, tensor: int = 1) -> int:
+    """Values of a token that context parallelism gathers in each layer, on a device: latents, or keys and values."""
+    a = config.attention
+    if isinstance(a, LatentAttentionConfig):
+        return a.kv_lora_rank + a.d_rope
+    return 2 * a.d_head * a.n_kv_heads // (tensor if a.n_kv_heads % tensor == 0 else 1)
+
+
+def recomputed_flops(config: ModelConfig, layer_params: int, seq_len: int, remat: str) -> float:
+    """Matrix FLOPs per token and layer that the backward pass computes again, under the policy `remat`.
+
+    W_down never is: nothing but the next layer's input, which is kept, needs its product.
+    """
+    product = 2 * config.d_model * config.d_ff  # with one of the MLP's three matrices
+    attention = train_flops_per_token(config, 0, seq_len) / 3 / config.n_layers
+    all_but_attention = 2 * layer_params - product
+    return {
+        "full": all_but_attention + attention,
+        "attention": all_but_attention,
+        "mlp": all_but_attention - 2 * product,
+    }.get(remat, 0.0)
+
+
+def step_costs(
+    config: TrainConfig,
+    mesh: Mapping[str, int],
+    *,
+    micro_batch: int,
+    remat: str,
+    n_params: int,
+    layer_params: int,
+    operands: int,
+    kept: int,
+) -> Costs:
+    """Costs of a step on each device of a mesh of these sizes.
+
+    Args:
+      config: the run.
+      mesh: sizes of `data`, `fsdp`, `tensor`, `context`.
+      micro_batch: sequences that a data-parallel device processes at a time.
+      remat: policy.
+      n_params: parameters of the model, the tied matrix once.
+      layer_params: parameters of one layer.
+      operands: bytes on a device of what goes through memory in one layer's forward pass of one sequence.
+      kept: bytes on a device of what the backward pass of that layer is left.
+    """
+    m = config.model
+    data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
+    width = 2 if m.compute_dtype == "bfloat16" else 4
+    n_micro = config.data.global_batch // (micro_batch * data * fsdp)
+    length = config.data.seq_len
+    tokens = micro_batch * length / context  # of a micro-batch, on a device
+    sequences = n_micro * micro_batch  # of a step, on a device
+    again = recomputed_flops(m, layer_params, length, remat)
+    own, used = n_params / (fsdp * tensor), n_params / tensor  # parameters stored, computed with
+
+    # Weights are read in the forward and the backward pass, and again to recompute; their gradients are written and,
+    # with more than one micro-batch, added up in float32. Operands are written and read, their gradients as well.
+    passes = 2 + (again > 0)
+    per_micro = passes * width * used + 2 * width * own + (8 * own if n_micro > 1 else 0)
+    per_sequence = m.n_layers * ((5 + 2 * (again > 0)) * operands + 2 * kept)
+    logits = 4 * length / context * m.vocab_size / tensor * 4
+    update = (24 + (4 if n_micro > 1 else width) + 4 + width) * own
+
+    def ring(devices: int, size: float) -> float:
+        """Bytes that each of `devices` sends so that each has all `size` bytes, or its part of their sum."""
+        return size * (devices - 1) / devices
+
+    table = m.vocab_size * m.d_model / tensor
+    gathers = 3 * width * (used - table) + (8 + 2 * width) * table
+    exchanged = width * tokens * m.d_model
+    latents = width * gathered_values(m, tensor) * micro_batch * length
+    links = {
+        "fsdp": n_micro * ring(fsdp, gathers),
+        "data": n_micro * 2 * ring(data, width * own),
+        "tensor": n_micro * m.n_layers * (4 + (again > 0)) * 2 * ring(tensor, exchanged),
+        "context": n_micro * m.n_layers * (2 + (remat != "none")) * ring(context, latents),
+    }
+    all_tokens = config.data.global_batch * length
+    devices = data * fsdp * tensor * context
+    return Costs(
+        model_flops=train_flops_per_token(m, n_params, length) * all_tokens / devices,
+        recomputed_flops=again * m.n_layers * all_tokens / devices,
+        memory_bytes=n_micro * per_micro + sequences * (per_sequence + logits) + update,
+        link_bytes={axis: size for axis, size in links.items() if size},
+    )

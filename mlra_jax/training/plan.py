@@ -1,0 +1,242 @@
+"""What a train step takes of each device, estimated before anything is compiled, and what to choose so that it fits.
+
+Parameters, moments and gradients are counted exactly, and what each layer keeps for the backward pass is read off the
+traced program of one layer, so that it follows the attention kernels and the mesh. What XLA needs besides (one layer's
+backward pass, a chunk of logits) is an estimate; docs/scaling.md compares the sum with the compiler's own count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.config import ConfigError, ModelConfig, TrainConfig
+from mlra_jax.hardware import GIB, device_memory, find_accelerator
+from mlra_jax.models import Transformer, cast_weights, from_params
+from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.sharding import TRAIN_RULES, on_mesh
+from mlra_jax.training.costs import Costs, step_costs
+from mlra_jax.training.losses import logit_chunks
+from mlra_jax.training.step import abstract_state
+
+HEADROOM = 0.96
+"""Part of a device's memory that a plan may fill; the rest is for fragmentation and what the estimate misses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One way to run a train step, with its estimated memory and time on each device."""
+
+    remat: str
+    """What layers keep (`ModelConfig.remat`)."""
+    micro_batch: int
+    """Sequences that a data-parallel device processes at a time."""
+    accumulation: int
+    """Micro-batches in a step."""
+    memory: dict[str, int]
+    """Bytes of a device by what they hold."""
+    capacity: int | None
+    """Bytes that the device has; None: unknown."""
+    costs: Costs
+    """FLOPs and bytes of a step."""
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits, as far as is known."""
+        return self.capacity is None or self.total <= HEADROOM * self.capacity
+
+    def __str__(self) -> str:
+        of = f" of {_shown(self.capacity)}" if self.capacity else ""
+        parts = ", ".join(f"{what} {_shown(size)}" for what, size in self.memory.items() if size)
+        return (
+            f"micro-batch {self.micro_batch} (x {self.accumulation}), remat {self.remat}, about "
+            f"{_shown(self.total)}{of} of each device ({parts})"
+        )
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size > GIB / 10 else f"{size / 2**20:.1f} MiB"
+
+
+def _with_remat(model: ModelConfig, remat: Any) -> ModelConfig:
+    return dataclasses.replace(model, remat=remat)
+
+
+def device_bytes(tree: Any, mesh: Mesh) -> int:
+    """Bytes on each device of `mesh` of the abstract arrays of `tree`."""
+
+    def one(x: Any) -> int:
+        spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(one(x) for x in jax.tree.leaves(tree))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(model: ModelConfig, seq_len: int, mesh: Mesh) -> int:
+    """See `Planner.kept`; read off the traced program of one layer."""
+    with jax.set_mesh(mesh):
+        new = lambda: nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
+        weights = on_mesh(jax.eval_shape(lambda: cast_weights(model, new())), mesh)
+        states = lambda weights: from_params(model, weights).scanned_layer()[1]
+        state = jax.eval_shape(lambda weights: jax.tree.map(lambda x: x[0], states(weights)), weights)
+        shape = (mesh.shape["data"] * mesh.shape["fsdp"], seq_len, model.d_model)
+        spec = TRAIN_RULES.spec("batch", "length", None)
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+        def pullback(x: jax.Array, state: Any) -> Any:
+            return jax.vjp(from_params(model, weights).scanned_layer()[0], x, state)[1]
+
+        jaxpr = jax.make_jaxpr(pullback)(x, state).jaxpr
+    saved = {v for v in jaxpr.outvars if not hasattr(v, "val")} - {*jaxpr.invars, *jaxpr.constvars}
+    return device_bytes([x, *(v.aval for v in saved)], mesh)
+
+
+class Planner:
+    """Estimates of the train step of `config` on `mesh`. What does not depend on the choice is computed once.
+
+    Args:
+      config: the run; its mesh is not looked at.
+      mesh: of devices that are there or only described.
+      capacity: bytes of one device; None: as the device or the table of accelerators says, if it does.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, capacity: int | None = None):
+        self.config, self.mesh = config, mesh
+        self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
+        device = mesh.devices.flat[0]
+        self.capacity = device_memory(device) if capacity is None else capacity
+        # To compare choices by: the proportions of an unknown device are taken to be an H100's.
+        self._chip = find_accelerator(device.device_kind) or find_accelerator("H100")
+        self._state = abstract_state(config, mesh)
+        with jax.set_mesh(mesh):
+            self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)
+
+    def _bytes(self, tree: Any) -> int:
+        return device_bytes(tree, self.mesh)
+
+    def kept(self, remat: str) -> int:
+        """Bytes that one layer, its input included, keeps for one sequence of each data-parallel device."""
+        return _kept(_with_remat(self.config.model, remat), self.config.data.seq_len, self.mesh)
+
+    def plan(self, micro_batch: int, remat: str) -> Plan:
+        """What this choice takes; `micro_batch` must divide the sequences of a data-parallel device."""
+        config, model, mesh = self.config, self.config.model, self.mesh
+        accumulation = config.data.global_batch // (micro_batch * self.n_data)
+        layers = self._weights["layers"]
+        cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
+        gathered = 2 * jnp.dtype(model.compute_dtype).itemsize * self._layer_size()  # and their gradients
+        tokens = micro_batch * config.data.seq_len // mesh.shape["context"]
+        vocab = model.vocab_size // mesh.shape["tensor"]
+        size = logit_chunks(tokens, vocab)[1]
+        width = jnp.dtype(model.compute_dtype).itemsize
+        # The backward pass of a layer has everything that the forward pass had, at once.
+        layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) + gathered
+        # Logits, their gradient, and the token matrix: cast, and its gradient.
+        logits = (4 + width) * size * vocab + (4 + width) * vocab * model.d_model
+        memory = {
+            "parameters": self._bytes(self._state.params),
+            "moments": self._bytes((self._state.opt_state, self._state.step)),
+            f"{model.compute_dtype} weights": self._bytes(cast),
+            "gradients": self._bytes(self._weights),
+            "accumulated gradients": self._float32_bytes() if accumulation > 1 else 0,
+            "activations": micro_batch * model.n_layers * self.kept(remat),
+            "working space": max(layer, logits),
+        }
+        count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+        costs = step_costs(
+            config,
+            mesh.shape,
+            micro_batch=micro_batch,
+            remat=remat,
+            n_params=count(self._weights),
+            layer_params=count(layers) // model.n_layers,
+            operands=self.kept("dots"),
+            kept=self.kept(remat),
+        )
+        return Plan(remat, micro_batch, accumulation, memory, self.capacity, costs)
+
+    def _layer_size(self) -> int:
+        """Elements of one layer's weights on a device that has gathered them."""
+        whole = self.mesh.shape["fsdp"]
+        return self._float32_bytes(self._state.params["layers"]) // 4 * whole // self.config.model.n_layers
+
+    def _float32_bytes(self, tree: Any = None) -> int:
+        tree = self._state.params if tree is None else tree
+        as_float32 = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
+        return self._bytes(jax.tree.map(as_float32, tree))
+
+    def micro_batches(self) -> list[int]:
+        """The sizes of micro-batch that divide the global batch."""
+        sequences = self.config.data.global_batch // self.n_data
+        return [n for n in range(1, sequences + 1) if sequences % n == 0]
+
+    def choose(self) -> Plan:
+        """The plan that is asked for, or where `data.micro_batch` is 0 or `model.remat` auto, the fastest that fits.
+
+        Where the memory of the devices is unknown (a CPU), auto is micro-batch 1 and remat full.
+
+        Raises:
+          ConfigError: nothing that is asked for fits; names what takes the memory, and what to change.
+        """
+        asked_batch, asked_remat = self.config.data.micro_batch, self.config.model.remat
+        batches = [asked_batch] if asked_batch else self.micro_batches()
+        remats: Iterable[str] = REMAT_POLICIES if asked_remat == "auto" else [asked_remat]
+        if self.capacity is None:
+            return self.plan(batches[0], "full" if asked_remat == "auto" else asked_remat)
+        plans = [self.plan(b, r) for b in batches for r in remats]
+        if fitting := [p for p in plans if p.fits]:
+            assert self._chip is not None
+            chip = self._chip
+            return min(fitting, key=lambda p: (p.costs.in_sequence(chip), p.total))
+        raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
+
+    def _refusal(self, least: Plan) -> str:
+        mesh, changes = self.mesh.shape, []
+        if self.config.data.micro_batch > 1:
+            changes.append("--data.micro-batch 0 (what fits)")
+        if self.config.model.remat not in ("auto", "full"):
+            changes.append("--model.remat auto (what fits)")
+        state = sum(v for k, v in least.memory.items() if k not in ("activations", "working space"))
+        if state > least.total / 2:
+            changes.append(
+                f"more devices on --mesh.fsdp (now {mesh['fsdp']}), which split parameters and moments"
+            )
+            if mesh["data"] > 1:
+                changes.append(f"--mesh.fsdp {mesh['data'] * mesh['fsdp']} --mesh.data 1 on these")
+        else:
+            changes.append(
+                f"more devices on --mesh.context (now {mesh['context']}) or --mesh.tensor (now {mesh['tensor']}), "
+                "which split activations"
+            )
+        return f"The train step does not fit: {least}. Try {', or '.join(changes)}."
+
+
+def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tuple[TrainConfig, Plan]:
+    """The run with its micro-batch and remat policy chosen, and the plan that says what they take.
+
+    Args:
+      config: the run.
+      mesh: its devices.
+      capacity: see `Planner`; where several processes choose, the same for all.
+
+    Raises:
+      ConfigError: it does not fit.
+    """
+    plan = Planner(config, mesh, capacity).choose()
+    model = _with_remat(config.model, plan.remat)
+    data = dataclasses.replace(config.data, micro_batch=plan.micro_batch)
+    return dataclasses.replace(config, model=model, data=data), plan
