@@ -9,7 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig, TrainConfig
+from mlra_jax.config import (
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+    TrainConfig,
+)
 from mlra_jax.hardware import Accelerator
 from mlra_jax.training.flops import train_flops_per_token
 
@@ -50,11 +56,22 @@ class Costs:
 
 
 def gathered_values(config: ModelConfig, tensor: int = 1) -> int:
-    """Values of a token that context parallelism gathers in each layer, on a device: latents, or keys and values."""
-    a = config.attention
-    if isinstance(a, LatentAttentionConfig):
-        return a.kv_lora_rank + a.d_rope
-    return 2 * a.d_head * a.n_kv_heads // (tensor if a.n_kv_heads % tensor == 0 else 1)
+    """Values of a token that context parallelism gathers in each layer: latents, factors, or keys and values.
+
+    Args:
+      config: the model.
+      tensor: devices over which heads are split, where they divide them.
+    """
+    split = lambda heads: heads // tensor if heads % tensor == 0 else heads
+    match config.attention:
+        case LatentAttentionConfig() as a:
+            return a.kv_lora_rank + a.d_rope
+        case TiedAttentionConfig() as a:
+            return split(a.n_tied_heads) * a.d_head + a.d_rope
+        case TensorProductAttentionConfig() as a:
+            return 2 * a.rank * (split(config.n_heads) + a.d_head)
+        case a:
+            return 2 * a.d_head * split(a.n_kv_heads)
 
 
 def recomputed_flops(config: ModelConfig, layer_params: int, seq_len: int, remat: str) -> float:
