@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +34,14 @@ def causal_attention(
       k_BSKH: keys.
       v_BSKV: values.
       scale: multiplies the scores.
-      q_start: position of the first query, known when compiling.
+      q_start: position of the first query; at run time, at most S - T.
       interpret: runs the kernels on the CPU.
 
     Raises:
-      NotImplementedError: not a TPU, a position known at run time alone, or sizes that its blocks do not fit.
+      NotImplementedError: not a TPU, or sizes that its blocks do not fit.
     """
     if not interpret and not pltpu.is_tpu_device():
         raise NotImplementedError("It needs a TPU.")
-    if not isinstance(q_start, int | np.integer):
-        raise NotImplementedError("It needs a q_start that is known when compiling.")
     t, s, n = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
     if t % BLOCKS[-1] or s % BLOCKS[-1]:
         raise NotImplementedError(
@@ -62,12 +61,57 @@ def causal_attention(
         block_kv_dkv_compute=block_kv,
         use_fused_bwd_kernel=True,
     )
-    mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=int(q_start))] * n)
+    known = isinstance(q_start, int | np.integer)
+    offset = int(q_start) if known else s - t  # the one that sees every block of keys
+    mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=offset)] * n)
     kernel = splash.make_splash_mha_single_device(
         mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION, interpret=interpret
     )
+    if not known:
+        kernel = _shifted(kernel, q_start, offset, (t, block_q), (s, block_kv))
     q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # Splash attention takes no scale
     return unchecked(_attend)(kernel, *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
+
+
+def _shifted(
+    kernel: Any,
+    q_start: jax.Array | int,
+    offset: int,
+    queries: tuple[int, int],
+    keys: tuple[int, int],
+) -> Any:
+    """The causal kernel of queries from `offset` on as one of queries from `q_start` on.
+
+    What Splash is told of each block of queries and keys: whether it is seen by no query, by some or by all (0, 1, 2),
+    and which block of keys, and in the backward pass of queries, is to be in memory: where none is seen, the next one
+    that is, so that it is copied meanwhile.
+
+    Args:
+      kernel: its arrays describe all blocks.
+      q_start: position of the first query.
+      offset: the position that the kernel was made for.
+      queries: number of queries, and in a block.
+      keys: the same of keys.
+    """
+    (t, block_q), (s, block_kv) = queries, keys
+    first = q_start + block_q * jnp.arange(t // block_q)[:, None]  # query of a block
+    k = jnp.arange(s // block_kv)[None, :]
+    seen = first + block_q - 1 >= block_kv * k
+    blocks = jnp.where(first >= block_kv * (k + 1) - 1, 2, seen.astype(jnp.int32))
+    first_seeing = jnp.clip((block_kv * k - q_start) // block_q, 0, t // block_q - 1)
+    of_queries = jnp.where(seen, jnp.arange(t // block_q)[:, None], first_seeing)
+
+    def told(info: Any, fetched: jax.Array) -> Any:
+        cast = lambda x, like: jnp.broadcast_to(x, like.shape[1:])[None].astype(like.dtype)
+        return info._replace(
+            block_mask=cast(blocks, info.block_mask),
+            data_next=cast(fetched, info.data_next),
+            q_sequence=info.q_sequence + (q_start - offset),
+        )
+
+    (forward, _, backward), keywords = kernel.tree_flatten()
+    parts = told(forward, jnp.where(seen, k, 0)), None, told(backward, of_queries)
+    return type(kernel).tree_unflatten(keywords, parts)
 
 
 def _attend(kernel: Callable[..., jax.Array], *qkv_BNTH: jax.Array) -> jax.Array:
