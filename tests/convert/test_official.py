@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.config import (
+    ConfigError,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.convert import (
     ConvertError,
     lazy_params_from_official,
@@ -39,6 +46,9 @@ LATENT = {
 OWN = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")
 GROUPED = {k: v for k, v in LATENT.items() if k not in OWN} | {"head_dim": 4, "group_size": 2}
 MHA = {k: v for k, v in GROUPED.items() if k != "group_size"}
+ALONE = {k: v for k, v in MHA.items() if k != "head_dim"}
+MFA = ALONE | {"head_dim": 6, "share_q_dim": 5}
+TPA = ALONE | {"head_dim": 6, "rank": 2, "q_rank": 3}
 TYPES = {
     **dict.fromkeys(("mla", "gla_2", "gla_4", "mlra_2", "mlra_4"), LATENT),
     **dict.fromkeys(("mla_gated", "gla_2_gated", "mlra_2_gated", "mlra_4_gated"), LATENT),
@@ -46,7 +56,10 @@ TYPES = {
         ("mla_no_scale", "gla_2_no_scale", "mlra_2_no_scale", "mla_normal_initialization"), LATENT
     ),
     **dict.fromkeys(("gqa", "gqa_gated", "gqa_normal_initialization"), GROUPED),
+    **dict.fromkeys(("gta", "gta_normal_initialization"), GROUPED),
     "mha": MHA,
+    "mfa": MFA,
+    **dict.fromkeys(("tpa", "tpa_normal_initialization"), TPA),
 }
 
 
@@ -113,6 +126,9 @@ def test_fields_become_the_sizes_that_they_mean():
     assert model_config_from_official(GROUPED, "gqa").attention == GroupedAttentionConfig(4, 4)
     assert model_config_from_official(MHA, "mha").attention == GroupedAttentionConfig(8, 4)
     assert model_config_from_official(MHA, "mqa").attention == GroupedAttentionConfig(1, 4)
+    assert model_config_from_official(MFA, "mfa").attention == GroupedAttentionConfig(1, 6, q_lora_rank=5)
+    assert model_config_from_official(GROUPED, "gta").attention == TiedAttentionConfig(4, 4)
+    assert model_config_from_official(TPA, "tpa").attention == TensorProductAttentionConfig(2, 3, 6)
     assert model_config_from_official(LATENT, "mlra_2_gated").gated_attention
     assert not model_config_from_official(LATENT, "mlra_2_no_scale").attention.scale_latents
     assert model_config_from_official(MHA, "mha_normal_initialization").output_init == "normal"
@@ -257,4 +273,21 @@ def test_a_model_that_no_official_one_is_like_is_refused_with_every_reason():
         "There is no official model both gated and without scales.",
     ]
     with pytest.raises(ConfigError, match="n_latent_heads=8"):
+        params_from_official({}, config)
+
+
+@pytest.mark.parametrize(
+    ("attention", "gated", "said"),
+    [
+        (GroupedAttentionConfig(2, 4, q_lora_rank=3), False, "q_lora_rank=3 and n_kv_heads=2; MFA has one"),
+        (GroupedAttentionConfig(1, 4, q_lora_rank=3), True, "gated_attention and MFA"),
+        (TiedAttentionConfig(2, 4), True, "gated_attention and GTA"),
+        (TensorProductAttentionConfig(), True, "gated_attention and TPA"),
+    ],
+)
+def test_a_model_of_the_other_attentions_that_no_official_one_is_like_is_refused(attention, gated, said):
+    config = ModelConfig(n_heads=8, attention=attention, gated_attention=gated)
+    with pytest.raises(ConfigError, match=f"There is no official model with {said}"):
+        official_from_model_config(config, block_size=64)
+    with pytest.raises(ConfigError, match=f"There is no official model with {said}"):
         params_from_official({}, config)

@@ -9,10 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import LatentAttentionConfig
+from mlra_jax.config import (
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.convert import params_from_official
 from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import from_params, to_decode
+from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
 from mlra_jax.training.losses import cross_entropy
 
@@ -58,12 +64,36 @@ def plain_logits(config, params, tokens, dtype):
             branches.append(attend(q, k, v))
         return sum(branches) * dtype(1 / math.sqrt(a.n_branches))
 
-    def grouped_attention(p, x):
-        q, k, v = (jnp.einsum("btd,dnh->btnh", x, p[w]) for w in ("w_q", "w_k", "w_v"))
-        spread = lambda x: jnp.repeat(x, config.heads_per_latent, axis=2)
-        return attend(rope(q), spread(rope(k)), spread(v))
+    spread = lambda x: jnp.repeat(x, config.heads_per_latent, axis=2)
+    product = lambda x, w: jnp.einsum("btd,dnh->btnh", x, w)
 
-    attention = latent_attention if isinstance(a, LatentAttentionConfig) else grouped_attention
+    def grouped_attention(p, x):
+        k, v = product(x, p["w_k"]), product(x, p["w_v"])
+        q_in = norm(x @ p["w_qa"], p["q_norm"]["gain"]) if "w_qa" in p else x
+        return attend(rope(product(q_in, p["w_q"])), spread(rope(k)), spread(v))
+
+    def tied_attention(p, x):
+        half = a.d_head // 2
+        q, kv, k_rope = product(x, p["w_q"]), product(x, p["w_kv"]), rope((x @ p["w_kr"])[:, :, None])
+        q = jnp.concatenate([q[..., :half], rope(q[..., half:])], axis=-1)
+        k_rope = jnp.broadcast_to(k_rope, (*kv.shape[:3], half))
+        return attend(q, spread(jnp.concatenate([kv[..., :half], k_rope], axis=-1)), spread(kv))
+
+    def tensor_product_attention(p, x):
+        def made(name, r, turn):
+            left, right = product(x, p[f"w_a{name}"]), turn(product(x, p[f"w_b{name}"]))
+            return jnp.einsum("btnr,btrh->btnh", left, right) * dtype(1 / r)
+
+        return attend(
+            made("q", a.q_rank, rope), made("k", a.rank, rope), made("v", a.rank, lambda right: right)
+        )
+
+    attention = {
+        LatentAttentionConfig: latent_attention,
+        GroupedAttentionConfig: grouped_attention,
+        TiedAttentionConfig: tied_attention,
+        TensorProductAttentionConfig: tensor_product_attention,
+    }[type(a)]
     x = params["embedding"]["table"][tokens]
     for i in range(config.n_layers):
         p = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
@@ -82,28 +112,70 @@ def whole_vocabulary(rules):
     return AxisRules(tuple(rule for rule in rules.table if rule[0] != "vocab"))
 
 
+OTHERS = {
+    "mfa": GroupedAttentionConfig(1, 24, q_lora_rank=20),
+    "gta": TiedAttentionConfig(2, 16),
+    "tpa": TensorProductAttentionConfig(2, 3, 16),
+}
+
+
+@pytest.fixture
+def case_of(parity):
+    """`case_of(variant)`: configuration, parameters, tokens, targets, and exact logits and gradients.
+
+    Exact is what the official code gave; where there is nothing, the plain model in float32.
+    """
+
+    def official(case):
+        expected = case.expected
+        named = {k.removeprefix("grad/"): g for k, g in expected.items() if k.startswith("grad/")}
+        grads = params_from_official(named, case.config)
+        tokens, targets, logits = (expected[name] for name in ("input_ids", "targets", "logits"))
+        exact = jax.jit(lambda params: plain_logits(case.config, params, tokens, jnp.float32))(case.params)
+        np.testing.assert_allclose(exact, logits, rtol=0, atol=2e-5)  # or the plain model is another one
+        return case.config, case.params, tokens, targets, logits, grads
+
+    def make(variant):
+        if variant not in OTHERS:
+            return official(parity(variant))
+        config = ModelConfig(257, 2, 48, 4, 80, OTHERS[variant], compute_dtype="float32", remat="none")
+        rng = np.random.default_rng(0)
+        state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
+        mean = lambda path: np.float32(path[-1].key == "gain")
+        random = lambda path, x: mean(path) + 0.15 * rng.standard_normal(x.shape, np.float32)
+        params = jax.tree_util.tree_map_with_path(random, nnx.to_pure_dict(state))
+        tokens, targets = rng.integers(0, 257, (2, 2, 33), dtype=np.int32)
+
+        def loss(params):
+            logits = plain_logits(config, params, tokens, jnp.float32)
+            return jnp.divide(*cross_entropy(logits, targets)), logits
+
+        (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return config, params, tokens, targets, logits, grads
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("variant", "sizes"),
-    [("mlra_4_gated", ()), ("mla", ()), ("gqa", ()), ("mlra_4", (1, 1, 4, 1))],
+    [
+        *(("mlra_4_gated", ()), ("mla", ()), ("gqa", ()), ("mlra_4", (1, 1, 4, 1))),
+        *((variant, ()) for variant in OTHERS),
+    ],
     ids=str,
 )
 def test_bfloat16_compute_is_no_further_from_float32_than_twice_a_plain_bfloat16_model(
-    parity, on_mesh, variant, sizes
+    case_of, on_mesh, variant, sizes
 ):
-    case = parity(variant)
-    tokens, targets, truth = (case.expected[name] for name in ("input_ids", "targets", "logits"))
-    config = dataclasses.replace(case.config, compute_dtype="bfloat16")
-    official = {k.removeprefix("grad/"): g for k, g in case.expected.items() if k.startswith("grad/")}
-    true_grads = params_from_official(official, case.config)
-    exact = jax.jit(lambda params: plain_logits(config, params, tokens, jnp.float32))(case.params)
-    np.testing.assert_allclose(exact, truth, rtol=0, atol=2e-5)  # or the plain model is another one
+    exact_config, params, tokens, targets, truth, true_grads = case_of(variant)
+    config = dataclasses.replace(exact_config, compute_dtype="bfloat16")
 
     def errors(model):
         def loss(params):
             logits = model(params)
             return jnp.divide(*cross_entropy(logits, targets)), logits
 
-        (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(case.params)
+        (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
         off = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b)), grads, true_grads)
         return distances(logits), nnx.traversals.flatten_mapping(off, sep=".")
 
@@ -121,7 +193,7 @@ def test_bfloat16_compute_is_no_further_from_float32_than_twice_a_plain_bfloat16
 
     rules, (batch, length) = whole_vocabulary(decode_rules()), tokens.shape
     with on_mesh(*sizes):
-        model = to_decode(config, case.params, rules)
+        model = to_decode(config, params, rules)
         cache = Cache.create(config, rules, batch, length)
         assert {x.dtype for x in cache.layers[0].arrays.values()} == {jnp.dtype("bfloat16")}
         decoded, _ = jax.jit(lambda *args: model.decode(*args))(tokens, cache, jnp.full(batch, length))
