@@ -3,24 +3,34 @@
     RUN/checkpoints/STEP/params      nested dictionary of arrays, as the model names them
                          optimizer   the optax state and the step
                          config      the resolved TrainConfig, JSON
+                         digests     a checksum of each array and of the configuration, JSON (not of converted weights)
 
 STEP is the number of updates made. A step's folder appears under its name only when it is complete (in a bucket: only
-then holds its commit file), so whatever is found is whole. Arrays are stored in pieces with their shapes: a checkpoint
-knows no mesh, and each process reads just what its own devices hold.
+then holds its commit file). What a disk, a copy or a person did to it later shows in the digests: a damaged checkpoint
+is moved aside, never deleted, and the run continues from the one before. Arrays are stored in pieces with their
+shapes: a checkpoint knows no mesh, and each process reads just what its own devices hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
-from collections.abc import Callable
-from typing import Any
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlra_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
@@ -35,7 +45,31 @@ _FREE_MODEL_FIELDS = {"model.remat", "model.attention.form"}
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is absent, or does not fit what it is wanted for."""
+    """A checkpoint is absent or damaged, or does not fit what it is wanted for."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what was saved."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the message says why, and which ones are safe."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a run continues from."""
+
+    step: int
+    """Updates made."""
+    state: TrainState | None
+    """The state; None: the checkpoint holds parameters alone."""
+    params: dict[str, Any]
+    """Its parameters."""
+    changes: list[str]
+    """How the configuration differs from the stored one: "field: stored -> current" each."""
+    damaged: list[str]
+    """One sentence for each newer checkpoint that could not be used."""
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -52,6 +86,11 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         leaves |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return leaves
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state as a checkpoint keeps them."""
+    return {"params": state.params, "optimizer": {"state": state.opt_state, "step": state.step}}
 
 
 def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -125,22 +164,146 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
         )
 
 
+def _digest(x: jax.Array) -> jax.Array:
+    """Sum of the bits of all elements modulo 2^32, each mixed first; integers add up to the same on any mesh.
+
+    The mixing is one-to-one, so that one changed element always shows, and several but once in 2^32.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # Wellons' "lowbias32"
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+# One program: several small ones with collectives, all under way at once, have been seen to wait for one another on
+# the CPU for ever.
+_digest_each = jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]))
+
+
+def _digests(items: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Of each item, the digest of each array by its path."""
+    names, arrays = [], []
+    for item, tree in items.items():
+        for path, array in jax.tree.leaves_with_path(tree):
+            names.append((item, jax.tree_util.keystr(path, simple=True, separator=".")))
+            arrays.append(array)
+    digests = jax.device_get(_digest_each(arrays)).tolist()
+    found: dict[str, dict[str, int]] = {item: {} for item in items}
+    for (item, name), digest in zip(names, digests, strict=True):
+        found[item][name] = digest
+    return found
+
+
+def _config_digest(config: Any) -> int:
+    return zlib.crc32(json.dumps(config, sort_keys=True).encode())
+
+
+def _read_json(step_dir: epath.Path, item: str) -> Any:
+    return ocp.JsonCheckpointHandler().restore(step_dir / item)
+
+
+def _read_digests(step_dir: epath.Path) -> dict[str, Any] | None:
+    """The digests that were stored; None: converted weights, or of a version that had none.
+
+    Raises:
+      DamagedError: the configuration is not the one that was stored.
+      Exception: what reading a damaged file raises.
+    """
+    config = _read_json(step_dir, "config")
+    if not (step_dir / "digests").exists():
+        return None
+    digests = _read_json(step_dir, "digests")
+    if digests["config"] != _config_digest(config):
+        raise DamagedError(f"{step_dir / 'config'} is not what was saved")
+    return digests
+
+
+def _read(step_dir: epath.Path, item: str, abstract: Any) -> Any:
+    """One item of a checkpoint, laid out as `abstract` says; nothing here waits for other processes."""
+    return ocp.StandardCheckpointHandler().restore(step_dir / item, args=ocp.args.StandardRestore(abstract))
+
+
+def _check_digests(step_dir: epath.Path, items: dict[str, Any], digests: dict[str, Any] | None) -> None:
+    """Compares the arrays that were read with those that were saved.
+
+    Raises:
+      DamagedError: naming the arrays that differ.
+    """
+    if digests is None:
+        return
+    bad = [
+        f"{item}: {name}"
+        for item, found in _digests(items).items()
+        for name, digest in found.items()
+        if digest != digests[item].get(name)
+    ]
+    if bad:
+        raise DamagedError(f"{step_dir} holds other values than were saved, in {', '.join(bad)}")
+
+
+def _reason(error: BaseException) -> str:
+    """Why something failed, short: the system's words if it has some, else the first of the library's."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = str(error) or type(error).__name__
+    if isinstance(error, CheckpointError):
+        return text.rstrip(".")
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's
+        return os.strerror(int(code[1]))
+    text = re.sub(r" \[\w+=.*", "", text.splitlines()[0]).rstrip(".")
+    return text if len(text) <= 300 else "... " + text[-300:]  # the end says which file
+
+
+_T = TypeVar("_T")
+
+
+def _on_all(act: Callable[[], _T]) -> _T:
+    """Result of `act`, if it succeeds on every process.
+
+    Raises:
+      DamagedError: it failed on some; raised on all of them, so that none waits for the others.
+    """
+    result, fault = None, ""
+    try:
+        result = act()
+    except Exception as error:
+        fault = _reason(error) or "unreadable"
+    if jax.process_count() > 1:
+        failed = np.flatnonzero(multihost_utils.process_allgather(np.array(bool(fault))))
+        if failed.size and not fault:
+            fault = f"process {failed[0]} cannot read it"
+    if fault:
+        raise DamagedError(fault)
+    return cast(_T, result)
+
+
 def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | None = None) -> Any:
     """The parameters of a checkpoint, read straight into the wanted layout; the optimizer's state is never read.
 
     Args:
       checkpoint: see `find_step`.
       abstract_params: nested dictionary of `jax.ShapeDtypeStruct` with concrete shardings (any mesh); each array is
-        converted to the `dtype` given here.
+        converted to the `dtype` given here. Without conversion, digests are compared.
       step: see `find_step`.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or its parameters have other names or shapes (all are listed).
+      CheckpointError: there is no such checkpoint, its parameters have other names or shapes (all are listed), or it
+        is damaged.
     """
     step_dir = find_step(checkpoint, step)
-    _check_tree(step_dir, "params", abstract_params)
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(step_dir / "params", abstract_params)
+    try:
+        _check_tree(step_dir, "params", abstract_params)
+        params = _read(step_dir, "params", abstract_params)
+        stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree
+        if all(a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (params, stored)), strict=True)):
+            _check_digests(step_dir, {"params": params}, _read_digests(step_dir))
+    except Exception as error:
+        if type(error) is CheckpointError:
+            raise
+        raise CheckpointError(
+            f"The checkpoint {step_dir} is damaged ({_reason(error)}); name another step."
+        ) from error
+    return params
 
 
 def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
@@ -187,21 +350,43 @@ class Checkpoints:
           step: updates made.
           state: may be donated as soon as this returns.
           config: stored as JSON.
+
+        Raises:
+          SaveError: this one, or the one before it, could not be written.
         """
         if step == self.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                optimizer=ocp.args.StandardSave({"state": state.opt_state, "step": state.step}),
-                config=ocp.args.JsonSave(to_dict(config)),
-            ),
-            force=True,
-        )
+        items, stored = _items(state), to_dict(config)
+        digests = _digests(items) | {"config": _config_digest(stored)}
+        with self._explained():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    config=ocp.args.JsonSave(stored),
+                    digests=ocp.args.JsonSave(digests),
+                ),
+                force=True,
+            )
 
-    def check_config(self, config: TrainConfig) -> list[str]:
-        """Compares the latest checkpoint's configuration with `config`, which is to continue it.
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns whatever goes wrong while saving into a `SaveError`."""
+        try:
+            yield
+        except Exception as error:
+            steps = sorted(m.step for m in ocp.path.step.standard_name_format().find_all(self.directory))
+            safe = (
+                f"step {steps[-1]} there is safe, and the same command continues from it when the cause is gone"
+                if steps
+                else "nothing was saved before"
+            )
+            raise SaveError(
+                f"Saving a checkpoint in {self.directory} failed ({_reason(error)}); {safe}."
+            ) from error
+
+    def check_config(self, step: int, config: TrainConfig) -> list[str]:
+        """Compares a checkpoint's configuration with `config`, which is to continue it.
 
         Returns:
           What differs without harm: "field: stored -> current" each.
@@ -209,7 +394,7 @@ class Checkpoints:
         Raises:
           CheckpointError: the model is another one; every field that differs is named.
         """
-        differences = config_differences(load_config(self.directory, self.latest_step()), config)
+        differences = config_differences(load_config(self.directory, step), config)
         refused = [
             d for d in differences if d.startswith("model.") and d.split(":")[0] not in _FREE_MODEL_FIELDS
         ]
@@ -220,43 +405,94 @@ class Checkpoints:
             )
         return differences
 
-    def holds_parameters_alone(self) -> bool:
-        """Whether the latest checkpoint is one to start from: step 0, as `save_params` writes it."""
-        return self.latest_step() == 0 and not (find_step(self.directory, 0) / "optimizer").exists()
+    def restore(self, config: TrainConfig, abstract_state: TrainState) -> Restored | None:
+        """The latest checkpoint that is whole, laid out as `abstract_state` says; the mesh that saved it is irrelevant.
 
-    def restore(self, abstract_state: TrainState) -> TrainState:
-        """The state of the latest checkpoint, laid out as `abstract_state` says; the mesh that saved it is irrelevant.
+        Newer ones, which are damaged, are moved aside once it is read. Processes need not see the same damage: they
+        agree on a checkpoint that all of them can read.
 
         Args:
+          config: of the run that is to continue.
           abstract_state: `TrainState` of `jax.ShapeDtypeStruct` with concrete shardings.
 
+        Returns:
+          What to continue from; None if there is no checkpoint.
+
         Raises:
-          CheckpointError: names or shapes of parameters differ (all are listed), or there is no optimizer state.
+          CheckpointError: the model is another one (every field that differs is named), or no checkpoint is whole.
         """
-        step = self.latest_step()
+        faults: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._restore(step, config, abstract_state)
+            except DamagedError as error:
+                faults[step] = str(error)
+                continue
+            damaged = [
+                f"Checkpoint {s} is damaged ({faults[s]}); it is now {self._move_aside(s)}." for s in faults
+            ]
+            if damaged:
+                if jax.process_count() > 1:
+                    multihost_utils.sync_global_devices("damaged checkpoints are moved")
+                self._manager.reload()
+            return dataclasses.replace(restored, damaged=damaged)
+        if faults:
+            raise CheckpointError(
+                f"No checkpoint in {self.directory} is whole; move the folder away to start anew:"
+                + "".join(f"\n  - step {step}: {fault}" for step, fault in faults.items())
+            )
+        return None
+
+    def _restore(self, step: int, config: TrainConfig, abstract_state: TrainState) -> Restored:
+        """One checkpoint.
+
+        Raises:
+          DamagedError: it is damaged.
+          CheckpointError: the model is another one.
+        """
         step_dir = find_step(self.directory, step)
-        _check_tree(step_dir, "params", abstract_state.params)
-        if not (step_dir / "optimizer").exists():
-            raise CheckpointError(f"{step_dir} holds parameters alone; training cannot continue from it.")
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract_state.params),
-                optimizer=ocp.args.StandardRestore(
-                    {"state": abstract_state.opt_state, "step": abstract_state.step}
-                ),
-            ),
-        )
-        optimizer = restored["optimizer"]
-        return TrainState(restored["params"], optimizer["state"], optimizer["step"])
+        digests = _on_all(lambda: _read_digests(step_dir))
+        changes = self.check_config(step, config)
+        wanted = _items(abstract_state)
+        if step == 0 and not (step_dir / "optimizer").exists():
+            wanted = {"params": wanted["params"]}  # what `save_params` wrote
+
+        def read() -> dict[str, Any]:
+            _check_tree(step_dir, "params", wanted["params"])
+            return {name: _read(step_dir, name, abstract) for name, abstract in wanted.items()}
+
+        items = _on_all(read)
+        _check_digests(step_dir, items, digests)
+        state = None
+        if "optimizer" in items:
+            state = TrainState(items["params"], items["optimizer"]["state"], items["optimizer"]["step"])
+        return Restored(step, state, items["params"], changes, [])
+
+    def _move_aside(self, step: int) -> epath.Path:
+        """Takes a checkpoint out of the run without deleting it; its new path."""
+        names = (f"{step}.damaged" + (f".{n}" if n else "") for n in itertools.count())
+        target = next(path for path in (self.directory / name for name in names) if not path.exists())
+        if jax.process_index() == 0:
+            find_step(self.directory, step).rename(target)
+        return target
 
     def wait(self) -> None:
-        """Blocks until what `save` started is complete; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Blocks until what `save` started is complete.
+
+        Raises:
+          SaveError: it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the threads."""
-        self._manager.close()
+        """Waits, then releases the threads.
+
+        Raises:
+          SaveError: what `save` started could not be written.
+        """
+        with self._explained():
+            self._manager.close()
 
 
 _CHUNK_BYTES = 64 * 2**20

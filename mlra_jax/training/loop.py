@@ -21,7 +21,7 @@ from mlra_jax.distributed import StopSignal, agree
 from mlra_jax.hardware import device_memory
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
-from mlra_jax.training.checkpoints import Checkpoints, load_params, write_config
+from mlra_jax.training.checkpoints import Checkpoints, Restored, write_config
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.plan import Plan, resolve
@@ -82,17 +82,13 @@ def train(config: TrainConfig) -> TrainResult:
         train_step, eval_step = make_train_step(config), make_eval_step(config)
 
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)))
-        latest = checkpoints.latest_step()
-        start = latest or 0
-        changes = None if latest is None else checkpoints.check_config(config)
-        if latest is None:
-            state = init_state(config)
-        elif checkpoints.holds_parameters_alone():
-            state = init_state(config, load_params(checkpoints.directory, abstract.params))
-        else:
-            state = checkpoints.restore(abstract)
+        found = checkpoints.restore(config, abstract)
+        start = found.step if found else 0
+        state = found.state if found else None
+        if state is None:
+            state = init_state(config, found.params if found else None)
 
-        monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, start, changes, plan)))
+        monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, found, plan)))
         stop = stack.enter_context(StopSignal())
         profiler = stack.enter_context(contextlib.closing(_Profiler(config, start)))
         sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
@@ -134,11 +130,10 @@ def train(config: TrainConfig) -> TrainResult:
 class _Monitor:
     """Fetches each step's metrics while the next one runs, checks them, and reports every `log.every` steps."""
 
-    def __init__(
-        self, config: TrainConfig, abstract: TrainState, start: int, changes: list[str] | None, plan: Plan
-    ):
-        """`changes` since the checkpoint that the run continues; None: there is none."""
-        self._config, self._start = config, start
+    def __init__(self, config: TrainConfig, abstract: TrainState, found: Restored | None, plan: Plan):
+        """`found`: the checkpoint that the run continues; None: there is none."""
+        self._config, self._start = config, found.step if found else 0
+        start = self._start
         first = jax.process_index() == 0
         writes = first and start < config.steps  # a finished run's files stay as they are
         self._metrics = Metrics(open_sinks(config, start) if writes else [])
@@ -158,16 +153,18 @@ class _Monitor:
         self._paused_at = self._paused = 0.0
         self._steps = self._clipped = 0.0
 
+        for sentence in found.damaged if found else []:
+            self._progress.say(sentence)
         if writes:
             write_config(config.run_dir, config)
-            verb = "Training" if changes is None else "Continuing"
+            verb = "Continuing" if found else "Training"
             self._progress.say(
                 f"{verb} {config.name} in {config.run_dir} from step {start}: "
                 f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
                 f"{self._tokens_per_step} tokens per step."
             )
             self._progress.say(f"Estimated: {plan}.")
-            for change in changes or []:
+            for change in found.changes if found else []:
                 self._progress.say(f"  changed since the checkpoint: {change}")
 
     def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:

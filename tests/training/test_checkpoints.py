@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import os
+import random
+import re
 import shutil
 import sys
 import weakref
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +77,9 @@ def test_a_checkpoint_is_restored_on_another_mesh_with_the_same_next_batch_and_l
     mesh, accumulation = mesh_of(*sizes), config.data.accumulation(sizes[0] * sizes[1])
     checkpoints = Checkpoints(config.run_dir, config.checkpoint)
     wanted = abstract_state(config, mesh)
-    state = checkpoints.restore(wanted)
+    found = checkpoints.restore(config, wanted)
+    assert (found.step, found.changes, found.damaged) == (5, [], [])
+    state = found.state
     assert same(state, states[5])
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
         assert x.sharding == y.sharding
@@ -153,14 +159,14 @@ def test_another_model_is_refused_by_the_names_of_its_fields_and_harmless_change
     attention = dataclasses.replace(config.model.attention, n_branches=2, form="absorbed")
     model = dataclasses.replace(config.model, attention=attention, d_ff=48, remat="full")
     with pytest.raises(CheckpointError) as error:
-        checkpoints.check_config(dataclasses.replace(config, model=model))
+        checkpoints.check_config(5, dataclasses.replace(config, model=model))
     assert "model.attention.n_branches: 4 -> 2" in str(error.value)
     assert "model.d_ff: 64 -> 48" in str(error.value)
     assert "remat" not in str(error.value)
     assert "form" not in str(error.value)
 
     harmless = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"), steps=99)
-    assert checkpoints.check_config(harmless) == ["model.remat: none -> full", "steps: 8 -> 99"]
+    assert checkpoints.check_config(5, harmless) == ["model.remat: none -> full", "steps: 8 -> 99"]
     checkpoints.close()
 
 
@@ -201,6 +207,129 @@ def test_a_bucket_without_its_library_names_the_extra_and_unusable_storage_what_
         use("gs://bucket/run")
     with pytest.raises(StorageError, match=r"memory://run: must be a local folder, or .* gs:// or s3://"):
         use("memory://run")
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def files_of(step_dir):
+    return sorted(f for f in step_dir.rglob("*") if f.is_file())
+
+
+def truncate(step_dir):
+    """Cuts every file of arrays (some hold just what was superseded while saving, and are never read)."""
+    for file in (step_dir / "params").rglob("d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def flip(file, position):
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0x10
+    file.write_bytes(data)
+
+
+def flip_in_the_arrays(step_dir):
+    for file in step_dir.rglob("d/*"):
+        flip(file, file.stat().st_size // 2)
+
+
+def rename_in_configuration(step_dir):
+    (file,) = (f for f in (step_dir / "config").iterdir() if "metadata" in f.name)
+    file.write_text(file.read_text().replace('"tiny"', '"tony"'))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, ""),
+        (flip_in_the_arrays, ""),
+        (rename_in_configuration, "config is not what was saved"),
+        (lambda step_dir: shutil.rmtree(step_dir / "optimizer"), "optimizer"),
+    ],
+)
+def test_a_damaged_newest_checkpoint_is_moved_aside_and_the_one_before_is_restored(
+    damage, message, trained, mesh_of, tmp_path
+):
+    config, states, _, _ = trained
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(find_step(config.run_dir).parent, folder)
+    damage(folder / "5")
+    before = {f.relative_to(folder / "5"): f.read_bytes() for f in files_of(folder / "5")}
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    found = checkpoints.restore(config, abstract_state(config, mesh_of(2, 2, 2, 1)))
+    assert found.step == 4
+    assert same(found.state, states[4])
+    (sentence,) = found.damaged
+    assert re.fullmatch(
+        rf"Checkpoint 5 is damaged \(.*{message}.*\); it is now {folder}/5\.damaged\.", sentence
+    )
+    kept = folder / "5.damaged"
+    assert {f.relative_to(kept): f.read_bytes() for f in files_of(kept)} == before
+    checkpoints.save(5, found.state, config)
+    checkpoints.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "5", "5.damaged"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up
+def test_no_flipped_bit_anywhere_in_a_checkpoint_changes_what_is_restored(trained, mesh_of, tmp_path):
+    config, states, _, _ = trained
+    wanted, source = abstract_state(config, mesh_of(1, 1, 1, 1)), Path(find_step(config.run_dir))
+    rng, found_damaged = random.Random(0), 0
+    names = [f.relative_to(source) for f in files_of(source) if f.stat().st_size]
+    for n in range(20):
+        run = tmp_path / str(n)
+        shutil.copytree(source, run / "checkpoints" / "5")
+        file = run / "checkpoints" / "5" / rng.choice(names)
+        flip(file, rng.randrange(file.stat().st_size))
+        checkpoints = Checkpoints(run, config.checkpoint)
+        try:
+            restored = checkpoints.restore(config, wanted)
+        except CheckpointError:
+            found_damaged += 1
+        else:
+            assert same(restored.state, states[5]), file
+        checkpoints.close()
+    assert found_damaged > 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up
+def test_if_no_checkpoint_is_whole_each_is_named_and_none_is_touched(trained, mesh_of, tmp_path):
+    config, _, _, _ = trained
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(find_step(config.run_dir).parent, folder)
+    for step in folder.iterdir():
+        truncate(step)
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.restore(config, abstract_state(config, mesh_of(1, 1, 1, 1)))
+    checkpoints.close()
+    message = str(error.value)
+    assert "is whole; move the folder away to start anew" in message
+    assert [line.split(":")[0] for line in message.splitlines()[1:]] == [
+        "  - step 5",
+        "  - step 4",
+        "  - step 2",
+    ]
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "5"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up
+def test_decoding_says_in_one_sentence_that_a_checkpoint_is_damaged(trained, mesh_of, tmp_path):
+    config, _, _, _ = trained
+    shutil.copytree(config.run_dir, tmp_path / "copy")
+    flip_in_the_arrays(tmp_path / "copy/checkpoints/5")
+    with pytest.raises(CheckpointError, match=r"checkpoints/5 is damaged \(.*\); name another step\.$"):
+        load_params(tmp_path / "copy", abstract_state(config, mesh_of(1, 1, 4, 2)).params)
+
+
+def test_a_checkpoint_of_a_version_without_digests_is_restored(trained, mesh_of, tmp_path):
+    config, states, _, _ = trained
+    shutil.copytree(config.run_dir, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/checkpoints/5/digests")
+    checkpoints = Checkpoints(tmp_path / "copy", config.checkpoint)
+    assert same(checkpoints.restore(config, abstract_state(config, mesh_of(1, 1, 1, 1))).state, states[5])
+    checkpoints.close()
 
 
 def test_saving_a_step_twice_is_harmless(trained, mesh_of):

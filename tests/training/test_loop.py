@@ -1,14 +1,18 @@
 """Whole runs: interrupted, killed, diverged, refused, and on several processes."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -42,7 +46,7 @@ def assert_same_bits(a, b):
 
 
 def at_batch(monkeypatch, n, act):
-    """Calls `act` just before the n-th batch of the next run is handed out."""
+    """Calls `act` just before the n-th batch of the next run is handed out; None: before each."""
     real = loop.TrainBatches.device_batches
 
     def device_batches(self, *args, **kwargs):
@@ -51,7 +55,7 @@ def at_batch(monkeypatch, n, act):
 
         class Counting(type(batches)):
             def __next__(self):
-                if next(count) == n:
+                if next(count) == n or n is None:
                     act()
                 return next_batch()
 
@@ -256,6 +260,99 @@ def test_profile_records_a_window_of_steps_even_of_a_short_run(uninterrupted, co
     train(dataclasses.replace(reference, out=config.out, log=log, steps=3))
     traces = [f for _, _, files in os.walk(f"{config.out}/profile") for f in files]
     assert any(f.endswith(".xplane.pb") for f in traces)
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+def command_line(monkeypatch, config):
+    """Makes `main([])` train `config`."""
+    monkeypatch.setattr("mlra_jax.cli.configs.parse_train_args", lambda argv: config)
+
+
+def test_sigterm_during_a_save_loses_neither_that_step_nor_the_last(uninterrupted, config, monkeypatch):
+    reference, finished = uninterrupted
+    every = dataclasses.replace(reference.checkpoint, every=1)
+    config = dataclasses.replace(reference, out=config.out, checkpoint=every)
+    being_saved = []
+
+    def act():
+        if not being_saved and (names := unfinished(Path(config.out))):
+            being_saved.extend(int(name.split(".")[0]) for name in names)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        at_batch(patch, None, act)
+        stopped = train(config)
+    assert stopped.interrupted
+    assert being_saved == [stopped.step - 1]
+    assert {p.name for p in Path(config.out, "checkpoints").iterdir()} >= {
+        f"{stopped.step - n}" for n in (0, 1)
+    }
+    assert_same_bits(
+        train(dataclasses.replace(config, checkpoint=reference.checkpoint)).state, finished.state
+    )
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence_and_the_same_command_goes_on_to_the_same_bits(
+    uninterrupted, config, monkeypatch, capfd
+):
+    reference, finished = uninterrupted
+    config = dataclasses.replace(reference, out=config.out)
+    command_line(monkeypatch, config)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+
+        def fill():
+            """As a full disk, once step 4 is saved: no file can grow beyond 20 kB, which only arrays do."""
+            while not Path(config.out, "checkpoints", "4").exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+
+        at_batch(patch, 7, fill)
+        try:
+            assert main([]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capfd.readouterr().err
+    assert re.search(
+        r"\nerror: Saving a checkpoint in .* failed \(File too large\); step 4 there is safe.*\n$", error
+    )
+    assert "Traceback" not in error
+    assert find_step(config.out).name == "4"
+    assert main([]) == 0
+    assert_same_bits(saved_params(config, config.out), jax.device_get(finished.state.params))
+
+
+def test_a_disk_that_takes_no_metrics_ends_the_run_with_one_sentence(
+    uninterrupted, config, monkeypatch, capsys
+):
+    def append(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    command_line(monkeypatch, dataclasses.replace(uninterrupted[0], out=config.out))
+    monkeypatch.setattr("mlra_jax.training.metrics.JsonLines._append", append)
+    assert main([]) == 1
+    assert (
+        "error: Writing to metrics.jsonl failed (No space left on device); the checkpoints"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up
+def test_a_truncated_newest_checkpoint_is_said_and_the_one_before_continued_to_the_same_bits(
+    uninterrupted, config, capsys
+):
+    reference, finished = uninterrupted
+    shutil.copytree(reference.out, config.out)
+    for file in Path(config.out).glob("checkpoints/8/params/**/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    result = train(dataclasses.replace(reference, out=config.out))
+    output = capsys.readouterr().err
+    assert re.search(r"Checkpoint 8 is damaged \(.*\); it is now .*/8\.damaged\.\n", output)
+    assert "from step 4:" in output
+    assert_same_bits(result.state, finished.state)
+    assert find_step(config.out).name == "8"
 
 
 # Processes ------------------------------------------------------------------------------------------------------------
