@@ -247,6 +247,10 @@ class ModelConfig(Validated):
         """Heads in the KV cache: L latent heads, K KV heads, or all N heads' factors (TPA)."""
         return self.attention.cached_heads(self.n_heads)
 
+    unroll_layers: Literal["auto", "no", "yes"] = "auto"
+    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
+    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless fsdp splits the parameters."""
+
     @property
     def heads_per_latent(self) -> int:
         """M: query heads that read one cached head."""

@@ -6,7 +6,14 @@ from mlra_jax.models.attention import (
     TensorProductAttention,
     TiedAttention,
 )
-from mlra_jax.models.transformer import Transformer, cast_weights, from_params, to_decode
+from mlra_jax.models.transformer import (
+    Transformer,
+    cast_weights,
+    from_params,
+    stack_layers,
+    to_decode,
+    unstack_layers,
+)
 
 __all__ = [
     "GroupedAttention",
@@ -16,5 +23,7 @@ __all__ = [
     "Transformer",
     "cast_weights",
     "from_params",
+    "stack_layers",
     "to_decode",
+    "unstack_layers",
 ]

@@ -80,27 +80,34 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """Tied embedding, layers, final norm.
 
-    In the training layout the layers' parameters are stacked on a leading axis and scanned; in the decode layout they
-    are a list, so that no step slices or copies them.
+    In the training layout the layers' parameters are stacked on a leading axis and scanned, if `stacked`; else, and in
+    the decode layout, they are a list, so that no step slices or copies them.
 
     Args:
       config: sizes and options; refused here if illegal.
       rngs: for the initial parameters.
       rules: table of logical axis names. Without a mesh nothing is split.
       layout: `train`, or `decode` for cached decoding; `to_decode` turns the first into the second.
+      stacked: whether layers are stacked in the training layout, so that one is compiled for all.
 
     Raises:
       ConfigError: lists every fault of `config`.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        rules: AxisRules = TRAIN_RULES,
+        layout: Layout = "train",
+        stacked: bool = True,
     ):
         config.validate()
         self.config, self.rules, self.layout = config, rules, layout
         self.embedding = Embedding(config, rngs=rngs, rules=rules)
         make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout)
-        if layout == "train":
+        if layout == "train" and stacked:
             stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.layers: Any = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
         else:
@@ -110,22 +117,32 @@ class Transformer(nnx.Module):
     def hidden(self, tokens_BT: jax.Array) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
         require_layout(self.layout, "train")
-        layer, stacked = self.scanned_layer()
-        step = lambda x_BTD, state: (layer(x_BTD, state), None)
-        x_BTD, _ = jax.lax.scan(step, self.embedding.encode(tokens_BT), stacked)
+        x_BTD = self.embedding.encode(tokens_BT)
+        if isinstance(self.layers, nnx.List):
+            for block in self.layers:
+                graph, state = nnx.split(block)
+                x_BTD = self._recomputing(graph, prevent_cse=True)(x_BTD, state)
+        else:
+            layer, stacked = self.scanned_layer()
+            x_BTD, _ = jax.lax.scan(lambda x_BTD, state: (layer(x_BTD, state), None), x_BTD, stacked)
         return self.final_norm(x_BTD)
 
     def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
         """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.
 
-        In the training layout. When differentiated it recomputes what `config.remat` says.
+        When differentiated it recomputes what `config.remat` says.
         """
         graph, stacked = nnx.split(self.layers)
+        return self._recomputing(graph, prevent_cse=False), stacked
+
+    def _recomputing(
+        self, graph: nnx.GraphDef, *, prevent_cse: bool
+    ) -> Callable[[jax.Array, nnx.State], jax.Array]:
         layer = lambda x_BTD, state: nnx.merge(graph, state)(x_BTD)
         remat = "full" if self.config.remat == "auto" else self.config.remat
-        if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        return layer, stacked
+        if remat == "none":
+            return layer
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
@@ -167,19 +184,36 @@ class Transformer(nnx.Module):
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
 
 
-def _abstract(config: ModelConfig, rules: AxisRules, layout: Layout) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(
+    config: ModelConfig, rules: AxisRules, layout: Layout, *, stacked: bool = True
+) -> tuple[nnx.GraphDef, nnx.State]:
     """The split model without its values. `nnx.eval_shape` would take our logical names for axes of an Auto mesh."""
-    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout)
+    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout, stacked=stacked)
     return jax.eval_shape(lambda: nnx.split(make()))
 
 
 def from_params(
     config: ModelConfig, params: dict[str, Any], *, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
 ) -> Transformer:
-    """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`."""
-    graph, state = _abstract(config, rules, layout)
+    """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`.
+
+    In the training layout the layers may be stacked or, as `unstack_layers` leaves them, not.
+    """
+    graph, state = _abstract(config, rules, layout, stacked=0 not in params["layers"])
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
+
+
+def unstack_layers(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with `layers` a dictionary of each layer's own, by its number."""
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers)}
+    return {**params, "layers": layers}
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of `unstack_layers`."""
+    layers = [params["layers"][i] for i in range(len(params["layers"]))]
+    return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
 
 def cast_weights(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
-from mlra_jax.models import Transformer, cast_weights, from_params
+from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
+from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import on_mesh
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
@@ -68,6 +69,15 @@ def _loss_sum(
     )
 
 
+def unrolls_layers(config: ModelConfig) -> bool:
+    """Whether a train step on the current mesh has its layers in a row, as `config.unroll_layers` says."""
+    if config.unroll_layers != "auto":
+        return config.unroll_layers == "yes"
+    # A loop keeps one layer's gathered parameters at a time.
+    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1
+    return whole and current_device()[0] == "gpu"
+
+
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
 
@@ -84,6 +94,8 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         weights = cast_weights(config.model, state.params)
+        unrolled = unrolls_layers(config.model)
+        weights = unstack_layers(config.model, weights) if unrolled else weights
 
         def micro_step(micro: Batch) -> tuple[jax.Array, Any]:
             share = lambda weights: _loss_sum(config.model, weights, **micro)[0] / n_tokens
@@ -93,10 +105,11 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         if batch["inputs"].shape[0] == 1:
             loss, grads = micro_step(jax.tree.map(lambda x: x[0], batch))
         else:
-            zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), state.params)
+            zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
             add = lambda total, micro: (jax.tree.map(jnp.add, total, micro_step(micro)), None)
             (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
 
+        grads = stack_layers(grads) if unrolled else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
@@ -110,7 +123,9 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # `config.model.remat` says what is recomputed; XLA's own pass for GPUs would repeat products many times over.
+    options = {"xla_disable_hlo_passes": "rematerialization"} if current_device()[0] == "gpu" else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:

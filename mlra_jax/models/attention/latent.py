@@ -201,7 +201,10 @@ class LatentAttention(nnx.Module):
             q_BTJKEC = jnp.einsum("BTKEH,JKECH->BTJKEC", q_nope_BTKEH, w_uk).reshape(b, t, j * k, e, c)
             parts = [(q_BTJKEC, kv_BSJKC.reshape(b, s, j * k, c)), (q_rope_BTKER, k_rope[:, :, None])]
             z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
-            y = jnp.einsum("BTJKEC,JKECH->BTKEH", z_BTJKEC, w_uv, preferred_element_type=jnp.float32)
+            # One axis for what is contracted, in the order in which it lies in memory.
+            z_KEBTX = z_BTJKEC.transpose(3, 4, 0, 1, 2, 5).reshape(k, e, b, t, j * c)
+            w_KEXH = w_uv.transpose(1, 2, 0, 3, 4).reshape(k, e, j * c, h)
+            y = jnp.einsum("KEBTX,KEXH->BTKEH", z_KEBTX, w_KEXH, preferred_element_type=jnp.float32)
         else:
             k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
             by_head = lambda x: x.reshape(b, -1, x.size // (b * x.shape[1] * x.shape[-1]), 1, x.shape[-1])

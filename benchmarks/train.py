@@ -1,0 +1,281 @@
+"""Tokens per second and MFU of the train step on the GPU at hand, and where its time goes.
+
+    python -m benchmarks.train                                # mlra_4, mla and gqa: the table of docs/training.md
+    python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
+
+The model is the configuration's, in full, with random weights and random tokens; micro-batch and rematerialisation are
+what training would choose, if they are not given. A step has `--accumulation` micro-batches, fewer than the paper's:
+the optimizer, which runs once a step, costs more of it than in a real run. Steps are timed on the host's clock from
+call to result, after two that are not. One more is traced, and its device time shown by what the kernels do.
+
+MFU = tokens/s x (6 x parameters + causal attention, forward and backward, per token) / peak FLOP/s; what is recomputed
+does not count (`mlra_jax.training.flops`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import gc
+import json
+import os
+import pathlib
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # as train.py
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.profiler import ProfileData
+
+from benchmarks.decode_attention import Setting
+from benchmarks.measure import gpu_events
+from mlra_jax.cli.configs import load_config
+from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
+from mlra_jax.hardware import GIB, device_memory, find_accelerator
+from mlra_jax.ops.tuning import slug
+from mlra_jax.sharding import make_mesh
+from mlra_jax.training.flops import train_flops_per_token
+from mlra_jax.training.plan import resolve
+from mlra_jax.training.step import init_state, make_train_step
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+ATTENTION_WIDTH = 3.0
+"""Model FLOPs of attention, forward and backward, over those of the forward pass."""
+PARTS = ("attention forward", "attention backward", "products", "gradient sums", "elementwise", "optimizer")
+
+
+def part_of(kernel: str, op: str) -> str:
+    """What a kernel does, by its name and by that of the operation it was made of (empty: unknown)."""
+    if re.match(r"attention(_mosaic|$)", kernel):
+        return "attention forward"
+    if re.match(r"attention_d[qk]", kernel):
+        return "attention backward"
+    if "cudnn" in kernel or "fmha" in kernel:
+        return "attention backward" if "bprop" in kernel else "attention forward"
+    if re.search(r"gemm|nvjet|cublas|cutlass|xmma|splitK|wgrad|dgrad", kernel):
+        return "products"
+    if op and "while" not in op:
+        return "optimizer"  # and what else happens once a step
+    if re.search(r"while/body/[^/]*/add$", op):
+        return "gradient sums"
+    return "elementwise"
+
+
+def split_time(events: Sequence[tuple[float, float, str]], hlo: str) -> dict[str, Any]:
+    """Device time of a step in us, by part and by kernel; empty where the profile shows no GPU."""
+    if not events:
+        return {}
+    ops = {
+        re.sub(r"\W", "_", name): op for name, op in re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
+    }
+    parts, kernels = collections.Counter[str](), collections.Counter[tuple[str, str]]()
+    launches = collections.Counter[tuple[str, str]]()
+    for start, end, name in events:
+        op = ops.get(name, "")
+        part = part_of(name, op)
+        kernel = part, re.sub(r"(_\d+)+$", "", name)[:48] + " " + "/".join(op.split("/")[-2:])[-48:]
+        parts[part] += (end - start) / 1e3
+        kernels[kernel] += (end - start) / 1e3
+        launches[kernel] += 1
+    span = (max(end for _, end, _ in events) - events[0][0]) / 1e3
+    return {
+        "span_us": span,
+        "parts": {part: parts[part] for part in PARTS},
+        "kernels": [(*k, us, launches[k]) for k, us in kernels.most_common(40)],
+    }
+
+
+def profile(once: Callable[[], Any]) -> list[tuple[float, float, str]]:
+    """Kernels of one call: start and end in ns, name."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            once()
+        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
+        return gpu_events(ProfileData.from_file(str(file)))
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measures a configuration."""
+    config: TrainConfig = load_config(name)
+    model = config.model
+    if args.layers:
+        model = dataclasses.replace(model, n_layers=args.layers)
+    if args.remat:
+        model = dataclasses.replace(model, remat=args.remat)
+    mesh = make_mesh(MeshConfig())
+    n_devices = mesh.size
+    # The global batch follows from the micro-batch; to choose one, the planner needs a batch that all sizes divide.
+    data = dataclasses.replace(config.data, micro_batch=args.micro_batch)
+    config = dataclasses.replace(config, model=model, data=data)
+    with jax.set_mesh(mesh):
+        config, plan = resolve(config, mesh, device_memory(jax.devices()[0]))
+        sequences = plan.micro_batch * args.accumulation * n_devices
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=sequences))
+        print(f"{name}: {plan}", flush=True)
+        state = init_state(config)
+        n_params = sum(x.size for x in jax.tree.leaves(state.params))
+        rng = np.random.default_rng(0)
+        shape = (args.accumulation, plan.micro_batch * n_devices, config.data.seq_len)
+        ids = lambda: jnp.asarray(rng.integers(0, config.model.vocab_size, shape, dtype=np.int32))
+        batch = {"inputs": ids(), "targets": ids()}
+        begin = time.perf_counter()
+        step = make_train_step(config).lower(state, batch).compile()
+        compile_s = time.perf_counter() - begin
+        memory = step.memory_analysis()
+
+        def once() -> None:
+            nonlocal state
+            state, metrics = step(state, batch)
+            assert np.isfinite(jax.device_get(metrics["loss"]))
+
+        for _ in range(2):
+            once()
+        times = []
+        for _ in range(args.steps):
+            begin = time.perf_counter()
+            once()
+            times.append(time.perf_counter() - begin)
+        traced = split_time(profile(once), step.as_text() or "") if args.profile else {}
+    chip = find_accelerator(jax.devices()[0].device_kind)
+    seconds, tokens = statistics.median(times), sequences * config.data.seq_len
+    flops = train_flops_per_token(config.model, n_params, config.data.seq_len)
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "config": name,
+        "layers": config.model.n_layers,
+        "parameters": n_params,
+        "micro_batch": plan.micro_batch,
+        "accumulation": args.accumulation,
+        "remat": plan.remat,
+        "compile_s": compile_s,
+        "step_s": seconds,
+        "spread_s": max(times) - min(times),
+        "tokens_per_second": tokens / seconds,
+        "flops_per_token": flops,
+        "attention_flops_per_token": flops - 6 * n_params,
+        "mfu": tokens / seconds * flops / (n_devices * chip.flops) if chip else None,
+        "tokens": tokens,
+        "estimated_bytes": plan.total,
+        "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "profile": traced,
+    }
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = [
+        "| configuration | micro-batch | remat | tokens/s | MFU | step, s | spread | memory: planned, compiled, GiB |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    gib = lambda n: "" if n is None else f"{n / GIB:.1f}"
+    for r in results:
+        mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
+        lines.append(
+            f"| {r['config']} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
+            f"{r['tokens_per_second']:,.0f} | {mfu} | {r['step_s']:.3f} | {r['spread_s']:.3f} | "
+            f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])} |"
+        )
+    for r in results:
+        lines += budget(r)
+    return lines
+
+
+def budget(r: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: the time of each part, and what it would be at the device's peak; none without a profile."""
+    if not (p := r["profile"]):
+        return []
+    chip = find_accelerator(jax.devices()[0].device_kind)
+    flops = {
+        "attention forward": r["attention_flops_per_token"] / ATTENTION_WIDTH * r["tokens"],
+        "attention backward": r["attention_flops_per_token"] * (1 - 1 / ATTENTION_WIDTH) * r["tokens"],
+        "products": 6 * r["parameters"] * r["tokens"],
+    }
+    # Read: parameter, gradient, two moments; written: parameter, two moments; all float32.
+    bytes_moved = {
+        "optimizer": 28 * r["parameters"],
+        "gradient sums": 10 * r["parameters"] * r["accumulation"],
+    }
+    lines = [
+        "",
+        f"{r['config']}, one step of {r['tokens']:,} tokens, device time {p['span_us'] / 1e3:,.1f} ms:",
+        "",
+        "| part | ms | share | us/token | model FLOPs or least bytes | at peak, ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for part, us in p["parts"].items():
+        work, limit = "", ""
+        if part in flops and chip:
+            work, limit = f"{flops[part] / 1e12:,.1f} TFLOP", f"{1e3 * flops[part] / chip.flops:,.1f}"
+        elif part in bytes_moved and chip:
+            work, limit = (
+                f"{bytes_moved[part] / 1e9:,.1f} GB",
+                f"{1e3 * bytes_moved[part] / chip.bandwidth:,.1f}",
+            )
+        share = us / p["span_us"]
+        lines.append(
+            f"| {part} | {us / 1e3:,.1f} | {share:.1%} | {us / r['tokens']:.2f} | {work} | {limit} |"
+        )
+    idle = p["span_us"] - sum(p["parts"].values())
+    lines.append(f"| idle (negative: overlap) | {idle / 1e3:,.1f} | {idle / p['span_us']:.1%} | | | |")
+    lines += ["", "| part | kernel, operation | ms | launches |", "| --- | --- | ---: | ---: |"]
+    lines += [f"| {part} | `{kernel}` | {us / 1e3:,.1f} | {n} |" for part, kernel, us, n in p["kernels"]]
+    return lines
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: what fits")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches in a step")
+    parser.add_argument("--remat", help="see ModelConfig.remat; as the planner chooses if left out")
+    parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
+    parser.add_argument("--steps", type=int, default=4, help="timed")
+    parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    args = parser.parse_args()
+
+    results = []
+    for name in args.configs:
+        try:
+            results.append(measure(name, args))
+        except ConfigError as e:
+            print(f"{name}: {e}", file=sys.stderr)
+            return 1
+        print("\n".join(table(results[-1:])), flush=True)
+        jax.clear_caches()
+        gc.collect()
+    setting = Setting.here("benchmarks.train", sys.argv[1:])
+    shown = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
+    head = [
+        f"# Training on {jax.device_count()} x {setting.device}",
+        "",
+        f"{setting.date}, {shown}. `{setting.command}`",
+        "",
+    ]
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / f"train_{slug(setting.device)}"
+    out.with_suffix(".md").write_text("\n".join([*head, *table(results)]) + "\n")
+    out.with_suffix(".json").write_text(
+        json.dumps({**dataclasses.asdict(setting), "results": results}, indent=1)
+    )
+    print(f"Written to {out}.md and .json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
