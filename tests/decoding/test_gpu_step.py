@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from mlra_jax.config import GroupedAttentionConfig, ModelConfig
+from mlra_jax.config import GroupedAttentionConfig, ModelConfig, TiedAttentionConfig
+from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.engine import compile_step
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from mlra_jax.topologies import gpu_devices
@@ -27,6 +28,7 @@ BASE = ModelConfig(n_layers=2, param_dtype="bfloat16")  # the 2.9 B models: MLRA
 MODELS = {
     "mlra_4": BASE,
     "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 128)),
+    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(6, 128)),
 }
 MAX_LEN = 32768
 
@@ -47,7 +49,7 @@ def moved(hlo: str) -> dict[str, int]:
     return sizes
 
 
-@pytest.mark.parametrize(("model", "batch"), [("mlra_4", 1), ("mlra_4", 8), ("gqa", 8)])
+@pytest.mark.parametrize(("model", "batch"), [("mlra_4", 1), ("mlra_4", 8), ("gqa", 8), ("gta", 8)])
 def test_a_step_on_an_h100_neither_copies_nor_converts_weights_or_cache(model, batch):
     devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
@@ -56,7 +58,7 @@ def test_a_step_on_an_h100_neither_copies_nor_converts_weights_or_cache(model, b
     large = {name: size for name, size in moved(compiled.as_text()).items() if size >= smallest_weight}
     assert not large
     memory = compiled.memory_analysis()
-    cache = 2 * 2 * batch * MAX_LEN * (64 + 512 if model == "mlra_4" else 2 * 8 * 128)
+    cache = 2 * 2 * batch * MAX_LEN * values_per_token(MODELS[model])
     assert memory.alias_size_in_bytes >= cache
     assert memory.temp_size_in_bytes < min(cache // 4, 2**27)
 

@@ -11,7 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mlra_jax.config import GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.config import (
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
@@ -28,7 +34,6 @@ LATENT = ModelConfig(
     compute_dtype="float32",
     remat="none",
 )
-GROUPED = dataclasses.replace(LATENT, attention=GroupedAttentionConfig(2, 4))
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 8), dtype=np.int32)
 
 OTHER = AxisRules.of(
@@ -117,9 +122,18 @@ def test_forward_gradient_and_decode_agree_outside_jit(plain, setting):
     check(plain, setting, LATENT, lambda f: f)
 
 
-@pytest.mark.parametrize("setting", ["Auto mesh", "other axis names"])
-def test_grouped_attention_agrees_as_well(plain, setting):
-    check(plain, setting, GROUPED, jax.jit)
+@pytest.mark.parametrize(
+    ("setting", "attention"),
+    [
+        ("other axis names", GroupedAttentionConfig(2, 4)),
+        ("Auto mesh", GroupedAttentionConfig(1, 4, q_lora_rank=6)),
+        ("Auto mesh", TiedAttentionConfig(2, 8)),
+        ("other axis names", TensorProductAttentionConfig(2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_the_other_attentions_agree_as_well(plain, setting, attention):
+    check(plain, setting, dataclasses.replace(LATENT, attention=attention), jax.jit)
 
 
 def test_arrays_split_by_the_caller_run_under_jit_without_a_current_mesh(plain):
