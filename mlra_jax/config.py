@@ -408,6 +408,13 @@ class OptimConfig(Validated):
     """Decoupled weight decay, on every parameter (norm gains and embedding too)."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    skip_limit: int = 0
+    """Updates in a row that may be left out because loss or gradient norm is NaN, infinite or a spike; one more ends
+    the run. 0: the first NaN does, and spikes are not looked for."""
+    spike_deviations: float = 0.0
+    """A loss or gradient norm so many standard deviations above its running mean is a spike; 0: none is."""
+    spike_window: int = 128
+    """Updates over which that mean and deviation are taken; before as many were made, nothing is a spike."""
 
     def faults(self) -> list[str]:
         at = "optim."
@@ -427,6 +434,16 @@ class OptimConfig(Validated):
             faults.append(
                 f"{at}eps={self.eps} and clip_norm={self.clip_norm} must be positive, "
                 f"weight_decay={self.weight_decay} not negative."
+            )
+        if self.skip_limit < 0 or not 0 <= self.spike_deviations < math.inf or self.spike_window < 2:
+            faults.append(
+                f"{at}skip_limit={self.skip_limit} and spike_deviations={self.spike_deviations} must not be negative, "
+                f"spike_window={self.spike_window} at least 2."
+            )
+        elif self.spike_deviations and not self.skip_limit:
+            faults.append(
+                f"{at}spike_deviations={self.spike_deviations} needs {at}skip_limit, the number of updates that may be "
+                "left out in a row."
             )
         return faults
 

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/STEP/params      nested dictionary of arrays, as the model names them
                          optimizer   the optax state and the step
+                         guard       what tells which updates to leave out
                          config      the resolved TrainConfig, JSON
                          digests     a checksum of each array and of the configuration, JSON (not of converted weights)
 
@@ -90,7 +91,8 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a state as a checkpoint keeps them."""
-    return {"params": state.params, "optimizer": {"state": state.opt_state, "step": state.step}}
+    optimizer = {"state": state.opt_state, "step": state.step}
+    return {"params": state.params, "optimizer": optimizer, "guard": state.guard}
 
 
 def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -456,6 +458,8 @@ class Checkpoints:
         wanted = _items(abstract_state)
         if step == 0 and not (step_dir / "optimizer").exists():
             wanted = {"params": wanted["params"]}  # what `save_params` wrote
+        elif not (step_dir / "guard").exists():
+            del wanted["guard"]  # of a version that had none
 
         def read() -> dict[str, Any]:
             _check_tree(step_dir, "params", wanted["params"])
@@ -465,7 +469,10 @@ class Checkpoints:
         _check_digests(step_dir, items, digests)
         state = None
         if "optimizer" in items:
-            state = TrainState(items["params"], items["optimizer"]["state"], items["optimizer"]["step"])
+            fresh = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
+            guard = items.get("guard") or jax.tree.map(fresh, abstract_state.guard)
+            optimizer = items["optimizer"]
+            state = TrainState(items["params"], optimizer["state"], optimizer["step"], guard)
         return Restored(step, state, items["params"], changes, [])
 
     def _move_aside(self, step: int) -> epath.Path:

@@ -187,6 +187,10 @@ class _Monitor:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        in_row = int(values.pop("skipped_in_row", 0))
+        if in_row:
+            self._skipped(step, in_row, values)
+            values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._check_finite(step, values)
         self._progress.advance()
         self._steps += 1
@@ -196,6 +200,17 @@ class _Monitor:
             self._report(step, values, now)
         elif self._since is None:
             self._reset(now)
+
+    def _skipped(self, step: int, in_row: int, values: Mapping[str, float]) -> None:
+        limit = self._config.optim.skip_limit
+        seen = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+        if in_row > limit:
+            raise DivergedError(
+                f"Step {step} diverged: its update had to be left out ({seen}), number {in_row} in a row, more than "
+                f"--optim.skip_limit {limit}; {self._config.run_dir} holds the checkpoints before it. Try a lower "
+                "--optim.lr, or other data from there on (another --seed)."
+            )
+        self._progress.say(f"step {step}/{self._config.steps} · update left out: {seen} ({in_row} in a row)")
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
         if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:

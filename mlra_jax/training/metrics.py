@@ -231,7 +231,7 @@ class Progress:
         """Shows the metrics of `step`."""
         if not self._active:
             return
-        parts = [f"loss {values['loss']:.4f}"]
+        parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []  # of a step left out it may be NaN
         if "tokens_per_second" in values:
             parts.append(f"{shown(values['tokens_per_second'])} tokens/s")
         if "mfu" in values:

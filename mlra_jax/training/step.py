@@ -19,6 +19,7 @@ from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import on_mesh
+from mlra_jax.training.guard import Guard, init_guard, judge
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -33,7 +34,9 @@ class TrainState:
     opt_state: optax.OptState
     """Moments, laid out like the parameters, and counts."""
     step: jax.Array
-    """Updates made: int32 scalar."""
+    """Updates made, those left out included: int32 scalar."""
+    guard: Guard = dataclasses.field(default_factory=init_guard)
+    """What tells which updates to leave out (`optim.skip_limit`)."""
 
 
 def _init(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
@@ -78,6 +81,13 @@ def unrolls_layers(config: ModelConfig) -> bool:
     return whole and current_device()[0] == "gpu"
 
 
+def _where(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` or `old`, but the count of the learning rate's schedule is always the new one."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    select = lambda a, b: a if is_schedule(a) else jnp.where(good, a, b)
+    return jax.tree.map(select, new, old, is_leaf=is_schedule)
+
+
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
 
@@ -85,7 +95,9 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
     gradients, which are taken with respect to the weights in the compute type, add up in float32. The loss is the
     mean cross-entropy over all counted tokens of all of them, in nats. Metrics are float32 scalars: `loss`,
     `grad_norm` (before clipping), `clipped` (1 where the gradient was scaled down), `learning_rate`, `param_norm`
-    and `momentum_norm` (after the update).
+    and `momentum_norm` (after the update). With `optim.skip_limit`, an update whose loss or gradient is not finite or
+    spikes is left out: parameters and moments keep their bits, the step counts, and so the learning rate's schedule and
+    the data go on; `skipped` (since step 0) and `skipped_in_row` say how many.
     """
     optimizer = make_optimizer(config.optim)
 
@@ -113,6 +125,11 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
+        guard, counts = state.guard, {}
+        if config.optim.skip_limit:
+            good, guard = judge(config.optim, guard, loss, grad_norm)
+            params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
+            counts = {name: guard[name].astype(jnp.float32) for name in ("skipped", "skipped_in_row")}
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -120,8 +137,9 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
             "learning_rate": learning_rate(config.optim, state.step),
             "param_norm": optax.tree.norm(params),
             "momentum_norm": optax.tree.norm(optax.tree.get(opt_state, "mu")),
+            **counts,
         }
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1, guard), metrics
 
     # `config.model.remat` says what is recomputed; XLA's own pass for GPUs would repeat products many times over.
     options = {"xla_disable_hlo_passes": "rematerialization"} if current_device()[0] == "gpu" else None

@@ -323,10 +323,11 @@ def test_decoding_says_in_one_sentence_that_a_checkpoint_is_damaged(trained, mes
         load_params(tmp_path / "copy", abstract_state(config, mesh_of(1, 1, 4, 2)).params)
 
 
-def test_a_checkpoint_of_a_version_without_digests_is_restored(trained, mesh_of, tmp_path):
+def test_a_checkpoint_of_a_version_without_digests_and_guard_is_restored(trained, mesh_of, tmp_path):
     config, states, _, _ = trained
     shutil.copytree(config.run_dir, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/checkpoints/5/digests")
+    shutil.rmtree(tmp_path / "copy/checkpoints/5/guard")
     checkpoints = Checkpoints(tmp_path / "copy", config.checkpoint)
     assert same(checkpoints.restore(config, abstract_state(config, mesh_of(1, 1, 1, 1))).state, states[5])
     checkpoints.close()

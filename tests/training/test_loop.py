@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
@@ -23,6 +24,7 @@ from mlra_jax.cli.train import main
 from mlra_jax.config import ConfigError, MeshConfig, to_dict
 from mlra_jax.storage import StorageError
 from mlra_jax.training import loop
+from mlra_jax.training import step as step_module
 from mlra_jax.training.checkpoints import CheckpointError, find_step, load_config, load_params, save_params
 from mlra_jax.training.flops import train_flops_per_token
 from mlra_jax.training.loop import DivergedError, train
@@ -322,6 +324,51 @@ def test_a_full_disk_ends_the_run_with_one_sentence_and_the_same_command_goes_on
     assert find_step(config.out).name == "4"
     assert main([]) == 0
     assert_same_bits(saved_params(config, config.out), jax.device_get(finished.state.params))
+
+
+def test_nan_updates_are_left_out_up_to_the_limit_and_a_resumed_run_leaves_out_the_same(
+    uninterrupted, config, monkeypatch, capsys, tmp_path
+):
+    reference, _ = uninterrupted
+    config = dataclasses.replace(
+        reference,
+        out=config.out,
+        optim=dataclasses.replace(reference.optim, skip_limit=2),
+        checkpoint=dataclasses.replace(reference.checkpoint, every=1, keep=10),
+    )
+    data = loop.TrainBatches(config.data, config.model.vocab_size, config.seed)
+    poison = np.stack([data.rows(step, [0])[0, :-1] for step in (3, 5, 6, 7)])
+    loss_sum = step_module._loss_sum
+
+    def poisoned(config, params, inputs, targets):
+        nats, count = loss_sum(config, params, inputs, targets)
+        hit = jnp.any(jnp.all(inputs == poison[:, None], axis=-1))
+        return nats * jnp.where(hit, jnp.nan, 1), count
+
+    monkeypatch.setattr(step_module, "_loss_sum", poisoned)
+    message = (
+        r"Step 7 diverged: its update had to be left out \(loss nan, .*number 3 in a row, .*skip_limit 2"
+    )
+    with pytest.raises(DivergedError, match=message):
+        train(config)
+    assert "step 6/8 · update left out: loss nan, gradient norm nan (2 in a row)" in capsys.readouterr().err
+    records = read_metrics(config.out)
+    assert [records[s]["skipped"] for s in range(7)] == [0, 0, 0, 1, 1, 2, 3]
+    assert [s for s in range(7) if "loss" not in records[s]] == [3, 5, 6]
+    moments = [records[s]["momentum_norm"] for s in range(7)]
+    assert moments[3] == moments[2]
+    assert moments[6] == moments[5] == moments[4] != moments[3]
+    assert_same_bits(saved_params(config, config.out, 7), saved_params(config, config.out, 5))
+    rates = [records[s]["learning_rate"] for s in range(7)]
+    assert rates == [read_metrics(reference.out)[s]["learning_rate"] for s in range(7)]
+
+    again = dataclasses.replace(config, out=str(tmp_path / "resumed"))
+    with monkeypatch.context() as patch:
+        at_batch(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(again).step == 6  # between two updates that are left out
+    with pytest.raises(DivergedError, match=message):
+        train(again)
+    assert_same_bits(saved_params(again, again.out, 7), saved_params(config, config.out, 7))
 
 
 def test_a_disk_that_takes_no_metrics_ends_the_run_with_one_sentence(
