@@ -7,6 +7,7 @@ SIGTERM on any one of them into one step after which all of them stop.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
 import threading
@@ -34,9 +35,13 @@ class DistributedConfig(Validated):
     """Number of processes, with `coordinator`."""
     process_id: int = -1
     """Which of them this one is, from 0, with `coordinator`."""
+    timeout: float = 40.0
+    """Seconds within which all processes end when one of them dies."""
 
     def faults(self) -> list[str]:
         at = "distributed."
+        if not 1 <= self.timeout < math.inf:
+            return [f"{at}timeout={self.timeout} must be at least 1 second."]
         given = bool(self.coordinator), self.processes != 0, self.process_id != -1
         if any(given) and not all(given):
             return [f"{at}coordinator, {at}processes and {at}process_id go together; give all three."]
@@ -83,12 +88,17 @@ def initialize(config: DistributedConfig) -> None:
       ConfigError: `config` is not legal, or there are other processes of which it says nothing.
     """
     config.validate()
+    heartbeat = math.ceil(1.5 * config.timeout)  # the watchdog is to be first: JAX gives no reason
     if config.coordinator:
         jax.distributed.initialize(
-            config.coordinator, config.processes, config.process_id, cluster_detection_method="deactivate"
+            config.coordinator,
+            config.processes,
+            config.process_id,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=heartbeat,
         )
     elif config.auto or _launched_as_one_of_several():
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     elif jax.process_count() > 1:
         raise ConfigError(
             [

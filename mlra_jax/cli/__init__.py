@@ -28,7 +28,7 @@ _ALWAYS = (
 _WHEN_OURS = (ValueError, NotImplementedError, ImportError)
 
 
-def _is_users(error: BaseException) -> bool:
+def is_users(error: BaseException) -> bool:
     """Whether `error` says what the user did wrong: a path, or something that this package itself refused.
 
     A ValueError from deeper down (JAX, NumPy, ...) is a bug of ours, and its traceback is needed.
@@ -59,7 +59,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except Exception as error:
-            if not _is_users(error):
+            if not is_users(error):
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error

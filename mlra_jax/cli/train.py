@@ -6,9 +6,10 @@ import errno
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
-from mlra_jax.cli import command
+from mlra_jax.cli import command, is_users
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -29,24 +30,36 @@ def main(argv: Sequence[str]) -> int:
 
     from mlra_jax.training.checkpoints import SaveError
     from mlra_jax.training.loop import DivergedError, train
+    from mlra_jax.watchdog import Watchdog
 
     # Orbax logs a traceback of what it then raises, which is explained below.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     initialize(distributed)
-    try:
-        train(config)
-    except (DivergedError, SaveError) as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        where = error.filename or config.run_dir
-        message = f"Writing to {where} failed ({error.strerror}); the checkpoints in {config.run_dir} are safe, and "
-        message += "the same command continues when the cause is gone."
-    else:
-        return 0
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+    advice = f"the same command, on every host, continues {config.run_dir} from its last checkpoint"
+    with Watchdog(distributed.timeout, advice) as watchdog:
+        try:
+            train(config)
+            return 0
+        except Exception as error:
+            users = is_users(error)
+            if not users and not isinstance(error, DivergedError):
+                explained = isinstance(error, SaveError) or _is_disk(error)
+                if watchdog.alone and not explained:
+                    raise
+                watchdog.wait_for_verdict()  # all of this may come from another process's death
+                if not explained:
+                    traceback.print_exc()
+            message = str(error)
+            if _is_disk(error):
+                message = f"{error}: writing failed; {advice} when the cause is gone."
+            print(f"error: {message}", file=sys.stderr)
+            status = 2 if users else 1
+            watchdog.leave(message, status)
+            return status
+
+
+def _is_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in _DISK
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_with_one_sentence(
     monkeypatch.setattr("mlra_jax.training.metrics.JsonLines._append", append)
     assert main([]) == 1
     assert (
-        "error: Writing to metrics.jsonl failed (No space left on device); the checkpoints"
+        "No space left on device: 'metrics.jsonl': writing failed; the same command"
         in capsys.readouterr().err
     )
 
@@ -466,16 +466,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_interrup
 
 
 @pytest.fixture(scope="module")
-def two_processes(start_training, tmp_path_factory):
-    """A run of two processes of four devices each: SIGTERM to the second only, then both started again."""
-    out = tmp_path_factory.mktemp("two")
+def start_two(start_training):
+    """Starts a run of two processes of four devices each."""
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
 
-    def start(steps):
+    def start(out, steps, *options):
         with socket.socket() as s:
             s.bind(("localhost", 0))
             port = s.getsockname()[1]
-        cluster = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
+        cluster = ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2", *options]
         return [
             start_training(
                 out, *mesh, *cluster, "--distributed.process_id", str(i), "--steps", str(steps), devices=4
@@ -483,13 +482,20 @@ def two_processes(start_training, tmp_path_factory):
             for i in range(2)
         ]
 
-    processes = start(10_000)
+    return start
+
+
+@pytest.fixture(scope="module")
+def two_processes(start_two, tmp_path_factory):
+    """A run of two processes: SIGTERM to the second only, then both started again."""
+    out = tmp_path_factory.mktemp("two")
+    processes = start_two(out, 10_000)
     try:
         wait_for(processes[0], lambda: n_lines(out) >= 3)
         processes[1].send_signal(signal.SIGTERM)
         stopped = [finish(p) for p in processes]
         step = int(find_step(out).name)
-        processes = start(step + 2)
+        processes = start_two(out, step + 2)
         resumed = [finish(p) for p in processes]
     finally:
         for p in processes:
@@ -515,3 +521,30 @@ def test_two_processes_of_four_devices_give_the_losses_of_one_process_of_eight(
     for s in expected:
         for name in {"loss", "eval_loss", "grad_norm"} & expected[s].keys():
             assert records[s][name] == pytest.approx(expected[s][name], rel=1e-5), (s, name)
+
+
+def test_one_of_two_processes_killed_ends_the_other_and_any_number_of_processes_continues(
+    uninterrupted, start_two, config, tmp_path
+):
+    reference, _ = uninterrupted
+    out = tmp_path / "two"
+    shutil.copytree(reference.out, out)  # of one process
+    shutil.copytree(reference.out, config.out)
+    processes = start_two(out, 10_000, "--distributed.timeout", "4")
+    try:
+        wait_for(processes[0], lambda: n_lines(out) >= n_lines(Path(reference.out)) + 8)
+        processes[1].kill()
+        output, _ = processes[0].communicate(timeout=TIMEOUT)
+    finally:
+        for p in processes:
+            p.kill()
+    assert processes[0].returncode == 1
+    assert re.search(r"\nerror: process 1 died, or its host cannot be reached; the same command.*\n$", output)
+    assert "Traceback" not in output
+    assert "from step 8:" in output
+    train(dataclasses.replace(reference, out=config.out, steps=12))
+    records, expected = read_metrics(out), read_metrics(config.out)
+    for s in range(8, 12):
+        assert records[s]["loss"] == pytest.approx(expected[s]["loss"], rel=1e-5)
+    saved = int(find_step(out).name)
+    assert train(dataclasses.replace(reference, out=str(out), steps=saved + 1)).step == saved + 1

@@ -1,0 +1,163 @@
+"""No process ends, or hangs, without a word: when one of several dies, the others end too, and each says why.
+
+JAX alone leaves a process blocked in a collective whose partner is gone until its coordination service aborts it, from
+C++ and with no Python exception. Here a thread of each process, which works however the main thread is blocked, tells
+process 0 through the same service that it is alive; process 0 tells all of them when one is not. What kills a process
+before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small child process, which
+lives just to notice that its parent is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+# JAX has no public way to the key-value store of its coordination service; Orbax goes the same way.
+from jax._src import distributed
+
+_FOLDER = "mlra_jax/watchdog"
+_CHILD = """
+import sys
+words = ""
+for line in sys.stdin:
+    words = line.strip()
+if words:
+    print(words, file=sys.stderr, flush=True)
+"""
+
+
+class LastWords:
+    """Prints `words` to standard error if this process ends without `dismiss`, whatever ends it."""
+
+    def __init__(self, words: str):
+        self._child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a signal to the terminal's processes is not for it
+        )
+        self._say(words)
+
+    def _say(self, words: str) -> None:
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._child.stdin.write(words.replace("\n", " ") + "\n")
+            self._child.stdin.flush()
+
+    def dismiss(self) -> None:
+        """This process will say itself how it ends."""
+        self._say("")
+        assert self._child.stdin is not None
+        with contextlib.suppress(OSError):
+            self._child.stdin.close()
+        self._child.wait()
+
+
+class Watchdog:
+    """Watches the processes of a run while it is entered; alone, it just leaves last words.
+
+    Args:
+      timeout: seconds within which all processes end when one of them dies.
+      advice: end of every sentence: what to do.
+    """
+
+    def __init__(self, timeout: float, advice: str):
+        state = distributed.global_state
+        self._client: Any = state.client
+        self._id, self._n = state.process_id, state.num_processes
+        self._timeout, self._advice = timeout, advice
+        self._interval = timeout / 8
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self._client is None or self._n == 1
+
+    def __enter__(self) -> Watchdog:
+        who = "the run" if self.alone else f"process {self._id}"
+        why = "if nothing above says why, perhaps for lack of memory"
+        if not self.alone:
+            why += "" if self._id == 0 else "; or process 0, which holds the others together, is gone"
+            self._thread.start()
+        self._last_words = LastWords(f"error: {who} was killed or crashed ({why}); {self._advice}.")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self.alone:
+            self._leaving.set()
+            self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", "done", allow_overwrite=True)
+        self._last_words.dismiss()
+        if kind is not None:
+            self.leave("interrupted", 130)
+
+    def leave(self, reason: str, status: int) -> None:
+        """Tells the other processes why this one ends, and ends it with `status`; alone, it returns.
+
+        It must not return to Python's exit, where JAX would wait for the others.
+        """
+        if self.alone:
+            return
+        if self._leaving.is_set():
+            self.wait_for_verdict()  # the watchdog is ending this process
+        self._leaving.set()
+        self._post(f"process {self._id} ended: {reason.rstrip('.')}")
+        self._end(status)
+
+    def wait_for_verdict(self) -> None:
+        """After an error that another process's death may have caused: if one died, this does not return."""
+        if not self.alone:
+            self._leaving.wait(self._timeout)
+            if self._leaving.is_set():
+                self._thread.join()  # it ends the process
+
+    def _post(self, sentence: str) -> None:
+        with contextlib.suppress(Exception):  # another was first, or the service is gone
+            self._client.key_value_set(f"{_FOLDER}/end/reason", sentence)
+
+    def _end(self, status: int) -> None:
+        if self._id == 0:
+            time.sleep(2 * self._interval)  # the service is here: let the others read
+        self._last_words.dismiss()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+    def _watch(self) -> None:
+        began = time.monotonic()
+        seen: dict[
+            str, tuple[str, float]
+        ] = {}  # of each process, what it wrote last, and when that was new here
+        beat = 0
+        while not self._leaving.wait(self._interval):
+            beat += 1
+            with contextlib.suppress(Exception):  # without the service, JAX aborts this process
+                self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", str(beat), allow_overwrite=True)
+                if self._id == 0:
+                    now = time.monotonic()
+                    alive = {
+                        key.rpartition("/")[2]: n
+                        for key, n in self._client.key_value_dir_get(f"{_FOLDER}/alive")
+                    }
+                    for other in map(str, range(self._n)):
+                        value = alive.get(other, "")
+                        if other not in seen or seen[other][0] != value:
+                            seen[other] = value, now if value else began
+                    silent = [
+                        i
+                        for i, (value, at) in seen.items()
+                        if value != "done" and now - at > self._timeout / 2
+                    ]
+                    if silent:
+                        self._post(f"process {', '.join(silent)} died, or its host cannot be reached")
+                found = dict(self._client.key_value_dir_get(f"{_FOLDER}/end"))
+                if found and not self._leaving.is_set():
+                    self._leaving.set()
+                    print(f"error: {next(iter(found.values()))}; {self._advice}.", file=sys.stderr)
+                    self._end(1)

@@ -1,0 +1,95 @@
+"""Processes that die: the others end too, soon, and say why."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from mlra_jax.watchdog import LastWords, Watchdog
+
+SECONDS = 4
+SCRIPT = """
+import os, signal, sys
+import jax, numpy as np
+from jax.experimental import multihost_utils
+from mlra_jax.watchdog import Watchdog
+
+port, me, how, victim, seconds = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5])
+jax.distributed.initialize(f"localhost:{port}", 2, me, cluster_detection_method="deactivate")
+with Watchdog(seconds, "start all again") as watchdog:
+    multihost_utils.process_allgather(np.ones(3))
+    if me != victim:
+        try:
+            watchdog._client.wait_at_barrier("never", 10**6)  # as a collective that waits for the other
+        except Exception:
+            watchdog.wait_for_verdict()
+    elif how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        watchdog.leave("the disk is full.", 1)
+"""
+
+
+def end(how, victim):
+    """(exit status, standard error) of both processes."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(port), str(i), how, str(victim), str(SECONDS)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        errors = [p.communicate(timeout=100)[1] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [(p.returncode, error) for p, error in zip(processes, errors, strict=True)]
+
+
+def sentences(error):
+    return [line for line in error.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("how", ["killed", "leaving"])
+def test_a_process_that_waits_for_one_that_is_gone_ends_with_one_sentence(how):
+    (status, error), (gone, _) = end(how, 1)
+    reason = {
+        "killed": "process 1 died, or its host cannot be reached",
+        "leaving": "process 1 ended: the disk is full",
+    }
+    assert gone == {"killed": -signal.SIGKILL, "leaving": 1}[how]
+    assert status == 1
+    assert sentences(error) == [f"error: {reason[how]}; start all again."]
+    assert "Traceback" not in error
+
+
+def test_without_process_0_which_holds_them_together_the_last_words_say_so():
+    (gone, own), (status, error) = end("killed", 0)
+    assert gone == -signal.SIGKILL
+    assert [s.split(" (")[0] for s in sentences(own)] == ["error: process 0 was killed or crashed"]
+    assert status
+    assert error.splitlines()[-1].startswith("error: process 1 was killed or crashed (")
+    assert error.splitlines()[-1].endswith(
+        "process 0, which holds the others together, is gone); start all again."
+    )
+
+
+def test_last_words_are_said_only_if_nothing_else_was(capfd):
+    with Watchdog(SECONDS, "go on") as watchdog:
+        assert watchdog.alone
+        watchdog.leave("nobody is told", 1)
+    assert capfd.readouterr().err == ""
+    words = LastWords("gone\nfor good")
+    words._child.stdin.close()  # as the system does when a process is gone
+    words._child.wait()
+    assert capfd.readouterr().err == "gone for good\n"
