@@ -21,7 +21,7 @@ from mlra_jax.models.layers import (
     nested,
     require_layout,
 )
-from mlra_jax.ops.remat import ATTENTION, MLP
+from mlra_jax.ops.remat import ATTENTION, HEADS, MLP
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": _policies.everything_saveable,
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION, HEADS)
     ),
     "mlp": _policies.save_only_these_names(ATTENTION, MLP),
     "attention": _policies.save_only_these_names(ATTENTION),

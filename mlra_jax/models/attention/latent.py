@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models.attention.output import Output
@@ -34,6 +35,7 @@ from mlra_jax.models.layers import (
     weight,
 )
 from mlra_jax.ops.attention import causal_attention_parts
+from mlra_jax.ops.remat import HEADS
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -214,7 +216,8 @@ class LatentAttention(nnx.Module):
             ]
             y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJKEH).squeeze(3))
             y = y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
-        return (self.branch_scale * y).astype(self.compute_dtype).reshape(b, t, n, h)
+        y = (self.branch_scale * y).astype(self.compute_dtype).reshape(b, t, n, h)
+        return checkpoint_name(y, HEADS)
 
     def decode(
         self, x_BTD: jax.Array, cache: LatentCache, start_B: jax.Array, n_new_B: jax.Array

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.attention import mosaic_gpu, reference, splash, xla
+from mlra_jax.ops.attention import cudnn, mosaic_gpu, reference, splash, tokamax, xla
 from mlra_jax.ops.attention.parts import Parts, heads_of, joined
 from mlra_jax.ops.dispatch import dispatch
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.causal_attention,
+    "tokamax": joined(tokamax.causal_attention),
+    "cudnn": joined(cudnn.causal_attention),
     "splash": joined(splash.causal_attention),
     "xla": joined(xla.causal_attention),
     "reference": joined(reference.causal_attention),

@@ -84,7 +84,7 @@ class Config:
             dq_stages=3 if wide else 4,
             dk_stages=3 if wide else 4,
             # The first block of keys is seen by twice as many rows as the average one.
-            dk_shares=max(1, min(8 * processors // programs, tiles // 8)),
+            dk_shares=max(1, min(12 * processors // programs, tiles // 8)),
         )
 
 

@@ -134,9 +134,13 @@ class Config:
         # Shares that end where sequences of equal length do spare programs the change from one to the next.
         even = n_splits // shape.batch * shape.batch
         n_splits = even if even >= 0.95 * n_splits else n_splits
+        # No more shares than it takes with the longest one as long as it is: the rest would only be merged.
+        n_blocks = shape.batch * -(-shape.capacity // 64)
+        n_splits = -(-n_blocks // -(-n_blocks // n_splits))
         # Long runs over many rows are bound by arithmetic: larger blocks have fewer steps between products.
         block = 128 if row_groups == 2 and shape.page % 128 == 0 and sum(shape.widths) <= 192 else 64
-        config = cls(n_splits, block, 4, row_groups)
+        stages = 3 if n_splits > 1 and row_groups == 1 and sum(shape.widths) <= 192 else 4
+        config = cls(n_splits, block, stages, row_groups)
         while config.stages > 2 and config.shared_bytes(shape) > SHARED_MEMORY:
             config = dataclasses.replace(config, stages=config.stages - 1)
         return config
