@@ -138,7 +138,7 @@ def case_of(parity):
     def make(variant):
         if variant not in OTHERS:
             return official(parity(variant))
-        config = ModelConfig(257, 2, 48, 4, 80, OTHERS[variant], compute_dtype="float32", remat="none")
+        config = ModelConfig(257, 1, 48, 4, 80, OTHERS[variant], compute_dtype="float32", remat="none")
         rng = np.random.default_rng(0)
         state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
         mean = lambda path: np.float32(path[-1].key == "gain")
