@@ -329,6 +329,8 @@ class DataConfig(Validated):
 
     path: str = "embedded"
     """`embedded` (the corpus in the package), or a folder or bucket URL of `*_train_*.bin` and `*_val_*.bin` shards."""
+    verify: bool = False
+    """Read every shard once before training, and compare it with the checksum that `mlra-prepare` writes into it."""
     tokenizer: str = "byte"
     """`byte`, `gpt2`, or the path of a `tokenizers` JSON file; stored with the model for decoding."""
     seq_len: int = 2048

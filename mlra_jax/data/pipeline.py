@@ -83,7 +83,7 @@ def open_windows(config: DataConfig, split: Split, vocab_size: int) -> Windows:
       DataError, ValueError: the data cannot be used; says why.
     """
     if config.path != "embedded":
-        return Windows(open_shards(config.path, split), config.seq_len, vocab_size)
+        return Windows(open_shards(config.path, split, config.verify), config.seq_len, vocab_size)
     tokenizer = get_tokenizer(config.tokenizer)
     if tokenizer.n_vocab > vocab_size:
         raise DataError(

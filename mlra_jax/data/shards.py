@@ -1,14 +1,16 @@
 """Token shards: the llm.c file layout, written atomically and read from local folders or buckets.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros), then the tokens as
-little-endian uint16. A data set is a folder of `NAME_val_000000.bin` and `NAME_train_000001.bin`,
-`NAME_train_000002.bin`, ...; the paper's PyTorch code reads the same.
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, then what llm.c leaves zero: 1 and the
+CRC-32 of the tokens' bytes, if they were written here), then the tokens as little-endian uint16. A data set is a folder
+of `NAME_val_000000.bin` and `NAME_train_000001.bin`, `NAME_train_000002.bin`, ...; the paper's PyTorch code reads the
+same.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -63,7 +65,7 @@ class ShardWriter:
         self._folder, self._name, self._split = Path(folder), name, split
         self._shard_tokens = shard_tokens
         self._file: IO[bytes] | None = None
-        self._in_file = 0
+        self._in_file = self._crc = 0
 
     def write(self, tokens: np.ndarray) -> None:
         """Appends `tokens`, integers [n] in [0, 65535].
@@ -81,7 +83,9 @@ class ShardWriter:
                 self._file = open(self._next_path().with_suffix(".bin.tmp"), "wb")  # noqa: SIM115 (open between calls)
                 self._file.write(bytes(HEADER_BYTES))  # the real one follows when the count is known
             part, tokens = np.split(tokens, [self._shard_tokens - self._in_file])
-            self._file.write(part.astype("<u2").tobytes())
+            data = part.astype("<u2").tobytes()
+            self._file.write(data)
+            self._crc = zlib.crc32(data, self._crc)
             self._in_file += part.size
             self.n_tokens += part.size
             if self._in_file == self._shard_tokens:
@@ -95,7 +99,8 @@ class ShardWriter:
         if self._file is None:
             return
         header = np.zeros(256, "<i4")
-        header[:3] = MAGIC, VERSION, self._in_file
+        header[:4] = MAGIC, VERSION, self._in_file, 1
+        header[4:5].view("<u4")[:] = self._crc
         self._file.seek(0)
         self._file.write(header.tobytes())
         self._file.flush()
@@ -104,7 +109,7 @@ class ShardWriter:
         path = self._next_path()
         os.replace(self._file.name, path)
         self.paths.append(path)
-        self._file, self._in_file = None, 0
+        self._file, self._in_file, self._crc = None, 0, 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -190,16 +195,32 @@ def header_fault(name: str, header: bytes, size: int) -> str | None:
     return None
 
 
-def open_shards(path: str, split: Split) -> Shards:
+def _content_fault(fs: Any, path: str, name: str, header: bytes) -> str | None:
+    """What is wrong with the tokens of a shard, all of which are read; None: nothing, or it has no checksum."""
+    has_checksum, expected = int(np.frombuffer(header, "<i4", 5)[3]), int(np.frombuffer(header, "<u4", 5)[4])
+    if not has_checksum:
+        return None
+    found = 0
+    with fs.open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while data := file.read(1 << 24):
+            found = zlib.crc32(data, found)
+    if found == expected:
+        return None
+    return f"{name} is corrupted: its tokens are not those that were written (CRC-32 {found:08x}, not {expected:08x})."
+
+
+def open_shards(path: str, split: Split, verify: bool = False) -> Shards:
     """The shards of one part of a data set, sorted by name, their headers checked.
 
     Args:
       path: A local folder (its shards are memory-mapped) or a bucket URL that fsspec knows, such as `gs://bucket/folder`.
       split: Which shards: `*_train_*.bin` or `*_val_*.bin`.
+      verify: Also read all tokens once and compare them with the checksums that `ShardWriter` stores.
 
     Raises:
-      DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken or
-        truncated (all of them listed).
+      DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken,
+        truncated or corrupted (all of them listed).
     """
     fs, folder = _filesystem(path)
     try:
@@ -223,7 +244,11 @@ def open_shards(path: str, split: Split) -> Shards:
     for name, p, header in zip(names, paths, headers, strict=True):
         if isinstance(header, Exception):
             faults.append(f"Reading {name} failed with {type(header).__name__}: {header}.")
-        elif fault := header_fault(name, header, sizes[p]):
+            continue
+        fault = header_fault(name, header, sizes[p])
+        if fault is None and verify:
+            fault = _content_fault(fs, p, name, header)
+        if fault is not None:
             faults.append(fault)
     if faults:
         raise DataError(*faults)

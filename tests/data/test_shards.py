@@ -1,6 +1,7 @@
 """The shard format: what is written is read back, and what is broken is named and refused."""
 
 import sys
+import zlib
 
 import fsspec
 import numpy as np
@@ -59,8 +60,37 @@ def test_file_is_256_int32_of_header_and_then_uint16_all_little_endian(tmp_path)
     (path,) = write(tmp_path, [1, 2, 65535])
     data = path.read_bytes()
     header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, 3
-    assert data == header.tobytes() + np.array([1, 2, 65535], "<u2").tobytes()
+    tokens = np.array([1, 2, 65535], "<u2").tobytes()
+    header[:4] = 20240520, 1, 3, 1
+    header.view("<u4")[4] = zlib.crc32(tokens)
+    assert data == header.tobytes() + tokens
+
+
+def test_one_flipped_bit_of_a_token_is_found_where_asked_and_every_such_shard_is_named(tmp_path, bucket):
+    paths = write(tmp_path, np.arange(30), shard_tokens=6)
+    folders = str(tmp_path), bucket(paths)
+    for path in paths[1], paths[3]:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    open_shards(str(tmp_path), "train")
+    open_shards(folders[1], "train", verify=True)  # copied before
+    bucket(paths)
+    for folder in folders:
+        with pytest.raises(DataError) as error:
+            open_shards(folder, "train", verify=True)
+        assert [fault.split(" is corrupted: ")[0][-10:] for fault in error.value.faults] == [
+            "000002.bin",
+            "000004.bin",
+        ]
+
+
+def test_a_shard_of_another_writer_without_a_checksum_is_taken_as_it_is(tmp_path):
+    (path,) = write(tmp_path, [1, 2, 3])
+    data = bytearray(path.read_bytes())
+    data[12:20] = bytes(8)
+    path.write_bytes(data)
+    assert open_shards(str(tmp_path), "train", verify=True).n_tokens == [3]
 
 
 def test_validation_is_numbered_from_0_and_training_from_1(tmp_path):
