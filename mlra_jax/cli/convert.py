@@ -1,4 +1,4 @@
-"""`mlra-convert from-official` and `to-official`: the paper's PyTorch weights, in and out."""
+"""`mlra-convert`: the paper's PyTorch weights, in and out; and an MLA turned into an MLRA, to be trained further."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from mlra_jax.convert import (
     official_from_model_config,
     official_from_params,
     open_weights,
+    split_config,
+    split_latents,
     write_weights,
 )
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
@@ -71,6 +73,31 @@ class ToOfficialArgs:
     """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
     max_file_gb: float = 5.0
     """Size in GB (10^9 bytes) above which the weights are cut into several files."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitLatentsArgs:
+    """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further from there.
+
+    Each latent head is cut into equal pieces (docs/conversion.md): an MLA with --latent-heads 4 --branches 4 becomes an
+    MLRA-4 that keeps its widths and q_lora_rank. OUT is a run without optimizer state, which `train.py OUT/config.json`
+    trains.
+    """
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run's folder (or bucket URL), or one of its checkpoints."""
+    out: str
+    """Folder (or bucket URL) to make."""
+    latent_heads: int = 4
+    """Latent heads afterwards; a multiple of those before."""
+    branches: int = 4
+    """Latent heads that each query head reads and sums afterwards; a multiple of those before."""
+    step: int | None = None
+    """Step of the checkpoint; None: the latest."""
+    key_scale: float | None = None
+    """Factor of the branches' keys; None: pieces that a query head reads of one latent head."""
+    seed: int | None = 0
+    """Of the rotation that mixes the pieces; None: not mixed."""
 
 
 @contextlib.contextmanager
@@ -160,22 +187,44 @@ def to_official(args: ToOfficialArgs) -> None:
     print(out)
 
 
+def split(args: SplitLatentsArgs) -> None:
+    """See `SplitLatentsArgs`."""
+    _check_new_run(args.out)
+    config = checkpoints.load_config(args.checkpoint, args.step)
+    split_config(config.model, args.latent_heads, args.branches)  # before anything is read
+    params, model = split_latents(
+        checkpoints.lazy_params(args.checkpoint, args.step),
+        config.model,
+        args.latent_heads,
+        args.branches,
+        key_scale=args.key_scale,
+        seed=args.seed,
+    )
+    _save(args.out, params, _run_of(args.out, dataclasses.replace(config, model=model)))
+
+
 @command
 def main(argv: Sequence[str]) -> int:
-    """Converts in the direction that the first argument says, and prints where the result is."""
+    """Converts as the first argument says, and prints where the result is."""
     args = tyro.cli(
         Annotated[FromOfficialArgs, tyro.conf.subcommand("from-official")]
-        | Annotated[ToOfficialArgs, tyro.conf.subcommand("to-official")],
+        | Annotated[ToOfficialArgs, tyro.conf.subcommand("to-official")]
+        | Annotated[SplitLatentsArgs, tyro.conf.subcommand("split-latents")],
         args=argv,
         prog="mlra-convert",
-        description="Converts the paper's PyTorch weights to a checkpoint of this package, and back.",
+        description=(
+            "Converts the paper's PyTorch weights to a checkpoint of this package, and back; turns an MLA into an MLRA."
+        ),
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    if isinstance(args, FromOfficialArgs):
-        from_official(args)
-    else:
-        to_official(args)
+    match args:
+        case FromOfficialArgs():
+            from_official(args)
+        case ToOfficialArgs():
+            to_official(args)
+        case SplitLatentsArgs():
+            split(args)
     return 0
 
 

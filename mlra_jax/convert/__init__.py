@@ -2,7 +2,7 @@
 
 `official.py` says which official tensor is which part of which parameter; `files.py` and `torch_files.py` read and
 write tensors one at a time. Both directions exchange a mapping from official names to tensors that need not be in
-memory.
+memory. `uptraining.py` makes an MLRA of an MLA.
 """
 
 from mlra_jax.convert.files import open_safetensors, open_weights, write_safetensors, write_weights
@@ -15,6 +15,7 @@ from mlra_jax.convert.official import (
     params_from_official,
 )
 from mlra_jax.convert.torch_files import open_torch
+from mlra_jax.convert.uptraining import split_config, split_latents
 from mlra_jax.lazy import LazyStack, LazyTensor
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "open_torch",
     "open_weights",
     "params_from_official",
+    "split_config",
+    "split_latents",
     "write_safetensors",
     "write_weights",
 ]
