@@ -27,6 +27,11 @@ class Accelerator:
     """Bytes per second that all links to other devices of the slice or host send at once; half of the bidirectional
     figure of the data sheet."""
 
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte of memory from which on a computation is bound by arithmetic, not by memory."""
+        return self.flops / self.bandwidth
+
 
 def _of(tflops: float, gib: float, gb_per_second: float, links: float) -> Accelerator:
     return Accelerator(tflops * 1e12, int(gib * GIB), gb_per_second * 1e9, links * 1e9)
@@ -55,6 +60,39 @@ _ACCELERATORS = (
 def find_accelerator(kind: str) -> Accelerator | None:
     """What is known of the devices of this `jax.Device.device_kind`; None: nothing."""
     return next((chip for pattern, chip in _ACCELERATORS if re.search(pattern, kind)), None)
+
+
+KINDS = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h200": "NVIDIA H200",
+    "gh200": "NVIDIA GH200 480GB",
+    "a100": "NVIDIA A100-SXM4-80GB",
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "l4": "NVIDIA L4",
+    "t4": "Tesla T4",
+    "v4": "TPU v4",
+    "v5e": "TPU v5e",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6e",
+    "tpu7x": "TPU7x",
+}
+"""Short names, and what JAX calls the devices."""
+
+
+def named_accelerator(name: str) -> Accelerator:
+    """The accelerator with a short name of `KINDS`, or of a `jax.Device.device_kind`.
+
+    Raises:
+      ValueError: it is not known; names those that are.
+    """
+    chip = find_accelerator(KINDS.get(name.lower(), name))
+    if chip is None:
+        raise ValueError(
+            f"No accelerator {name!r} is known; known are {', '.join(KINDS)}, or what JAX calls a device."
+        )
+    return chip
 
 
 def device_memory(device: jax.Device) -> int | None:

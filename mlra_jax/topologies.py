@@ -16,18 +16,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.engine import compile_step
-from mlra_jax.hardware import GIB, device_memory, find_accelerator
+from mlra_jax.hardware import GIB, KINDS, device_memory, find_accelerator
 from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
 from mlra_jax.training.plan import resolve
 from mlra_jax.training.step import abstract_state, make_train_step
 
-GPUS = {
-    "h100": "NVIDIA H100 80GB HBM3",
-    "h200": "NVIDIA H200",
-    "a100": "NVIDIA A100-SXM4-80GB",
-    "l4": "NVIDIA L4",
-}
+GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
 """Short names of GPUs, and what JAX calls them."""
 
 

@@ -1,11 +1,16 @@
-"""Floating-point operations of training, and what devices can do at best.
+"""Floating-point operations of training and of decoding, and what devices can do at best.
 
 Model FLOPs utilisation is `tokens_per_second * train_flops_per_token(...) / (devices * peak_flops(kind))`.
 """
 
 from __future__ import annotations
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig, TensorProductAttentionConfig
+from mlra_jax.config import (
+    LatentAttentionConfig,
+    ModelConfig,
+    TensorProductAttentionConfig,
+    TiedAttentionConfig,
+)
 from mlra_jax.hardware import find_accelerator
 
 
@@ -32,6 +37,29 @@ def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> f
         case a:
             per_head = 2 * 2 * a.d_head * keys_seen
     return 6 * n_params + 3 * config.n_layers * config.n_heads * per_head
+
+
+def decode_attention_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of one query's attention over `tokens` cached tokens in one layer, as decoding computes it.
+
+    Two products, with keys and values, as wide as what is cached, 2 FLOPs for each element. For each query head:
+    MLA, GLA, MLRA 2 * J * (C + R + C) (absorbed); MHA, MQA, GQA, MFA 2 * (H + H); GTA 2 * (H + R + H); TPA
+    2 * 2 * rank * (H + 1).
+
+    Args:
+      config: the model.
+      tokens: S, tokens in the cache.
+    """
+    match config.attention:
+        case LatentAttentionConfig() as a:
+            per_head = a.n_branches * (2 * a.d_latent + a.d_rope)
+        case TensorProductAttentionConfig() as a:
+            per_head = 2 * a.rank * (a.d_head + 1)
+        case TiedAttentionConfig() as a:
+            per_head = 2 * a.d_head + a.d_rope
+        case a:
+            per_head = 2 * a.d_head
+    return 2 * config.n_heads * per_head * tokens
 
 
 def peak_flops(device_kind: str) -> float | None:

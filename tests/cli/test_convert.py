@@ -1,12 +1,14 @@
 """`mlra-convert`: official weights to a checkpoint and back."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -14,8 +16,8 @@ from safetensors.numpy import load_file
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.convert import main
 from mlra_jax.config import ConfigError
-from mlra_jax.convert import open_weights
-from mlra_jax.training.checkpoints import Checkpoints, load_config
+from mlra_jax.convert import open_weights, split_latents
+from mlra_jax.training.checkpoints import Checkpoints, lazy_params, load_config
 from tests.convert.torch_writer import write_torch
 
 
@@ -141,6 +143,32 @@ def test_training_takes_a_converted_checkpoint_with_its_own_configuration(offici
     (run / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config.json is not the config.json of a run"):
         parse_train_args([str(run / "config.json")])
+
+
+def test_an_mla_becomes_a_run_of_an_mlra_that_training_takes(repository, tmp_path, capsys):
+    parity = repository / "tests/parity"
+    config = json.loads((parity / "mla.json").read_text())["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--config", str(tmp_path / "config.json"), "--model-type", "mla", "--tokenizer", "byte"]
+    mla, mlra = tmp_path / "mla", tmp_path / "mlra"
+    assert main(["from-official", str(parity / "mla.safetensors"), "--out", str(mla), *options]) == 0
+    assert main(["split-latents", str(mla), "--out", str(mlra)]) == 0  # into four, read by all heads
+    before, after = load_config(mla), parse_train_args([str(mlra / "config.json")], prog="train.py")
+    assert (after.run_dir, after.data) == (str(mlra), before.data)
+    assert after.model.attention == dataclasses.replace(
+        before.model.attention, n_latent_heads=4, n_branches=4
+    )
+    with contextlib.closing(Checkpoints(after.run_dir, after.checkpoint)) as checkpoints:
+        assert checkpoints.holds_parameters_alone()
+    stored, _ = split_latents(lazy_params(mla), before.model, 4, 4)
+    same = lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    jax.tree.map(same, lazy_params(mlra), stored)
+
+    capsys.readouterr()
+    assert "exists" in refusal(capsys, "split-latents", mla, "--out", mlra)
+    again = ("split-latents", mlra, "--out", tmp_path / "again")
+    assert "must be twice, or another multiple of, the 4 of the model" in refusal(capsys, *again)
+    assert not (tmp_path / "again").exists()
 
 
 def test_configuration_and_type_can_be_given_apart_from_the_weights(official, tmp_path):
