@@ -269,7 +269,8 @@ def render(d: dict[str, Any]) -> str:
         ],
     )
     lines += [
-        f"Tokens that fit in {HEADROOM:.0%} beside the weights and {PREFILL_BYTES / GIB:g} GiB to prefill.",
+        f"Contexts and batches: cached tokens that fit in {HEADROOM:.0%} of the memory beside the weights and "
+        f"{PREFILL_BYTES / GIB:g} GiB for prefill.",
         "",
     ]
     t = d["training"]

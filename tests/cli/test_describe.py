@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from mlra_jax.cli.describe import main
+from mlra_jax.cli.configs import load_config
+from mlra_jax.cli.describe import describe, main, render
 from mlra_jax.hardware import KINDS, find_accelerator, named_accelerator
 
 
@@ -14,8 +15,12 @@ def described(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_papers_model_is_counted_by_part_and_at_every_size_of_tensor(capsys):
-    d = described(capsys, "mlra_4", "--device", "h100", "--context", "131072")
+def test_the_papers_model_is_counted_by_part_and_at_every_size_of_tensor(repository):
+    d = describe(load_config("mlra_4"), context=131072, device="h100")
+    # What the documentation shows, but for the estimates of training.
+    counted = render(d).replace("\n## ", "\n### ").split("### Training on")[0].removeprefix("# mlra_4\n\n")
+    assert counted in (repository / "docs/describe.md").read_text()
+    assert d == json.loads(json.dumps(d))
     parts = d["parameters"]
     assert parts.pop("total") == sum(parts.values()) == 2_873_220_096
     assert parts["embedding"] == 50304 * 3072
