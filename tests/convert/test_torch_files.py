@@ -1,6 +1,7 @@
 """State dicts in PyTorch's format, read without PyTorch."""
 
 import pickle
+import subprocess
 import zipfile
 
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ def test_only_the_part_of_a_storage_that_a_tensor_needs_is_read(tmp_path, monkey
 
 class Evil:
     def __reduce__(self):
-        return open, ("/nonexistent/never", "w")
+        return subprocess.call, ("false",)
 
 
 def test_nothing_in_a_file_is_run(tmp_path):
@@ -60,7 +61,7 @@ def test_nothing_in_a_file_is_run(tmp_path):
         "os.system": b"cos\nsystem\n(X\x04\x00\x00\x00truetR",
         "torch.load": b"ctorch\nload\n",
         "torch._utils._rebuild_sparse_tensor": b"ctorch._utils\n_rebuild_sparse_tensor\n",
-        "io.open": pickle.dumps(Evil(), 2)[2:-1],
+        "subprocess.call": pickle.dumps(Evil(), 2, fix_imports=False)[2:-1],
     }
     for name, code in asking.items():
         write_archive(path, pickled({"a": code}), {})
