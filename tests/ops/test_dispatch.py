@@ -44,7 +44,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_runs():
     with pytest.raises(ValueError, match="op has no implementation 'quick'; choose from fast, plain"):
         dispatch("op", IMPLEMENTATIONS, ("plain", "quick"), 3, limit=1)
     x = jnp.ones((1, 1, 1, 2))
-    with pytest.raises(ValueError, match="choose from splash, xla, reference"):
+    with pytest.raises(ValueError, match="choose from mosaic_gpu, tokamax, cudnn, splash, xla, reference"):
         causal_attention(x, x, x, scale=1.0, implementation="flash")
 
 

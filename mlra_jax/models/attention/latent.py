@@ -139,9 +139,14 @@ class LatentAttention(nnx.Module):
           positions: of the tokens, [B, T] or [T].
         """
         rules, dtype, h = self.rules, self.compute_dtype, self.sizes.d_nope
-        equation = "BTA,ANE->BTNE" if self.layout == "train" else "BTA,NEA->BTNE"
         names = ("batch", "length", "heads", None)
-        q_BTNE = rules.einsum(equation, q_BTA, weight(rules, self.w_qb, dtype), out=names)
+        w_qb = weight(rules, self.w_qb, dtype)
+        if self.layout == "train":  # two products: cutting the matrix costs less than cutting what it gives
+            q_nope, q_rope = (
+                rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=names) for w in (w_qb[..., :h], w_qb[..., h:])
+            )
+            return q_nope, rotate(q_rope, positions, self.config.rope_base)
+        q_BTNE = rules.einsum("BTA,NEA->BTNE", q_BTA, w_qb, out=names)
         return q_BTNE[..., :h], rotate(q_BTNE[..., h:], positions, self.config.rope_base)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -205,8 +210,8 @@ class LatentAttention(nnx.Module):
             z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
             # One axis for what is contracted, in the order in which it lies in memory.
             z_KEBTX = z_BTJKEC.transpose(3, 4, 0, 1, 2, 5).reshape(k, e, b, t, j * c)
-            w_KEXH = w_uv.transpose(1, 2, 0, 3, 4).reshape(k, e, j * c, h)
-            y = jnp.einsum("KEBTX,KEXH->BTKEH", z_KEBTX, w_KEXH, preferred_element_type=jnp.float32)
+            w_KEXH = (self.branch_scale * w_uv).transpose(1, 2, 0, 3, 4).reshape(k, e, j * c, h)
+            y = jnp.einsum("KEBTX,KEXH->BTKEH", z_KEBTX, w_KEXH)
         else:
             k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
             by_head = lambda x: x.reshape(b, -1, x.size // (b * x.shape[1] * x.shape[-1]), 1, x.shape[-1])
@@ -215,8 +220,8 @@ class LatentAttention(nnx.Module):
                 (by_head(q_rope_BTKER), k_rope[:, :, None]),
             ]
             y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJKEH).squeeze(3))
-            y = y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
-        y = (self.branch_scale * y).astype(self.compute_dtype).reshape(b, t, n, h)
+            y = self.branch_scale * y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
+        y = y.astype(self.compute_dtype).reshape(b, t, n, h)
         return checkpoint_name(y, HEADS)
 
     def decode(
