@@ -137,6 +137,23 @@ class AxisRules:
             return jax.sharding.reshard(x, self.spec(*names))
         return jax.lax.with_sharding_constraint(x, self.spec(*names))
 
+    def gather(self, x: jax.Array, stored: Names, used: Names) -> jax.Array:
+        """A weight as a product takes it, laid out as `used`, from how it is `stored`, split over more mesh axes.
+
+        On an explicit mesh its gradient goes back as one part to each device: summed and scattered over the axes that
+        the storage is split over, then that part summed over the others that tokens are split over. Left to itself,
+        the compiler sums all of it on every device.
+        """
+        mesh = current_mesh()
+        own = {axis for name in used for axis in self.mesh_axes(name)}
+        summed = {*self.mesh_axes("batch"), *self.mesh_axes("length")} - own
+        split = {axis for name in stored for axis in self.mesh_axes(name)} - own
+        if mesh is None or not mesh.are_all_axes_explicit or not split or not split <= summed:
+            return self.constrain(x, *used)
+        parts = PartitionSpec(*self.spec(*stored), reduced=summed - split)
+        whole = PartitionSpec(*self.spec(*used), reduced=summed)
+        return jax.sharding.reshard(jax.sharding.reshard(x, parts), whole)
+
     def einsum(self, equation: str, *operands: jax.Array, out: Names, **kwargs: Any) -> jax.Array:
         """`jnp.einsum` whose result has the logical axes `out`.
 
@@ -187,6 +204,27 @@ class AxisRules:
         """`x`, said to differ between the devices that split any of `names`: its gradient is summed over them."""
         axes = dict.fromkeys(axis for name in names for axis in self.mesh_axes(name))
         return varying(x, frozenset(axes)) if axes else x
+
+    def within(self, name: str, other: str) -> str | None:
+        """`name` if `other` is split over all of its mesh axes, so that `shard_map` may gather it; else None."""
+        return name if set(self.mesh_axes(name)) <= set(self.mesh_axes(other)) else None
+
+    def all_gather(self, x: jax.Array, name: str | None, axis: int) -> jax.Array:
+        """All parts of `axis`, which `name` splits; the gradient is summed and scattered."""
+        axes = self.mesh_axes(name)
+        return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+
+    def all_to_all(self, x: jax.Array, name: str | None, split: int, joined: int) -> jax.Array:
+        """Exchanges parts over the devices that split `name`: axis `split` is cut, axis `joined` becomes whole."""
+        axes = self.mesh_axes(name)
+        return jax.lax.all_to_all(x, axes, split, joined, tiled=True) if axes else x
+
+    def all_tokens(self, x: jax.Array) -> jax.Array:
+        """The keys and values, or what makes them, of whole sequences: [B, T, ...] of which T is a device's own part.
+
+        Every query sees all earlier tokens, so this is what context parallelism moves; gradients go back in parts.
+        """
+        return self.all_gather(self.vary(x, "heads"), "length", axis=1)
 
     def psum(self, x: Any, name: str) -> Any:
         """Sum over the devices that split `name`."""

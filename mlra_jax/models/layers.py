@@ -80,11 +80,10 @@ def parameter(
 
 def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
     """The parameter as a product takes it: cast, then gathered where only its storage is split (FSDP)."""
-    value = param[...]
-    names = param.get_metadata("out_sharding")[
-        -value.ndim :
-    ]  # without the leading "layers" of a stacked parameter
-    return rules.constrain(value.astype(dtype), *(None if name in STORAGE_AXES else name for name in names))
+    value = param[...].astype(dtype)
+    # Without the leading "layers" of a stacked parameter.
+    names = param.get_metadata("out_sharding")[-value.ndim :]
+    return rules.gather(value, names, tuple(None if name in STORAGE_AXES else name for name in names))
 
 
 class RMSNorm(nnx.Module):
@@ -247,19 +246,26 @@ class Embedding(nnx.Module):
         """Rows of the token ids [B, T], as float32 [B, T, D]; ids must be in [0, vocab_size)."""
         rules = self.rules
 
+        stored = rules.within("embed", "batch")
+
         def lookup(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-            # Each device looks up the ids whose rows it holds. A gather from a split table would move the table.
+            # The table stays where it is: each device looks up, for all the devices among which D is split, its own
+            # part of D in the rows that it holds, and they exchange what they found.
+            table_VD = rules.vary(table_VD, "batch", "length")
+            tokens_BT = rules.all_gather(tokens_BT, stored, axis=0)
             if not rules.mesh_axes("vocab"):
-                return table_VD[tokens_BT].astype(jnp.float32)
-            rows = table_VD.shape[0]
-            local_BT = tokens_BT - rules.axis_index("vocab") * rows
-            held_BT = (local_BT >= 0) & (local_BT < rows)
-            x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
-            return rules.psum(x_BTD, "vocab").astype(jnp.float32)
+                x_BTD = table_VD[tokens_BT]
+            else:
+                rows = table_VD.shape[0]
+                local_BT = tokens_BT - rules.axis_index("vocab") * rows
+                held_BT = (local_BT >= 0) & (local_BT < rows)
+                x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
+                x_BTD = rules.psum(x_BTD, "vocab")
+            return rules.all_to_all(x_BTD, stored, split=0, joined=2).astype(jnp.float32)
 
         token_names = ("batch", "length")
-        mapped = rules.shard_map(lookup, (("vocab", None), token_names), (*token_names, None))
-        return mapped(weight(rules, self.table, self.table.dtype), tokens_BT)
+        mapped = rules.shard_map(lookup, (("vocab", stored), token_names), (*token_names, None))
+        return mapped(self.table[...], tokens_BT)
 
     def decode(self, x: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] of the hidden states [B, T, D]."""

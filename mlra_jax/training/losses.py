@@ -75,16 +75,18 @@ def chunked_cross_entropy(
         "vocab",
     )  # gradients of what is the same on several of them are summed by `vary`
 
+    stored = rules.within("embed", "batch")
+
     def on_device(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        x_BTD, table_VD = rules.vary(x_BTD, *parts), rules.vary(table_VD, *parts)
+        x_BTD = rules.vary(x_BTD, *parts)
+        table_VD = rules.all_gather(rules.vary(table_VD, *parts), stored, axis=1)
         chunks = logit_chunks(targets_BT.size, table_VD.shape[0], logit_bytes)
         nats = _chunked(rules, chunks, x_BTD.reshape(-1, x_BTD.shape[-1]), table_VD, targets_BT.ravel())
         return rules.psum(rules.psum(nats, "batch"), "length")
 
     rows = ("batch", "length")
-    nats = rules.shard_map(on_device, ((*rows, None), ("vocab", None), rows), ())(
-        x_BTD.astype(dtype), rules.constrain(table_VD.astype(dtype), "vocab", None), targets_BT
-    )
+    mapped = rules.shard_map(on_device, ((*rows, None), ("vocab", stored), rows), ())
+    nats = mapped(x_BTD.astype(dtype), table_VD.astype(dtype), targets_BT)
     return nats, jnp.sum(targets_BT != IGNORED)
 
 

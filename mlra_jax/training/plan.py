@@ -102,7 +102,23 @@ def _kept(model: ModelConfig, seq_len: int, mesh: Mesh) -> int:
 
         jaxpr = jax.make_jaxpr(pullback)(x, state).jaxpr
     saved = {v for v in jaxpr.outvars if not hasattr(v, "val")} - {*jaxpr.invars, *jaxpr.constvars}
-    return device_bytes([x, *(v.aval for v in saved)], mesh)
+    once = {_origin(jaxpr, v): v.aval for v in saved}
+    return device_bytes([x, *once.values()], mesh)
+
+
+def _origin(jaxpr: Any, var: Any) -> tuple[Any, ...]:
+    """What `var` of a program is: the same for two results of a call that are one value in what is called.
+
+    A kernel's output that is also saved is such a pair; XLA keeps it once.
+    """
+    for i, equation in enumerate(jaxpr.eqns):
+        if var in equation.outvars:
+            called = equation.params.get("jaxpr")
+            called = getattr(called, "jaxpr", called)
+            if called is None or len(called.outvars) != len(equation.outvars):
+                break
+            return i, *_origin(called, called.outvars[equation.outvars.index(var)])
+    return (var,)
 
 
 class Planner:
@@ -143,8 +159,8 @@ class Planner:
         vocab = model.vocab_size // mesh.shape["tensor"]
         size = logit_chunks(tokens, vocab)[1]
         width = jnp.dtype(model.compute_dtype).itemsize
-        # The backward pass of a layer has everything that the forward pass had, at once.
-        layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) + gathered
+        # In a layer's backward pass everything that its forward pass had is needed, of which XLA fuses about half.
+        layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) // 2 + gathered
         # Logits, their gradient, and the token matrix: cast, and its gradient.
         logits = (4 + width) * size * vocab + (4 + width) * vocab * model.d_model
         memory = {

@@ -151,9 +151,10 @@ class GroupedAttention(nnx.Module):
         q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            k, v = self.rules.all_tokens(k), self.rules.all_tokens(v)
             return attend_grouped(self.rules, self.slots.heads_per_latent, q, k, v, scale=self.softmax_scale)
 
-        heads, kv = ("batch", "length", "heads", None), ("batch", None, self.kv_axis, None)
+        heads, kv = ("batch", "length", "heads", None), ("batch", "length", self.kv_axis, None)
         return self.output(x_BTD, self.rules.shard_map(attend, (heads, kv, kv), heads)(q, k, v))
 
     def decode(

@@ -171,24 +171,31 @@ class LatentAttention(nnx.Module):
         q_nope, q_rope = self._queries(q_BTA, positions)
         kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
         k_rope = rotate(k_rope_BTR, positions, self.config.rope_base)
-        heads, whole = ("batch", "length", "heads", None), ("batch", None, None)
-        up = (None, "heads", None, None)
-        # Every query sees all earlier tokens: under context parallelism the latents are gathered, L*C + R a token.
-        attend = self.rules.shard_map(self._attend, (heads, heads, (*whole, None), whole, up, up), heads)
-        w_uk, w_uv = weight(self.rules, self.w_uk, dtype), weight(self.rules, self.w_uv, dtype)
+        heads, up = ("batch", "length", "heads", None), (None, "heads", self._stored_rank, None)
+        attend = rules.shard_map(self._attend, (heads, heads, (*row, None), row, up, up), heads)
+        w_uk, w_uv = (w[...].astype(dtype) for w in (self.w_uk, self.w_uv))
         return self.output(x_BTD, attend(q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv))
+
+    @property
+    def _stored_rank(self) -> str | None:
+        """How C of W_UK and W_UV comes into `_attend`."""
+        rank = self.rules.fitting("rank", self.sizes.d_latent)
+        return rank and self.rules.within(rank, "batch")
 
     def _attend(
         self,
         q_nope: jax.Array,  # [B, T, N, H], T and N this device's own
         q_rope: jax.Array,  # [B, T, N, R]
-        kv_latent: jax.Array,  # [B, S, L, C]
-        k_rope: jax.Array,  # [B, S, R]
-        w_uk: jax.Array,  # [J, N, C, H]
+        kv_latent: jax.Array,  # [B, T, L, C]
+        k_rope: jax.Array,  # [B, T, R]
+        w_uk: jax.Array,  # [J, N, C, H], C in parts
         w_uv: jax.Array,  # [J, N, C, H]
     ) -> jax.Array:
         """The heads' output y [B, T, N, H]."""
-        a = self.sizes
+        a, rules = self.sizes, self.rules
+        whole = lambda w: rules.all_gather(rules.vary(w, "batch", "length"), self._stored_rank, axis=2)
+        w_uk, w_uv = whole(w_uk), whole(w_uv)
+        kv_latent, k_rope = self.rules.all_tokens(kv_latent), self.rules.all_tokens(k_rope)
         (b, t, n, h), s = q_nope.shape, kv_latent.shape[1]
         j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.slots.heads_per_latent
         # The device's heads fall into k blocks of e heads that share their group (and so their latents).

@@ -135,14 +135,13 @@ class TensorProductAttention(nnx.Module):
         inputs = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q: jax.Array, a_k: jax.Array, b_k: jax.Array, a_v: jax.Array, b_v: jax.Array) -> jax.Array:
+            a_k, b_k, a_v, b_v = map(self.rules.all_tokens, (a_k, b_k, a_v, b_v))
             k, v = (jnp.einsum("BSNr,BSrH->BSNH", a, b) for a, b in ((a_k, b_k), (a_v, b_v)))
             q_start = self.rules.axis_index("length") * q.shape[1]
             return causal_attention(q, k, v, scale=self.softmax_scale, q_start=q_start)
 
-        # Every query sees all earlier tokens: under context parallelism their factors are gathered, not what they make.
-        heads, a = ("batch", "length", "heads", None), ("batch", None, "heads", None)
-        b = ("batch", None, None, None)
-        return self.output(x_BTD, self.rules.shard_map(attend, (heads, a, b, a, b), heads)(*inputs))
+        heads, b = ("batch", "length", "heads", None), ("batch", "length", None, None)
+        return self.output(x_BTD, self.rules.shard_map(attend, (heads, heads, b, heads, b), heads)(*inputs))
 
     def decode(
         self, x_BTD: jax.Array, cache: FactoredCache, start_B: jax.Array, n_new_B: jax.Array

@@ -117,7 +117,7 @@ class TiedAttention(nnx.Module):
         inputs = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
 
         def attend(q_nope: jax.Array, q_rope: jax.Array, kv: jax.Array, k_rope: jax.Array) -> jax.Array:
-            r = k_rope.shape[-1]
+            kv, k_rope, r = self.rules.all_tokens(kv), self.rules.all_tokens(k_rope), k_rope.shape[-1]
             k_rope_BSKR = jnp.broadcast_to(k_rope[:, :, None], (*kv.shape[:3], r))
             return attend_grouped(
                 self.rules,
@@ -128,8 +128,8 @@ class TiedAttention(nnx.Module):
                 scale=self.softmax_scale,
             )
 
-        heads, whole = ("batch", "length", "heads", None), ("batch", None, None)
-        in_names = (heads, heads, ("batch", None, self.kv_axis, None), whole)
+        row, heads = ("batch", "length"), ("batch", "length", "heads", None)
+        in_names = (heads, heads, (*row, self.kv_axis, None), (*row, None))
         return self.output(x_BTD, self.rules.shard_map(attend, in_names, heads)(*inputs))
 
     def decode(
