@@ -49,7 +49,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Explicit,) * len(MESH_AXES)
     n_slices = len({getattr(device, "slice_index", None) for device in devices})
     if n_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+        try:
+            return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
+        except (
+            NotImplementedError
+        ):  # an axis of the mesh is no product of axes of the slice, such as 8 on 4x4x4
+            laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+            return Mesh(laid_out, MESH_AXES, axis_types=types)
     between = _slices_along(sizes, n_slices)
     within = tuple(size // n for size, n in zip(shape, between, strict=True))
     laid_out = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)

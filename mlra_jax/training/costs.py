@@ -50,10 +50,6 @@ class Costs:
         """Seconds if nothing overlaps, at peak rates; to compare choices by."""
         return sum(self.parts(chip).values())
 
-    def mfu_bound(self, chip: Accelerator) -> float:
-        """Model FLOPs utilisation of `at_best`."""
-        return self.model_flops / (self.at_best(chip) * chip.flops)
-
 
 def gathered_values(config: ModelConfig, tensor: int = 1) -> int:
     """Values of a token that context parallelism gathers in each layer: latents, factors, or keys and values.

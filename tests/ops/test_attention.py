@@ -178,8 +178,10 @@ def test_splash_gives_the_reference_and_its_gradients_inside_shard_map(sizes):
 
 
 @pytest.mark.usefixtures("interpreted_splash")
-def test_splash_takes_a_position_that_is_known_at_run_time_alone(monkeypatch):
+@pytest.mark.parametrize("fused_blocks", [8, 1])
+def test_splash_takes_a_position_that_is_known_at_run_time_alone(fused_blocks, monkeypatch):
     monkeypatch.setattr(splash, "BLOCKS", (128,))
+    monkeypatch.setattr(splash, "FUSED_BLOCKS", fused_blocks)
     args = put(*arrays(0, 1, 256, 512, 2, 1, 64, 64))
 
     def run(name):

@@ -17,6 +17,9 @@ from mlra_jax.ops.remat import ATTENTION
 BLOCKS = (512, 256, 128)
 """Tokens of a block of queries or keys: the first that divides them."""
 
+FUSED_BLOCKS = 8
+"""Most blocks of keys for which one kernel computes all gradients: it writes the queries' once for each of them."""
+
 
 def causal_attention(
     q_BTNH: jax.Array,
@@ -52,6 +55,7 @@ def causal_attention(
             f"It needs widths that are multiples of 64; got {k_BSKH.shape[-1]} and {v_BSKV.shape[-1]}."
         )
     block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (t, s))
+    fused = s <= FUSED_BLOCKS * block_kv
     sizes = splash.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
@@ -59,7 +63,7 @@ def causal_attention(
         block_q_dkv=block_q,
         block_kv_dkv=block_kv,
         block_kv_dkv_compute=block_kv,
-        use_fused_bwd_kernel=True,
+        **({"use_fused_bwd_kernel": True} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}),
     )
     known = isinstance(q_start, int | np.integer)
     offset = int(q_start) if known else s - t  # the one that sees every block of keys
@@ -109,8 +113,9 @@ def _shifted(
             q_sequence=info.q_sequence + (q_start - offset),
         )
 
-    (forward, _, backward), keywords = kernel.tree_flatten()
-    parts = told(forward, jnp.where(seen, k, 0)), None, told(backward, of_queries)
+    (forward, dq, dkv), keywords = kernel.tree_flatten()
+    of_keys = jnp.where(seen, k, 0)
+    parts = told(forward, of_keys), dq and told(dq, of_keys), told(dkv, of_queries)
     return type(kernel).tree_unflatten(keywords, parts)
 
 

@@ -1,0 +1,169 @@
+"""What a compiled program moves between devices, read off its HLO."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_INSTRUCTION = re.compile(rf" = (?P<result>\(.*?\)|\S+) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\(")
+_ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d\w*)\[(?P<shape>[\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices in a compiled program."""
+
+    kind: str
+    """As in HLO: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, collective-broadcast."""
+    devices: int
+    """That exchange with one another."""
+    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    """Types and shapes that each device has afterwards."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the arrays before they are cut or after they are put together: the larger side of the exchange."""
+        width = lambda dtype: math.ceil(int((re.findall(r"\d+", dtype) or ["8"])[0]) / 8)
+        held = sum(width(dtype) * math.prod(shape) for dtype, shape in self.arrays)
+        return held * self.devices if self.kind == "reduce-scatter" else held
+
+    def __str__(self) -> str:
+        arrays = " and ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
+        return f"{self.kind} | {self.devices} | {arrays}"
+
+
+def _group_size(line: str) -> int:
+    """How many devices exchange with one another in the collective of this line of HLO."""
+    if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
+        return len(set(re.findall(r"\d+", pairs[1])))
+    groups = re.search(r"replica_groups=(.*)", line)
+    assert groups is not None, line
+    if explicit := re.match(r"\{\{([\d,]+)\}", groups[1]):  # {{0,1},{2,3}}
+        return explicit[1].count(",") + 1
+    if iota := re.match(r"\[\d+,(\d+)\]<=", groups[1]):  # [2,2]<=[4]: 2 groups of 2
+        return int(iota[1])
+    if mesh := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups[1]):  # mesh['a'=2,'b'=2] {'b'}
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
+    raise NotImplementedError(f"These replica groups are not understood: {groups[1][:80]}")
+
+
+def _of_line(line: str) -> Collective | None:
+    """The collective that a line of HLO starts, if it does."""
+    instruction = _INSTRUCTION.search(line)
+    if instruction is None:
+        return None
+    arrays = _arrays(instruction["result"])
+    if instruction["start"] and instruction["kind"] in ("all-gather", "collective-permute"):
+        # The result of an asynchronous one holds the operands, and for some what the hardware waits on, too.
+        arrays = tuple(a for a in arrays if a[1])
+        arrays = arrays[len(arrays) // 2 :]
+    return Collective(instruction["kind"], _group_size(line), arrays)
+
+
+def _arrays(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple(
+        (m["dtype"], tuple(int(n) for n in m["shape"].split(",") if n)) for m in _ARRAY.finditer(result)
+    )
+
+
+def parse_collectives(hlo: str) -> list[Collective]:
+    """The collectives in the text of a program compiled for the CPU, in order, without those of one device alone.
+
+    Raises:
+      NotImplementedError: a collective says in an unknown way which devices take part.
+    """
+    found = [_of_line(line) for line in hlo.splitlines()]
+    return [c for c in found if c is not None and c.devices > 1]
+
+
+_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>\S+) \(.*\{$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|(?:branch|called)_computations=\{(.*?)\}"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def executed_collectives(hlo: str) -> dict[Collective, int]:
+    """The collectives of a program compiled for CPU, GPU or TPU, and how often each is executed in one run of it.
+
+    What a loop calls counts as often as the loop goes round, where the program says how often that is. A collective
+    that the compiler has cut into steps (a chain, on TPU) counts once.
+
+    Raises:
+      NotImplementedError: a collective says in an unknown way which devices take part.
+    """
+    computations = dict(_computations(hlo))
+    times = _times(computations)
+    chains: dict[str, tuple[Collective, int]] = {}
+    executed: dict[Collective, int] = {}
+    for name, lines in computations.items():
+        # On TPU a reduce-scatter is a fusion that calls an all-reduce and a slice.
+        if not times.get(name) or name.startswith("all-reduce-scatter"):
+            continue
+        for line in lines:
+            if scattered := re.search(r" = (\S+|\(.*?\)) fusion\(.*calls=%(all-reduce-scatter\S*?),", line):
+                inner = next(filter(None, map(_of_line, computations[scattered[2]])), None)
+                collective = inner and Collective("reduce-scatter", inner.devices, _arrays(scattered[1]))
+            else:
+                collective = _of_line(line)
+            if collective is None or collective.devices == 1:
+                continue
+            if chain := re.search(r'chain_id="(\d+)"', line):
+                previous = chains.get(chain[1], (collective, 0))[1]
+                chains[chain[1]] = collective, max(previous, times[name])
+            else:
+                executed[collective] = executed.get(collective, 0) + times[name]
+    for collective, n in chains.values():
+        executed[collective] = executed.get(collective, 0) + n
+    return executed
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    """Names and lines of the program's computations; the one that is run is called `ENTRY`."""
+    name = ""
+    lines: list[str] = []
+    for line in hlo.splitlines():
+        if begins := _COMPUTATION.match(line):
+            name, lines = ("ENTRY" if begins["entry"] else begins["name"]), []
+        elif line.startswith("}"):
+            yield name, lines
+        else:
+            lines.append(line)
+
+
+def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation is executed."""
+    times: dict[str, int] = {}
+
+    def visit(name: str, n: int) -> None:
+        times[name] = times.get(name, 0) + n
+        for line in computations.get(name, []):
+            for match in _CALLED.finditer(line):
+                for called in re.findall(r"[\w.\-]+", match[1] or match[2]):
+                    again = _trips(line, computations) if match[0].startswith("body=") else 1
+                    if called in computations:
+                        visit(called, n * again)
+
+    visit("ENTRY", 1)
+    return times
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+    """How often the loop of this line of HLO goes round; 1 where the program does not say."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = computations.get(condition[1], []) if condition else []
+    bounds = [int(n) for each in lines for n in re.findall(r" s32\[\]\S* constant\((\d+)\)", each)]
+    return max(bounds, default=1)

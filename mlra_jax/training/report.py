@@ -1,0 +1,77 @@
+"""Plans and compiled train steps as lines of Markdown."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+from jax.sharding import Mesh
+
+from mlra_jax.collectives import executed_collectives
+from mlra_jax.config import TrainConfig
+from mlra_jax.hardware import GIB, find_accelerator
+from mlra_jax.topologies import Memory
+from mlra_jax.training.plan import Plan
+
+_LEAST = 2**20
+"""Bytes in a step below which an exchange is not worth a line."""
+
+
+def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list[str]:
+    """What is planned, its estimated memory, and the roofline."""
+    kind = mesh.devices.flat[0].device_kind
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    tokens = config.data.global_batch * config.data.seq_len
+    lines = [
+        f"{config.name} on {topology}: {mesh.devices.size} x {kind}, {axes}; {config.data.global_batch} sequences of "
+        f"{config.data.seq_len} tokens a step.",
+        f"Estimated: {plan}.",
+    ]
+    chip = find_accelerator(kind)
+    if chip is None:
+        return [*lines, f"The peak rates of a {kind} are not known: no roofline."]
+    costs = plan.costs
+    best, worst = costs.at_best(chip), costs.in_sequence(chip)
+    parts = ", ".join(f"{what} {s:.3f} s" for what, s in costs.parts(chip).items())
+    rate = lambda seconds: f"{tokens / seconds / mesh.devices.size:,.0f}"
+    mfu = lambda seconds: f"{100 * costs.model_flops / seconds / chip.flops:.0f} %"
+    sent = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in costs.link_bytes.items()) or "none"
+    return [
+        *lines,
+        f"Roofline (formulas at peak rates, nothing measured): {best:.2f} s a step if all overlaps, "
+        f"{worst:.2f} s if nothing does ({parts}); {rate(best)} or {rate(worst)} tokens/s a device, MFU {mfu(best)} or "
+        f"{mfu(worst)}.",
+        f"Per device and step: {costs.model_flops / 1e12:.0f} TFLOP of the model, {costs.recomputed_flops / 1e12:.0f} "
+        f"recomputed; {costs.memory_bytes / 1e9:.0f} GB of memory traffic; GB sent over {sent}.",
+    ]
+
+
+def compiled(memory: Memory, plan: Plan, hlo: str, messages: Sequence[str]) -> list[str]:
+    """What the compiler says: memory, complaints, collectives with their sizes.
+
+    Args:
+      memory: of the compiled step.
+      plan: with which it is compared.
+      hlo: the compiled program.
+      messages: what the compiler wrote while it compiled.
+    """
+    of = f" of {plan.capacity / GIB:.1f} GiB" if plan.capacity else ""
+    complaints = sum("nvoluntary full rematerialization" in message for message in messages)
+    lines = [
+        f"Compiled: {memory.total / GIB:.2f} GiB{of} a device ({memory.arguments / GIB:.2f} arguments, "
+        f"{memory.temporaries / GIB:.2f} temporaries, {memory.outputs / GIB:.2f} new outputs; estimated "
+        f"{plan.total / GIB:.2f}). Warnings of involuntary full rematerialization: {complaints}.",
+        "",
+        "| exchange | devices | each has afterwards | MB | times a step | GB |",
+        "| --- |" + " --- |" * 5,
+    ]
+    executed = executed_collectives(hlo)
+    for collective, times in sorted(executed.items(), key=lambda item: -item[0].bytes * item[1]):
+        size = collective.bytes
+        if size * times >= _LEAST:
+            lines.append(f"| {collective} | {size / 1e6:,.1f} | {times} | {size * times / 1e9:.2f} |")
+    total: collections.Counter[str] = collections.Counter()
+    for collective, times in executed.items():
+        total[collective.kind] += collective.bytes * times
+    sums = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in total.most_common())
+    return [*lines, "", f"GB in all: {sums or 'none'}."]
