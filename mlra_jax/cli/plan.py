@@ -1,8 +1,8 @@
 """`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: what training would take on devices that need not be there.
 
-Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then, from the train
-step compiled ahead of time by the compiler that would run there, its memory and what it moves between devices. With
-`--estimate` nothing is compiled.
+Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then, from the
+train step compiled ahead of time by the compiler that would run there, its memory and what it moves between devices.
+With `--estimate` nothing is compiled.
 """
 
 from __future__ import annotations
