@@ -46,13 +46,13 @@ def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list
     ]
 
 
-def compiled(memory: Memory, plan: Plan, hlo: str, messages: Sequence[str]) -> list[str]:
+def compiled(memory: Memory, plan: Plan, hlo: str | None, messages: Sequence[str]) -> list[str]:
     """What the compiler says: memory, complaints, collectives with their sizes.
 
     Args:
       memory: of the compiled step.
       plan: with which it is compared.
-      hlo: the compiled program.
+      hlo: the compiled program; None: the compiler cannot print it.
       messages: what the compiler wrote while it compiled.
     """
     of = f" of {plan.capacity / GIB:.1f} GiB" if plan.capacity else ""
@@ -61,6 +61,13 @@ def compiled(memory: Memory, plan: Plan, hlo: str, messages: Sequence[str]) -> l
         f"Compiled: {memory.total / GIB:.2f} GiB{of} a device ({memory.arguments / GIB:.2f} arguments, "
         f"{memory.temporaries / GIB:.2f} temporaries, {memory.outputs / GIB:.2f} new outputs; estimated "
         f"{plan.total / GIB:.2f}). Warnings of involuntary full rematerialization: {complaints}.",
+    ]
+    if hlo is None:
+        return [
+            *lines,
+            "The compiler cannot print this program: what it moves between devices stays unknown.",
+        ]
+    lines += [
         "",
         "| exchange | devices | each has afterwards | MB | times a step | GB |",
         "| --- |" + " --- |" * 5,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from mlra_jax.collectives import executed_collectives
 from mlra_jax.config import (
     GroupedAttentionConfig,
     LatentAttentionConfig,
@@ -20,6 +22,7 @@ from mlra_jax.config import (
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.models import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
+from mlra_jax.training.costs import gathered_values
 from mlra_jax.training.losses import cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
@@ -111,6 +114,24 @@ def test_logits_loss_and_gradients_on_a_mesh_equal_those_without_one(whole, on_m
     off = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), mesh_grads, grads)
     assert max(jax.tree.leaves(off)) < 1e-5, off
     assert jax.tree.map(lambda x: x.sharding, mesh_grads) == jax.tree.map(lambda x: x.sharding, placed)
+
+
+@pytest.mark.parametrize("name", ["mlra_4", "mha", "gta"])
+def test_context_parallelism_moves_latents_of_all_tokens_and_nothing_larger(on_mesh, name):
+    config = MODELS[name]
+    with on_mesh(1, 1, 1, 2):
+        model = jax.eval_shape(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0))))
+        forward = jax.jit(lambda model, tokens: nnx.merge(*model).hidden(tokens))
+        tokens = jax.device_put(
+            TOKENS[:, :-1], NamedSharding(jax.sharding.get_mesh(), TRAIN_RULES.spec(None, "length"))
+        )
+        program = forward.lower(model, tokens).compile().as_text()
+    moved = executed_collectives(program)
+    values = sum(
+        math.prod(shape) * n for c, n in moved.items() for _, shape in c.arrays if c.kind == "all-gather"
+    )
+    assert values == config.n_layers * gathered_values(config) * BATCH * LENGTH
+    assert {c.kind for c in moved} == {"all-gather"}
 
 
 @pytest.mark.parametrize(
