@@ -228,16 +228,39 @@ class LatentCache(LayerCache):
         return q_BTA, self.append(new, start_B, n_new_B)
 
     def attend(
-        self, q_nope: jax.Array, q_rope: jax.Array, start_B: jax.Array, n_new_B: jax.Array, *, scale: float
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        scale: float,
+        rope_base: float | None = None,
     ) -> jax.Array:
-        """Absorbed attention of the new queries [B, T, U, M, C and R] over the cache; z [B, T, U, M, C]."""
-        seen = self._visible(start_B, n_new_B, q_nope.shape[1])
-        a = self.arrays
-        return self._merge(
-            *latent_decode_attention(
-                q_nope, q_rope, a["kv_latent"], a["k_rope"], seen, scale=scale, layout=self.layout
-            )
+        """Absorbed attention of the new queries over the cache.
+
+        Args:
+          q_nope: [B, T, U, M, C].
+          q_rope: by slot, or shared by several of them: [B, T, G, M, E], see `latent_decode_attention`.
+          start_B: see `append`.
+          n_new_B: see `append`.
+          scale: of the scores.
+          rope_base: of the frequencies by which `q_rope` is rotated first; None: it has been.
+
+        Returns:
+          z [B, T, U, M, C].
+        """
+        t = q_nope.shape[1]
+        kv_latent, k_rope = self.arrays["kv_latent"], self.arrays["k_rope"]
+        rotary = None
+        if rope_base is not None:
+            width = k_rope.shape[_AXES[self.layout, 3].index(None)]
+            rotary = rotary_tables(start_B[:, None] + jnp.arange(t), width, rope_base)
+        seen = self._visible(start_B, n_new_B, t)
+        out, lse = latent_decode_attention(
+            q_nope, q_rope, kv_latent, k_rope, seen, scale=scale, rotary=rotary, layout=self.layout
         )
+        return self._merge(out, lse)
 
 
 @jax.tree_util.register_dataclass

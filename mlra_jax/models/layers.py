@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig
 from mlra_jax.ops.remat import MLP
+from mlra_jax.ops.rotary import turn
 from mlra_jax.sharding import AxisRules
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -144,14 +145,9 @@ def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
     Returns:
       The rotated array in the type of `x`; the tables are computed in float32 and rounded to it.
     """
-    half = x.shape[-1] // 2
     positions = positions[None] if positions.ndim == 1 else positions
     tables = rotary_tables(positions, x.shape[-1], base)  # [(B or 1,) T, R/2]
-    cos, sin = (
-        table.reshape(*table.shape[:2], *(1,) * (x.ndim - 3), half).astype(x.dtype) for table in tables
-    )
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return turn(x, *(jnp.expand_dims(table, range(2, x.ndim - 1)) for table in tables))
 
 
 def normal(config: ModelConfig) -> Initializer:

@@ -17,7 +17,7 @@ from mlra_jax.ops.decode import (
     latent_decode_attention,
     xla,
 )
-from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abridge, abstract_call, make_case
 
 EVERYWHERE = ("reference", "xla")
 
@@ -142,6 +142,24 @@ def test_xla_reads_no_block_beyond_the_longest_row(monkeypatch, page):
     jax.block_until_ready(make_case(case, dtype=jnp.float32)(implementation="xla"))
     jax.effects_barrier()
     assert len(blocks) == 2
+
+
+@pytest.mark.parametrize("implementation", EVERYWHERE)
+@pytest.mark.parametrize("layout", ["token_major", "feature_major"])
+@pytest.mark.parametrize("branches", [1, 2, 4])
+def test_queries_shared_by_heads_wider_than_keys_and_not_yet_rotated_give_the_same(
+    implementation, layout, branches
+):
+    case = Case((9, 5), 2, 4, 3, width=4, rope=6, layout=layout)
+    short, plain = abridge(make_case(case, dtype=jnp.float32), branches)
+    check(run(short, implementation), run(plain, "reference"))
+
+
+def test_rotary_queries_whose_heads_do_not_divide_the_latents_are_refused():
+    call = abstract_call(Case((9,), heads=4))
+    q_nope, q_rope, *rest = call.args
+    with pytest.raises(ValueError, match="q_rope must have the shape"):
+        jax.eval_shape(call, q_nope, jax.ShapeDtypeStruct((1, 1, 3, *q_rope.shape[3:]), q_rope.dtype), *rest)
 
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)

@@ -53,10 +53,10 @@ class LatentAttention(nnx.Module):
       rngs: for the initial parameters.
       rules: table of logical axis names. Without a mesh nothing is split.
       layout: `train` keeps W_UK and W_UV as [J, N, C, H], so that N can be split whatever G is, and w_qa [D, A],
-        w_kva [D, L, C], w_kr [D, R], w_qb [A, N, H + R]. `decode`, for cached decoding over devices, keeps by slot
-        (`Slots`) W_UK [U, M, C, H], W_UV as `Slots.join_branches` gives it, and as w_a [X, A + U/X*C + R, D] what makes
-        the latents: one matrix for each of the X devices over which slots are split, with W_qa, its own part of W_kva,
-        and W_kr. w_qb is [N, H + R, A].
+        w_kva [D, L, C], w_kr [D, R], w_qb [A, N, H + R]. `decode`, for cached decoding over devices, keeps by slot, as
+        `Slots.join_branches` gives them, W_UK [X, U', M, J', C, H] and W_UV [X, U', M, H, J', C], and as w_a
+        [X, A + U/X*C + R, D] what makes the latents: one matrix for each of the X devices over which slots are split,
+        with W_qa, its own part of W_kva, and W_kr. w_qb is [N, H + R, A].
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class LatentAttention(nnx.Module):
             parts, rows = rules.size(axis), self.slots.heads_per_slot
             self.w_a = new((parts, rank + heads // parts * latent + r, d), (axis, None, "embed"))
             self.w_qb = new((n, h + r, rank), ("heads", None, "rank"))
-            self.w_uk = new((heads, rows, latent, h), (axis, None, None, None))
             branches = self.slots.local_branches
-            joined = (parts, heads // (parts * branches), rows, h, branches, latent)
-            self.w_uv = new(joined, (axis, *[None] * 5))
+            by_row = (parts, heads // (parts * branches), rows)
+            self.w_uk = new((*by_row, branches, latent, h), (axis, *[None] * 5))
+            self.w_uv = new((*by_row, h, branches, latent), (axis, *[None] * 5))
         self.kv_norm = RMSNorm(config, (heads, latent), (axis, None), rngs=rngs, rules=rules)
         self.output = Output(config, h, rngs=rngs, rules=rules, layout=layout)
 
@@ -116,9 +116,9 @@ class LatentAttention(nnx.Module):
             "w_a": Relayout(("w_qa", "w_kva", "w_kr"), join),
             "w_qb": Relayout(("w_qb",), lambda w_ANE: w_ANE.transpose(1, 2, 0)),
             "kv_norm.gain": Relayout(("kv_norm.gain",), lambda gain_LC: slots.to_slots(gain_LC, axis=0)),
-            "w_uk": Relayout(("w_uk",), slots.heads_to_slots),
+            "w_uk": Relayout(("w_uk",), lambda w: slots.join_branches(slots.heads_to_slots(w), axis=3)),
             "w_uv": Relayout(
-                ("w_uv",), lambda w: slots.join_branches(slots.heads_to_slots(w).swapaxes(2, 3))
+                ("w_uv",), lambda w: slots.join_branches(slots.heads_to_slots(w).swapaxes(2, 3), axis=4)
             ),
             **nested("output", Output.decode_leaves(config)),
         }
@@ -130,24 +130,6 @@ class LatentAttention(nnx.Module):
         if a.form == "auto":
             return 2 * a.d_latent + a.d_rope <= 2 * a.d_nope + a.d_rope
         return a.form == "absorbed"
-
-    def _queries(self, q_BTA: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q_nope [B, T, N, H] and the rotated q_rope [B, T, N, R], N split as the table says.
-
-        Args:
-          q_BTA: the normalised, scaled product with W_qa.
-          positions: of the tokens, [B, T] or [T].
-        """
-        rules, dtype, h = self.rules, self.compute_dtype, self.sizes.d_nope
-        names = ("batch", "length", "heads", None)
-        w_qb = weight(rules, self.w_qb, dtype)
-        if self.layout == "train":  # two products: cutting the matrix costs less than cutting what it gives
-            q_nope, q_rope = (
-                rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=names) for w in (w_qb[..., :h], w_qb[..., h:])
-            )
-            return q_nope, rotate(q_rope, positions, self.config.rope_base)
-        q_BTNE = rules.einsum("BTA,NEA->BTNE", q_BTA, w_qb, out=names)
-        return q_BTNE[..., :h], rotate(q_BTNE[..., h:], positions, self.config.rope_base)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.
@@ -168,10 +150,16 @@ class LatentAttention(nnx.Module):
         kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_kva, out=(*row, None))
         k_rope_BTR = rules.einsum("BTD,DR->BTR", x_BTD, w_kr, out=row)
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
-        q_nope, q_rope = self._queries(q_BTA, positions)
+        heads, h = ("batch", "length", "heads", None), self.sizes.d_nope
+        w_qb = weight(rules, self.w_qb, dtype)
+        # Two products: cutting the matrix costs less than cutting what it gives.
+        q_nope, q_rope = (
+            rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=heads) for w in (w_qb[..., :h], w_qb[..., h:])
+        )
+        q_rope = rotate(q_rope, positions, self.config.rope_base)
         kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
         k_rope = rotate(k_rope_BTR, positions, self.config.rope_base)
-        heads, up = ("batch", "length", "heads", None), (None, "heads", self._stored_rank, None)
+        up = (None, "heads", self._stored_rank, None)
         attend = rules.shard_map(self._attend, (heads, heads, (*row, None), row, up, up), heads)
         w_uk, w_uv = (w[...].astype(dtype) for w in (self.w_uk, self.w_uv))
         return self.output(x_BTD, attend(q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv))
@@ -248,7 +236,6 @@ class LatentAttention(nnx.Module):
         require_layout(self.layout, "decode")
         rules, dtype, slots = self.rules, self.compute_dtype, self.slots
         x_BTD = x_BTD.astype(dtype)
-        positions = start_B[:, None] + jnp.arange(x_BTD.shape[1])
         by_slot, row, by_row = ("batch", None, "latent_slots", None), ("batch", None, None), ("batch",)
         with jax.named_scope("latents"):
             a_BTXE = rules.einsum("BTD,XED->BTXE", x_BTD, weight(rules, self.w_a, dtype), out=by_slot)
@@ -281,25 +268,33 @@ class LatentAttention(nnx.Module):
             cache, a_BTXE, *gains, start_B, n_new_B
         )
         with jax.named_scope("queries"):
-            q_nope, q_rope = self._queries(q_BTA, positions)
+            w_qb, names = weight(rules, self.w_qb, dtype), ("batch", "length", "heads", None)
+            q_BTNE = rules.einsum("BTA,NEA->BTNE", q_BTA, w_qb, out=names)
 
         def attend(
             cache: LatentCache,
             start: jax.Array,
             n_new: jax.Array,
-            q_nope: jax.Array,
-            q_rope: jax.Array,
+            q_BTNE: jax.Array,
             w_uk: jax.Array,
             w_uv: jax.Array,
         ) -> jax.Array:
-            u = w_uk.shape[0]
+            w_UMJCH, w_UMHJC = w_uk.squeeze(0), w_uv.squeeze(0)
+            u, m, j, c, h = w_UMJCH.shape
+            b, t = q_BTNE.shape[:2]
             with jax.named_scope("absorb"):
-                q_BTUMC = jnp.einsum("BTUMH,UMCH->BTUMC", slots.gather(q_nope, u), w_uk)
-                q_rope = slots.gather(q_rope, u)
+                q_BTUME = slots.gather(q_BTNE, j * u)[:, :, :u]  # all branches have the same
+                q_BTJUMC = jnp.einsum("BTUMH,UMJCH->BTJUMC", q_BTUME[..., :h], w_UMJCH)
             with jax.named_scope("attend"):
-                z_BTUMC = cache.attend(q_BTUMC, q_rope, start, n_new, scale=self.softmax_scale)
-            w_UMHJC = w_uv.squeeze(0)
-            z_BTJUMC = z_BTUMC.reshape(*z_BTUMC.shape[:2], w_UMHJC.shape[3], -1, *z_BTUMC.shape[3:])
+                z_BTUMC = cache.attend(
+                    q_BTJUMC.reshape(b, t, j * u, m, c),
+                    q_BTUME,
+                    start,
+                    n_new,
+                    scale=self.softmax_scale,
+                    rope_base=self.config.rope_base,
+                )
+            z_BTJUMC = z_BTUMC.reshape(b, t, j, u, m, c)
             # Batch axes first: einsum would make of "->BTUMH" a bfloat16 product that XLA lacks on the CPU.
             with jax.named_scope("values"):
                 y_UMBTH = jnp.einsum(
@@ -309,9 +304,8 @@ class LatentAttention(nnx.Module):
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
         inputs = (
-            (q_nope, q_names),
-            (q_rope, q_names),
-            (weight(rules, self.w_uk, dtype), ("latent_slots", None, None, None)),
+            (q_BTNE, q_names),
+            (weight(rules, self.w_uk, dtype), ("latent_slots", *[None] * 5)),
             (weight(rules, self.w_uv, dtype), ("latent_slots", *[None] * 5)),
         )
         return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache

@@ -85,14 +85,15 @@ class Slots:
         n_local, groups = self.count // self.rules.size("latent_slots"), self.n_cached // self.n_branches
         return n_local // groups if n_local % groups == 0 else 1
 
-    def join_branches(self, w_UMHC: jax.Array) -> jax.Array:
-        """Puts the slots of a device whose outputs are summed beside what is summed: to [X, U', M / r, H, J', C].
+    def join_branches(self, w_UMXY: jax.Array, axis: int) -> jax.Array:
+        """Puts the slots of a device that serve the same query heads side by side: from [U, M / r, ...].
 
-        X are the devices over which slots are split, J' the `local_branches`, and U' = U / (X J').
+        To [X, U', M / r, ...] with J' inserted before `axis`: X are the devices over which slots are split, J' the
+        `local_branches`, and U' = U / (X J').
         """
         parts, branches = self.rules.size("latent_slots"), self.local_branches
-        shape = (parts, branches, self.count // (parts * branches), *w_UMHC.shape[1:])
-        return w_UMHC.reshape(shape).transpose(0, 2, 3, 4, 1, 5)
+        shape = (parts, branches, self.count // (parts * branches), *w_UMXY.shape[1:])
+        return jnp.moveaxis(w_UMXY.reshape(shape), 1, axis)
 
     # Inside `shard_map`:
 

@@ -33,12 +33,13 @@ FACTORED_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]
 
 def latent_decode_attention(
     q_nope: Float[Array, "B T L M C"],
-    q_rope: Float[Array, "B T L M R"],
+    q_rope: Float[Array, "B T G M E"],
     kv_latent: Float[Array, "P L _ _"],
     k_rope: Float[Array, "P _ _"],
     kv_len: Int[Array, "B T"],
     *,
     scale: float,
+    rotary: tuple[Float[Array, "B T _"], Float[Array, "B T _"]] | None = None,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
     implementation: str | Sequence[str] | None = None,
@@ -52,11 +53,14 @@ def latent_decode_attention(
 
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
-      q_rope: rotary queries of the same rows; R may be 0.
+      q_rope: rotary queries of the same rows, for G = L heads or, where heads share them, a divisor of that: head l
+        reads entry l mod G. E = R, which may be 0, or with `rotary` any more: the last R features count.
       kv_latent: cached latents [P, L, S, C]. Slots that no query of the row sees may hold anything, NaN too.
       k_rope: cached rotary keys [P, S, R], shared by all latent heads.
       kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. 0: none.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
+      rotary: cosines and sines [B, T, R/2] that `q_rope` is turned by first (`mlra_jax.ops.rotary.turn`); None: it has
+        been.
       page_table: token i of row b lies in slot i % S of page `page_table[b, i // S]`; entries past the last token that
         a query of the row sees may hold anything.
       layout: `token_major`, as above, or `feature_major`: kv_latent [P, L, C, S] and k_rope [P, R, S].
@@ -71,15 +75,23 @@ def latent_decode_attention(
       NotImplementedError: the named implementation does not take these arguments.
     """
     b, t, heads, m, c = q_nope.shape
-    r = q_rope.shape[-1]
-    _check(q_rope, "q_rope", (b, t, heads, m, r))
+    r, wide = q_rope.shape[-1], q_rope.shape[-1]
+    if rotary is not None:
+        r = 2 * rotary[0].shape[-1]
+        wide = max(r, wide)
+        for name, x in zip(("cos", "sin"), rotary, strict=True):
+            _check(x, f"{name} of rotary", (b, t, r // 2))
+    shared = q_rope.shape[2]
+    _check(q_rope, "q_rope", (b, t, shared if shared and heads % shared == 0 else heads, m, wide))
     _check_cache(
         kv_len, page_table, layout, (b, t), kv_latent=(kv_latent, (heads,), c), k_rope=(k_rope, (), r)
     )
     parts = [(q_nope, kv_latent)]
     if r:
         parts.append((q_rope, k_rope[:, None]))
-    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    keywords: dict[str, Any] = {"scale": scale, "page_table": page_table, "layout": layout}
+    if r and rotary is not None:
+        keywords["rotary"] = rotary
     return dispatch(
         "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, kv_len, **keywords
     )

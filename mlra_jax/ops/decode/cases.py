@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mlra_jax.ops.decode.api import Layout, grouped_decode_attention, latent_decode_attention
+from mlra_jax.ops.rotary import turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +143,29 @@ def make_case(
         past_the_end = np.arange(table.shape[1]) * slots >= lengths[:, None]
         table[past_the_end] = rng.choice([-1, pages, 2**30], past_the_end.sum())
     return Call(call.op, (*filled, None if page_table is None else jnp.asarray(table)), call.static)
+
+
+def abridge(call: Call, branches: int) -> tuple[Call, Call]:
+    """A latent call whose rotary queries are shared by so many heads, wider than the keys and not yet rotated.
+
+    Args:
+      call: made by `make_case`; its number of heads is a multiple of `branches`.
+      branches: heads that share rotary queries.
+
+    Returns:
+      The call, and the same with those queries rotated and written out for every head.
+    """
+    q_nope, q_rope, *rest = call.args
+    b, t, heads, _, r = q_rope.shape
+    shared = q_rope[:, :, : heads // branches]
+    angles = jnp.arange(b * t * (r // 2), dtype=jnp.float32).reshape(b, t, r // 2)
+    rotary = jnp.cos(angles), jnp.sin(angles)
+    wide = jnp.concatenate([jnp.full((*shared.shape[:-1], 8), jnp.nan, shared.dtype), shared], axis=-1)
+    turned = jnp.tile(turn(shared, *(x[:, :, None, None] for x in rotary)), (1, 1, branches, 1, 1))
+    return (
+        Call(call.op, (q_nope, wide, *rest), {**call.static, "rotary": rotary}),
+        dataclasses.replace(call, args=(q_nope, turned, *rest)),
+    )
 
 
 _K = 1024

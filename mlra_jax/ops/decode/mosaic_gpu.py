@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.ops import tuning
-from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.decode.reference import Parts, Rotary
 from mlra_jax.ops.device import current_device, find_chip
 from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.rotary import turn
 
 ROWS = 64
 """Query rows of a warpgroup: the height of its matrix products."""
@@ -48,6 +49,10 @@ class Shape:
     pages: int
     row_pages: int | None
     """Entries of a row of the page table; None: contiguous."""
+    branches: int = 1
+    """Heads that share the queries of a part (L / G): their other queries and their outputs lie side by side."""
+    rotary: bool = False
+    """Whether the kernel turns the queries of the last part."""
 
     @property
     def rows(self) -> int:
@@ -65,7 +70,9 @@ class Shape:
         return max(1, self.v_width // 256)
 
     @classmethod
-    def of(cls, parts: Parts, v: jax.Array | None, page_table: jax.Array | None) -> Shape:
+    def of(
+        cls, parts: Parts, v: jax.Array | None, page_table: jax.Array | None, *, rotary: bool = False
+    ) -> Shape:
         """The sizes of a call in the token-major layout."""
         (b, t, _, m, _), keys = parts[0][0].shape, [k for _, k in parts]
         heads = (keys[0] if v is None else v).shape[1]
@@ -81,6 +88,8 @@ class Shape:
             page=keys[0].shape[2],
             pages=keys[0].shape[0],
             row_pages=None if page_table is None else page_table.shape[1],
+            branches=heads // min(q.shape[2] for q, _ in parts),
+            rotary=rotary,
         )
 
 
@@ -116,7 +125,8 @@ class Config:
             queries += 2 * self.row_groups * ROWS * shape.v_width  # for outputs; else over the queries
         block = 2 * self.block * (sum(shape.widths) + (0 if shape.latent else shape.v_width))
         weights = 2 * ROWS * self.block if shape.value_groups > 1 else 0
-        return queries + self.stages * block + weights + 2304
+        rotation = 2 * self.row_groups * shape.widths[-1] ** 2 if shape.rotary else 0
+        return queries + self.stages * block + weights + rotation + 2304
 
     def fits(self, shape: Shape) -> bool:
         """Whether pages hold whole blocks, and shared memory what a program has there."""
@@ -190,6 +200,7 @@ def decode_attention(
     kv_len_BT: jax.Array,
     *,
     scale: float,
+    rotary: Rotary | None = None,
     page_table: jax.Array | None = None,
     layout: str = "token_major",
     config: Config | None = None,
@@ -198,10 +209,11 @@ def decode_attention(
     """See `mlra_jax.ops.decode.reference.decode_attention`; bfloat16 in and out, float32 softmax and sums.
 
     Args:
-      parts: pairs of queries and keys.
+      parts: pairs of queries and keys; see `mlra_jax.ops.decode.reference.unabridged`.
       v: values, or None.
       kv_len_BT: how many of the leading tokens each query sees.
       scale: multiplies the scores.
+      rotary: what the queries of the last part are turned by, or None.
       page_table: pages of each row, or None.
       layout: of keys and values.
       config: how the call is cut; None: as tuned for the device, or as the heuristic says.
@@ -216,7 +228,12 @@ def decode_attention(
     arrays = [x for pair in parts for x in pair] + ([] if v is None else [v])
     if not_bf16 := {str(x.dtype) for x in arrays if x.dtype != jnp.bfloat16}:
         raise NotImplementedError(f"the Mosaic GPU kernel takes bfloat16; got {', '.join(sorted(not_bf16))}.")
-    shape = Shape.of(parts, v, page_table)
+    # The kernel turns by one angle for a program's rows; with values this wide it has no shared memory left for it.
+    turns = rotary is not None and kv_len_BT.shape[1] == 1 and parts[0][1].shape[-1] < 512
+    if rotary is not None and not turns:
+        *first, (q, k) = parts
+        parts = [*first, (turn(q[..., -k.shape[-1] :], *(x[:, :, None, None] for x in rotary)), k)]
+    shape = Shape.of(parts, v, page_table, rotary=turns)
     if any(w != 32 and w % 64 for w in shape.widths) or shape.v_width not in (64, 128, 256, 512):
         raise NotImplementedError(
             "the Mosaic GPU kernel takes keys of 32 or a multiple of 64 features and values of 64, 128, 256 or 512; "
@@ -236,14 +253,6 @@ def decode_attention(
     from mlra_jax.ops.decode.mosaic_gpu_kernel import attend
 
     run = functools.partial(attend, shape=shape, scale=scale, config=config, interpret=interpret)
-    optional = [x for x in (v, page_table) if x is not None]
-
-    def call(_: None, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        *pairs, kv_len = args[: 2 * len(parts) + 1]
-        rest = list(args[2 * len(parts) + 1 :])
-        v_arg = None if v is None else rest.pop(0)
-        return run(
-            tuple(zip(pairs[::2], pairs[1::2], strict=True)), v_arg, kv_len, rest.pop() if rest else None
-        )
-
-    return unchecked(call)(None, *(x for pair in parts for x in pair), kv_len_BT, *optional)
+    args = tuple(map(tuple, parts)), v, kv_len_BT, page_table, rotary if turns else None
+    leaves, tree = jax.tree.flatten(args)  # None is no leaf
+    return unchecked(lambda _, *leaves: run(*jax.tree.unflatten(tree, leaves)))(None, *leaves)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
 from mlra_jax.ops.decode.mosaic_gpu import ROWS, Config, Shape
-from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.decode.reference import Parts, Rotary
 
 plgpu: Any = mosaic_gpu  # typed differently in each version of JAX
 LOG2E = math.log2(math.e)
@@ -80,6 +80,14 @@ def make_table(longest: jax.Array, config: Config) -> jax.Array:
     return jnp.concatenate([jnp.zeros(1, ends.dtype), ends, first, last]).astype(jnp.int32)
 
 
+def _rotations(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
+    """Matrices [B, R, R] that turn queries, multiplied from the right, as `turn` does; of one query for each row."""
+    diagonal = lambda x: jnp.eye(x.shape[-1]) * x  # [B, 1, R/2] to [B, R/2, R/2]
+    cos, sin = diagonal(cos_BTR), diagonal(sin_BTR)
+    halves = jnp.concatenate([cos, sin], axis=2), jnp.concatenate([-sin, cos], axis=2)
+    return jnp.concatenate(halves, axis=1).astype(jnp.bfloat16)
+
+
 class Schedule:
     """What a program reads off the table of `make_table`; a single sequence needs none, and is in every share."""
 
@@ -126,14 +134,16 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     bounds_ref = take(shape.q_len > 1)
     row_len_ref = take(shape.q_len > 1)  # int32 [B, rows]
     pages_ref = take(shape.row_pages is not None)  # int32 [B, N]
-    q_refs = [take() for _ in shape.widths]  # [B, L or a divisor of it, rows, W]: head l reads l modulo that
+    q_refs = [take() for _ in shape.widths]  # [B, G, rows, J or 1, W or more]: head j*G + g reads (g, j)
+    rotation_ref = take(shape.rotary)  # [B, R, R], see `_rotations`
     k_refs = [take() for _ in shape.widths]  # [P, L or 1, S, W]
     v_ref = take(not shape.latent)  # [P, L, S, V]
     out_ref, lse_ref = (
         take(),
         take(),
-    )  # whole: [B, L, rows, V], [B, L, rows]; else [slots, L, rows, V], [slots, L, rows]
-    q_smem, k_smem, v_smem, o_smem, p_smem, row_smem, full, free, q_full, p_full, p_free, blanked = args
+    )  # whole: [B, G, rows, J, V], [B, L, rows]; else [slots, L, rows, V], [slots, L, rows]
+    q_smem, rotation_smem, k_smem, v_smem, o_smem, p_smem, row_smem = args[:7]
+    full, free, q_full, p_full, p_free, blanked = args[7:]
     v_smem = k_smem[0] if shape.latent else v_smem
     o_smem = q_smem[0] if o_smem is None else o_smem
 
@@ -147,6 +157,8 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     g, i, wg = lax.axis_index("tile"), lax.axis_index("share"), lax.axis_index("wg")
     # Later rows may see more: the longest programs come first.
     head, tile = lax.div(g, tiles), tiles - 1 - lax.rem(g, tiles)
+    groups = shape.heads // shape.branches
+    branch, group = lax.div(head, groups), lax.rem(head, groups)
     columns = shape.v_width // value_groups
     # A warpgroup multiplies weights of its own from registers. The interpreter knows shared memory alone.
     from_registers = value_groups == 1 and not interpret
@@ -246,10 +258,23 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
             seen: Any = None
             if leads:
-                for q_ref, smem in zip(q_refs, q_smem, strict=True):
-                    source = q_ref.at[b, lax.rem(head, q_ref.shape[1]), pl.ds(row0, rows)]
+                for q_ref, smem, width in zip(q_refs, q_smem, shape.widths, strict=True):
+                    own, last = lax.rem(branch, q_ref.shape[3]), pl.ds(q_ref.shape[4] - width, width)
+                    source = q_ref.at[b, group, pl.ds(row0, rows), own, last]
                     plgpu.copy_gmem_to_smem(source, smem.at[row_group, pl.ds(0, rows)], q_full.at[row_group])
+                if rotation_ref is not None:
+                    target = rotation_smem.at[row_group]
+                    plgpu.copy_gmem_to_smem(rotation_ref.at[b], target, q_full.at[row_group])
                 plgpu.barrier_wait(q_full.at[row_group])
+                if rotation_ref is not None:
+                    q = q_smem[-1].at[row_group]
+
+                    def turned(ref: Any) -> jax.Array:
+                        plgpu.wgmma(ref, q, target)
+                        return ref[...]
+
+                    q[...] = pl.run_scoped(turned, plgpu.ACC(q.shape, jnp.float32)).astype(jnp.bfloat16)
+                    plgpu.commit_smem()
                 seen = longest_ref[b]
                 if row_len_ref is not None:
                     seen = plgpu.load(row_len_ref.at[b, pl.ds(row0, ROWS)], layout=_ROW, optimized=False)
@@ -319,12 +344,15 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
             at = b if whole else i + b
             if leads:
                 lse_ref[at, head, pl.ds(row0, ROWS)] = lse
-            if not staged:
+            if not whole:
                 out_ref[at, head, pl.ds(row0, ROWS), mine] = acc.astype(out_ref.dtype)
+                return
+            if not staged:
+                out_ref[b, group, pl.ds(row0, ROWS), branch, mine] = acc.astype(out_ref.dtype)
                 return
             o_smem[row_group] = acc.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            target = out_ref.at[b, head, pl.ds(row0, rows)]
+            target = out_ref.at[b, group, pl.ds(row0, rows), branch]
             plgpu.copy_smem_to_gmem(o_smem.at[row_group, pl.ds(0, rows)], target)
             plgpu.wait_smem_to_gmem(0)
 
@@ -364,7 +392,7 @@ def _merge_kernel(
     table_ref: Any,  # see `make_table`; anything for a single sequence
     part_ref: Any,  # [slots, L, rows, V]
     part_lse_ref: Any,  # [slots, L, rows]
-    out_ref: Any,  # [B, L, rows, V]
+    out_ref: Any,  # [B, G, rows, J, V]
     lse_ref: Any,  # [B, L, rows]
     acc_smem: Any,  # [warpgroups, V]
     stat_smem: Any,  # [2, warpgroups]
@@ -382,6 +410,7 @@ def _merge_kernel(
     start = jnp.minimum(first + wg * share, end)
     stop = jnp.minimum(start + share, end)
     width = part_ref.shape[-1]
+    groups = shape.heads // shape.branches
     strided = plgpu.Layout.WG_STRIDED((width,), width // 128)
     spread = lambda x: plgpu.layout_cast(jnp.full((width,), x, jnp.float32), strided)
 
@@ -407,7 +436,7 @@ def _merge_kernel(
 
         def finish(acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
             out = acc * spread(1.0 / jnp.where(total > 0, total, 1.0))
-            out_ref[b, head, r, :] = out.astype(out_ref.dtype)
+            out_ref[b, lax.rem(head, groups), r, lax.div(head, groups), :] = out.astype(out_ref.dtype)
             lse_ref[b, head, r] = jnp.where(total > 0, top + jnp.log2(total) * (1 / LOG2E), -jnp.inf)
 
         if plan.warpgroups == 1:
@@ -440,6 +469,7 @@ def attend(
     v: jax.Array | None,
     kv_len: jax.Array,
     page_table: jax.Array | None,
+    rotary: Rotary | None,
     *,
     shape: Shape,
     scale: float,
@@ -454,9 +484,12 @@ def attend(
     q_rows = -(-r // 8) * 8 if r < ROWS else all_rows  # what a copy of a tile of queries needs
     kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
 
-    def by_head(q_BTLMW: jax.Array) -> jax.Array:
-        q = q_BTLMW.transpose(0, 2, 1, 3, 4).reshape(b, q_BTLMW.shape[2], r, -1)
-        return jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - r), (0, 0)))
+    groups, branches = heads // shape.branches, shape.branches
+
+    def by_group(q_BTLMW: jax.Array) -> jax.Array:
+        q_BTJGMW = q_BTLMW.reshape(b, t, -1, groups, m, q_BTLMW.shape[-1])
+        q = q_BTJGMW.transpose(0, 3, 1, 4, 2, 5).reshape(b, groups, r, *q_BTJGMW.shape[2::3])
+        return jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - r), (0, 0), (0, 0)))
 
     kv_len = kv_len.astype(jnp.int32)
     longest = kv_len.max(axis=1) if t > 1 else kv_len.reshape(b)
@@ -472,7 +505,7 @@ def attend(
         scalars.append(page_table.astype(jnp.int32))
 
     bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=_transforms(s[-1]))
-    groups, block, stages = config.row_groups * shape.value_groups, config.block, config.stages
+    warpgroups, block, stages = config.row_groups * shape.value_groups, config.block, config.stages
     interpreted = interpret is not None
     copies = len(parts) + (not shape.latent)
     part_width = max(shape.v_width, 128)  # a merging warpgroup has an element for each of its threads
@@ -480,13 +513,16 @@ def attend(
     split = kernel(
         functools.partial(_split_kernel, shape=shape, config=config, scale=scale, interpret=interpreted),
         out_type=[
-            jax.ShapeDtypeStruct((b, heads, q_rows if staged else all_rows, shape.v_width), jnp.bfloat16)
+            jax.ShapeDtypeStruct(
+                (b, groups, q_rows if staged else all_rows, branches, shape.v_width), jnp.bfloat16
+            )
             if whole
             else jax.ShapeDtypeStruct((slots, heads, all_rows, part_width), jnp.float32),
             jax.ShapeDtypeStruct((b if whole else slots, heads, all_rows), jnp.float32),
         ],
         scratch_types=[
             [bf16(config.row_groups, ROWS, w) for w in shape.widths],
+            bf16(config.row_groups, shape.widths[-1], shape.widths[-1]) if shape.rotary else None,
             [bf16(stages, block, w) for w in shape.widths],
             None if shape.latent else bf16(stages, block, shape.v_width),
             None
@@ -495,25 +531,26 @@ def attend(
             [bf16(ROWS, block)] * config.row_groups if shape.value_groups > 1 or interpreted else None,
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=len(parts), num_barriers=config.row_groups),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=config.row_groups),
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=max(1, shape.value_groups - 1)),
             plgpu.Barrier(num_arrivals=1),
         ],
         grid=(heads * tiles, b if whole else config.n_splits),
         grid_names=("tile", "share"),
-        num_threads=groups + 1,
+        num_threads=warpgroups + 1,
         kernel_name="decode_attention",
     )
     keys = [k for _, k in parts] + ([] if v is None else [v])
-    out, lse = split(*scalars, *(by_head(q) for q, _ in parts), *keys)
+    rotations = [] if rotary is None else [_rotations(*rotary)]
+    out, lse = split(*scalars, *(by_group(q) for q, _ in parts), *rotations, *keys)
     if not whole:
         plan = MergePlan.of(shape, q_rows, config.n_splits)
         out, lse = kernel(
             functools.partial(_merge_kernel, shape=shape, config=config, plan=plan),
             out_type=[
-                jax.ShapeDtypeStruct((b, heads, q_rows, part_width), jnp.bfloat16),
+                jax.ShapeDtypeStruct((b, groups, q_rows, branches, part_width), jnp.bfloat16),
                 jax.ShapeDtypeStruct((b, heads, q_rows), jnp.float32),
             ],
             scratch_types=[
@@ -526,5 +563,6 @@ def attend(
             num_threads=plan.warpgroups,
             kernel_name="merge_attention",
         )(longest, table, out, lse)
-    out = out[:, :, :r, : shape.v_width].reshape(b, heads, t, m, -1).transpose(0, 2, 1, 3, 4)
+    out_BGTMJV = out[:, :, :r, :, : shape.v_width].reshape(b, groups, t, m, branches, -1)
+    out = out_BGTMJV.transpose(0, 2, 4, 1, 3, 5).reshape(b, t, heads, m, -1)
     return out, lse[:, :, :r].reshape(b, heads, t, m).transpose(0, 2, 1, 3)

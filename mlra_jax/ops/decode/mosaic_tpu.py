@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops.decode.mosaic_tpu_kernel import LANES, Ref, Shape, kernel
-from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.decode.reference import Parts, unabridged
 from mlra_jax.ops.decode.xla import merge
 
 MAX_ROWS = 128
@@ -78,6 +78,7 @@ def tpu_info() -> pltpu.TpuInfo:
         raise NotImplementedError("It needs a TPU.") from e
 
 
+@unabridged
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops.rotary import turn
+
 Parts = Sequence[tuple[jax.Array, jax.Array]]
-"""Queries [B, T, L, M, W] with keys [P, L, S, W], or [P, 1, S, W] where all heads share them; scores are their sum."""
+"""Queries [B, T, L, M, W] with keys [P, L, S, W], or [P, 1, S, W] where all heads share them; scores are their sum.
+
+`unabridged` allows shorter ways to give queries.
+"""
+
+Rotary = tuple[jax.Array, jax.Array]
+"""Cosines and sines [B, T, R/2] of the queries' positions."""
+
+
+def unabridged(attend: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
+    """An implementation of plain queries as one that takes shorter ways to give them.
+
+    A part's queries may have a divisor of the L heads: head l reads entry l modulo that. They may be wider than the
+    keys: their last features count. And with `rotary` those of the last part are turned first.
+    """
+
+    @functools.wraps(attend)
+    def call(
+        parts: Parts, v: jax.Array | None, *args: Any, rotary: Rotary | None = None, **keywords: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        layout = keywords.get("layout", "token_major")
+        heads = (parts[0][1] if v is None else v).shape[1]
+        plain = [(q[..., -token_major(k, layout).shape[-1] :], k) for q, k in parts]
+        if rotary is not None:
+            q, k = plain[-1]
+            plain[-1] = turn(q, *(x[:, :, None, None] for x in rotary)), k
+        whole = lambda q: jnp.tile(q, (1, 1, heads // q.shape[2], 1, 1))
+        return attend([(whole(q), k) for q, k in plain], v, *args, **keywords)
+
+    return call
 
 
 def token_major(k: jax.Array, layout: str) -> jax.Array:
@@ -26,6 +59,7 @@ def gather_pages(k_PLSW: jax.Array, page_table_BN: jax.Array | None) -> jax.Arra
     return k_BNLSW.swapaxes(1, 2).reshape(b, heads, n * s, w)
 
 
+@unabridged
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.ops import tuning
-from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.decode.reference import Parts, unabridged
 from mlra_jax.ops.device import Chip, current_device, find_chip
 
 MAX_SPLITS = 256
@@ -120,6 +120,7 @@ def find_tuned(sizes: tuning.Sizes, page: int | None, kind: str) -> Config | Non
     return tuning.find("triton", sizes, kind, Config, adapt)
 
 
+@unabridged
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.ops.decode import reference
-from mlra_jax.ops.decode.reference import Parts
+from mlra_jax.ops.decode.reference import Parts, unabridged
 
 BLOCK_ELEMENTS = 1 << 24
 """Most scores held at a time: 64 MiB of float32."""
@@ -77,6 +77,7 @@ def over_blocks(
     return out, lse
 
 
+@unabridged
 def decode_attention(
     parts: Parts,
     v: jax.Array | None,
