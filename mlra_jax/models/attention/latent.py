@@ -300,7 +300,7 @@ class LatentAttention(nnx.Module):
                 y_UMBTH = jnp.einsum(
                     "BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32
                 )
-            return self.branch_scale * y_UMBTH.transpose(2, 3, 0, 1, 4)
+            return y_UMBTH.transpose(2, 3, 0, 1, 4)
 
         q_names = ("batch", None, slots.query_axis, None)  # not aligned: gathers q
         inputs = (
@@ -308,4 +308,5 @@ class LatentAttention(nnx.Module):
             (weight(rules, self.w_uk, dtype), ("latent_slots", *[None] * 5)),
             (weight(rules, self.w_uv, dtype), ("latent_slots", *[None] * 5)),
         )
-        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B), cache
+        scale = self.branch_scale
+        return self.output.over_slots(x_BTD, slots, attend, cache, inputs, start_B, n_new_B, scale), cache

@@ -86,6 +86,7 @@ class Output(nnx.Module):
         inputs: Sequence[tuple[jax.Array, Names]],
         start_B: jax.Array,
         n_new_B: jax.Array,
+        scale: float = 1.0,
     ) -> jax.Array:
         """Cached attention on every device for its own slots, and the block's output from what they give.
 
@@ -98,6 +99,7 @@ class Output(nnx.Module):
           inputs: arrays, with the logical names of their axes.
           start_B: tokens in the cache before the new ones.
           n_new_B: new tokens of each row.
+          scale: multiplies y, once it is summed over slots.
 
         Returns:
           [B, T, D] in the compute type.
@@ -114,7 +116,7 @@ class Output(nnx.Module):
             gate: jax.Array | None,
             w_o: jax.Array | None,
         ) -> jax.Array:
-            return self.from_slots(slots, attend(cache, start, n_new, *inputs), gate, w_o)
+            return self.from_slots(slots, attend(cache, start, n_new, *inputs), gate, w_o, scale)
 
         arrays, names = zip(*inputs, strict=True)
         gate_names = None if gate is None else ("batch", None, None, None)
@@ -126,7 +128,12 @@ class Output(nnx.Module):
             return y if projected else self(x_BTD, y)
 
     def from_slots(
-        self, slots: Slots, y_BTUMH: jax.Array, gate_BTNH: jax.Array | None, w_DNH: jax.Array | None
+        self,
+        slots: Slots,
+        y_BTUMH: jax.Array,
+        gate_BTNH: jax.Array | None,
+        w_DNH: jax.Array | None,
+        scale: float,
     ) -> jax.Array:
         """Inside `shard_map`: sums what the local slots give, over slots and devices.
 
@@ -138,8 +145,9 @@ class Output(nnx.Module):
         if not slots.projected:
             if not slots.aligned:
                 y_BTNH = self.rules.psum_scatter(y_BTNH, "heads", axis=2)
-            return y_BTNH.astype(self.compute_dtype)
-        y_BTNH = y_BTNH.astype(self.compute_dtype)
+            return y_BTNH.astype(self.compute_dtype) * scale
+        # In this order the cast belongs to the product before, and the scale to the one after.
+        y_BTNH = y_BTNH.astype(self.compute_dtype) * scale
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
         assert w_DNH is not None
