@@ -31,7 +31,7 @@ from mlra_jax.config import (
     TiedAttentionConfig,
 )
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import rms_norm, rotary_tables, rotate
+from mlra_jax.models.layers import rotary_tables, rotate
 from mlra_jax.ops.decode import (
     factored_decode_attention,
     grouped_decode_attention,
@@ -40,6 +40,7 @@ from mlra_jax.ops.decode import (
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.ops.device import current_device
+from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}

@@ -11,6 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig
+from mlra_jax.ops.norm import add_rms_norm
+from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.remat import MLP
 from mlra_jax.ops.rotary import turn
 from mlra_jax.sharding import AxisRules
@@ -112,12 +114,11 @@ class RMSNorm(nnx.Module):
         """Normalises `x` [..., *shape]; returns float32."""
         return rms_norm(x, weight(self.rules, self.gain, self.gain.dtype), self.eps)
 
-
-def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """See `RMSNorm`: `x` [..., *gain.shape]; returns float32."""
-    x32 = x.astype(jnp.float32)
-    y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype).astype(jnp.float32) * gain.astype(jnp.float32)
+    def of_sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x + y in float32, and its norm in the type of y, with the names of the residual stream when decoding."""
+        row, gain = ("batch", None, None), weight(self.rules, self.gain, self.gain.dtype)
+        add = lambda *args: add_rms_norm(*args, eps=self.eps)
+        return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
 
 
 def rotary_tables(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:

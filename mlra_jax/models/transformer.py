@@ -63,18 +63,23 @@ class Block(nnx.Module):
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
     def decode(
-        self, x_BTD: jax.Array, cache: Any, start_B: jax.Array, n_new_B: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """T new tokens of each row, with and into the layer's cache."""
+        self, x_BTD: jax.Array, y_BTD: jax.Array | None, cache: Any, start_B: jax.Array, n_new_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """T new tokens of each row, with and into the layer's cache.
+
+        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        """
         # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
         with jax.named_scope("norm"):
-            h_BTD = self.attention_norm(x_BTD)
+            if y_BTD is None:
+                h_BTD = self.attention_norm(x_BTD)
+            else:
+                x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD)
         y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B)
         with jax.named_scope("norm"):
-            x_BTD = x_BTD + y_BTD
-            h_BTD = self.mlp_norm(x_BTD)
+            x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD)
         with jax.named_scope("mlp"):
-            return x_BTD + self.mlp(h_BTD), cache
+            return x_BTD, self.mlp(h_BTD), cache
 
 
 class Transformer(nnx.Module):
@@ -171,10 +176,13 @@ class Transformer(nnx.Module):
         start_B = cache.lengths
         with jax.named_scope("embed"):
             x_BTD = self.embedding.encode(tokens_BT)
-        layers = []
+        layers, y_BTD = [], None
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, layer_cache = layer.decode(x_BTD, layer_cache, start_B, n_new_B)
+            x_BTD, y_BTD, layer_cache = layer.decode(x_BTD, y_BTD, layer_cache, start_B, n_new_B)
             layers.append(layer_cache)
+        assert y_BTD is not None
+        with jax.named_scope("mlp"):
+            x_BTD = x_BTD + y_BTD
         if logits == "last":
             x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
         with jax.named_scope("norm"):
