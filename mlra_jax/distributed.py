@@ -76,9 +76,13 @@ def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
 
 
 def _launched_as_one_of_several() -> bool:
-    """Whether `srun` or `mpirun` started this process beside others."""
-    sizes = (os.environ.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
-    return any(size.isdigit() and int(size) > 1 for size in sizes)
+    """Whether `srun`, `mpirun`, or what runs TPU slices under Kubernetes started this process beside others."""
+    environment = os.environ
+    sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+    several = "," in hosts and " " not in hosts  # libtpu may have left a warning there
+    slices = "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return slices or several or any(size.isdigit() and int(size) > 1 for size in sizes)
 
 
 def initialize(config: DistributedConfig) -> None:

@@ -44,6 +44,9 @@ def test_a_cluster_that_cannot_be_joined_is_refused_in_one_sentence(config, mess
         (DistributedConfig(), {"SLURM_STEP_NUM_TASKS": "1"}, None),
         (DistributedConfig(), {"SLURM_STEP_NUM_TASKS": "4"}, ()),
         (DistributedConfig(), {"OMPI_COMM_WORLD_SIZE": "2"}, ()),
+        (DistributedConfig(), {"TPU_WORKER_HOSTNAMES": "host-0"}, None),
+        (DistributedConfig(), {"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, ()),
+        (DistributedConfig(), {"MEGASCALE_COORDINATOR_ADDRESS": "host-0"}, ()),
         (DistributedConfig(auto=True), {}, ()),
         (DistributedConfig(coordinator="h:1", processes=3, process_id=0), {}, ("h:1", 3, 0)),
     ],
@@ -53,7 +56,8 @@ def test_processes_join_when_asked_or_started_together_and_not_otherwise(
 ):
     calls = []
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *args, **_: calls.append(args))
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+    launchers = "SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE TPU_WORKER_HOSTNAMES MEGASCALE_COORDINATOR_ADDRESS"
+    for name in launchers.split():
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
