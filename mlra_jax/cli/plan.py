@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             hlo = compiled.as_text()
         except jax.errors.JaxRuntimeError:
-            hlo = None  # libtpu cannot print some of its programs for v6e
+            hlo = None  # libtpu cannot print some of its programs
         print("\n".join(["", *report.compiled(Memory.of(compiled), plan, hlo, messages)]))
     return 0
 
