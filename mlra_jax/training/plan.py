@@ -159,8 +159,8 @@ class Planner:
         vocab = model.vocab_size // mesh.shape["tensor"]
         size = logit_chunks(tokens, vocab)[1]
         width = jnp.dtype(model.compute_dtype).itemsize
-        # In a layer's backward pass everything that its forward pass had is needed, of which XLA fuses about half.
-        layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) // 2 + gathered
+        # The backward pass of a layer has everything that its forward pass had, at once.
+        layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) + gathered
         # Logits, their gradient, and the token matrix: cast, and its gradient.
         logits = (4 + width) * size * vocab + (4 + width) * vocab * model.d_model
         memory = {
