@@ -234,6 +234,22 @@ def budget(r: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def write(out: pathlib.Path, setting: Setting, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `out`.md and `out`.json."""
+    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
+    head = [
+        f"# Training on {jax.device_count()} x {setting.device}",
+        "",
+        f"{setting.date}, {versions}. `{setting.command}`",
+        "",
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text("\n".join([*head, *table(results)]) + "\n")
+    out.with_suffix(".json").write_text(
+        json.dumps({**dataclasses.asdict(setting), "results": results}, indent=1) + "\n"
+    )
+
+
 def main() -> int:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
@@ -249,7 +265,9 @@ def main() -> int:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
 
-    results = []
+    setting = Setting.here("benchmarks.train", sys.argv[1:])
+    out = args.out / f"train_{slug(setting.device)}"
+    results: list[dict[str, Any]] = []
     for name in args.configs:
         try:
             results.append(measure(name, args))
@@ -257,22 +275,9 @@ def main() -> int:
             print(f"{name}: {e}", file=sys.stderr)
             return 1
         print("\n".join(table(results[-1:])), flush=True)
+        write(out, setting, results)  # what is measured is kept, whatever becomes of the next
         jax.clear_caches()
         gc.collect()
-    setting = Setting.here("benchmarks.train", sys.argv[1:])
-    shown = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
-    head = [
-        f"# Training on {jax.device_count()} x {setting.device}",
-        "",
-        f"{setting.date}, {shown}. `{setting.command}`",
-        "",
-    ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    out = args.out / f"train_{slug(setting.device)}"
-    out.with_suffix(".md").write_text("\n".join([*head, *table(results)]) + "\n")
-    out.with_suffix(".json").write_text(
-        json.dumps({**dataclasses.asdict(setting), "results": results}, indent=1)
-    )
     print(f"Written to {out}.md and .json")
     return 0
 
