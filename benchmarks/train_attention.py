@@ -31,8 +31,8 @@ CASES: dict[str, tuple[int, int, Sequence[tuple[int, int, int]], int | None]] = 
     "mha": (24, 1, ((128, 24, 24),), 128),
     "tiny": (2, 2, ((32, 2, 2), (32, 1, 1)), None),
 }
-"""KV heads L, query heads of each M, parts of the key (width, heads of the queries, heads of the keys), width of values;
-None: they are the first part of the key. MLA as it trains, in the expanded form. `tiny` is for a CPU."""
+"""KV heads L, query heads of each M, parts of the key (width, heads of the queries, heads of the keys), width of the
+values; None: they are the first part of the key. MLA as it trains, in the expanded form. `tiny` is for a CPU."""
 
 
 def make(case: str, batch: int, tokens: int) -> tuple[Any, jax.Array | None, jax.Array]:
