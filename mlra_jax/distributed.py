@@ -28,8 +28,8 @@ class DistributedConfig(Validated):
     """How this process finds the others; it differs from process to process and is no part of a run's configuration."""
 
     auto: bool = False
-    """Ask JAX to find the cluster (a TPU pod, Slurm, Open MPI, Kubernetes); the default under `srun`, under `mpirun`, and
-    for TPU slices in Kubernetes."""
+    """Ask JAX to find the cluster (a TPU pod, Slurm, Open MPI, Kubernetes); the default under `srun` and
+    `mpirun`, and for TPU slices in Kubernetes."""
     coordinator: str = ""
     """HOST:PORT of process 0, the same on every process, for a cluster that JAX does not know."""
     processes: int = 0

@@ -26,7 +26,13 @@ PARSERS = {
     "to-official": convert.ToOfficialArgs,
     "split-latents": convert.SplitLatentsArgs,
 }
-PLACEHOLDERS = {"CONFIG": "tiny", "HOST:PORT": "localhost:1", "N": "3", "I": "0", "$OMPI_COMM_WORLD_SIZE": "3"}
+PLACEHOLDERS = {
+    "CONFIG": "tiny",
+    "HOST:PORT": "localhost:1",
+    "N": "3",
+    "I": "0",
+    "$OMPI_COMM_WORLD_SIZE": "3",
+}
 
 
 def without_code(text):
