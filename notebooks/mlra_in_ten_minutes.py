@@ -1,0 +1,218 @@
+# %% [markdown]
+# # MLRA in ten minutes
+#
+# [Multi-Head Low-Rank Attention](https://arxiv.org/abs/2603.02188) (MLRA) caches as little as Multi-Head
+# Latent Attention (MLA), and, unlike MLA, its cache can be split over devices. This notebook shows the idea
+# in pictures and in one equation, then trains a small model on a few plays of Shakespeare and lets it
+# write. Any accelerator that Colab gives is enough; so is a CPU, in a few minutes.
+
+# %%
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mlra_jax.cli.configs import load_config
+from mlra_jax.cli.plot import draw_run
+from mlra_jax.config import MeshConfig
+from mlra_jax.decoding.cache import values_per_token
+from mlra_jax.decoding.generator import Delta, Generator
+from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.models import from_params, unstack_layers
+from mlra_jax.models.layers import rotate
+from mlra_jax.training.loop import train
+
+QUICK = False  # True: a few steps only, to see that everything runs
+
+mesh = MeshConfig(data=-1)  # all devices; each trains on its part of a batch
+print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
+
+# %% [markdown]
+# ## Who reads what
+#
+# An attention layer keeps something for each token that it has seen: the *cache*. Multi-head attention
+# keeps a key and a value for each head. MLA keeps one *latent* vector, from which the keys and values of
+# all heads are made when they are needed, and a small rotary key, which carries positions and which all
+# heads share.
+#
+# MLRA cuts the latent into L *latent heads*. Each query head reads J of them, its *branches*: the number in
+# MLRA-2 and MLRA-4. GLA cuts too, but lets each query head read only one.
+
+# %%
+variants = {
+    name: load_config(run).model
+    for name, run in {"MLA": "mla", "GLA-2": "gla_2", "MLRA-2": "mlra_2", "MLRA-4": "mlra_4"}.items()
+}
+
+
+def draw_readers(axes, name, model, n_heads=8):
+    """Query heads above, latent heads below as wide as they are, a line wherever one reads the other."""
+    a = model.attention
+    colors = plt.cm.viridis(np.linspace(0.1, 0.85, a.n_latent_heads))
+    width = n_heads / a.n_latent_heads
+    for latent in range(a.n_latent_heads):
+        axes.bar((latent + 0.5) * width, 0.25, 0.9 * width, bottom=-0.25, color=colors[latent])
+        for head in range(n_heads):
+            group = head // (n_heads // a.n_groups)
+            if latent % a.n_groups == group:
+                axes.plot([head + 0.5, (latent + 0.5) * width], [1, 0], color=colors[latent], linewidth=1)
+    axes.plot(np.arange(n_heads) + 0.5, np.ones(n_heads), "o", color="black", markersize=8)
+    axes.set_title(f"{name}: L = {a.n_latent_heads}, J = {a.n_branches}")
+    axes.axis("off")
+
+
+figure, panels = plt.subplots(1, len(variants), figsize=(14, 2.5))
+for axes, (name, model) in zip(panels, variants.items(), strict=True):
+    draw_readers(axes, name, model)
+plt.show()
+
+# %% [markdown]
+# Black dots are query heads (8 of the 24), bars the cached latents. Put each bar on a device of its own:
+# MLA has one bar, which every device must copy; MLRA-4 has four, and every query head still reads all that
+# is cached.
+#
+# ## What each device caches
+#
+# The number of values for one token in one layer, in the paper's models of 2.9 billion parameters. It is
+# read off the cache that decoding would allocate.
+
+# %%
+models = {"MHA": load_config("mha").model, **variants}
+devices = (1, 2, 4, 8)
+table = {name: [values_per_token(model, n) for n in devices] for name, model in models.items()}
+print("devices " + "".join(f"{n:>7}" for n in devices))
+for name, values in table.items():
+    print(f"{name:8}" + "".join(f"{v:>7}" for v in values))
+
+figure, axes = plt.subplots(figsize=(8, 3.5))
+for i, (name, values) in enumerate(table.items()):
+    axes.bar(np.arange(len(devices)) + (i - 2) * 0.16, values, 0.15, label=name)
+axes.set_xticks(range(len(devices)), devices)
+axes.set_yscale("log", base=2)
+axes.set_xlabel("devices that split the heads")
+axes.set_ylabel("cached values on each")
+axes.legend(ncols=3)
+plt.show()
+
+# %% [markdown]
+# ## The equation
+#
+# Query head $n$ attends once in each of its branches $l$, and the results are summed *after* the softmax:
+#
+# $$y_n = \frac{1}{\sqrt J} \sum_{l} \mathrm{softmax}\left(\frac{q_n \cdot k_{l,n}}{\sqrt{H + R}}\right) v_{l,n}
+# \qquad k_{l,n} = [W^{UK}_{l,n} c_l \,;\, k^{rope}] \qquad v_{l,n} = W^{UV}_{l,n} c_l$$
+#
+# $c_l$ is latent head $l$. MLA sums inside the key, before its one softmax, and this is why its latent
+# cannot be cut: a device with a part of it could not compute a softmax. In MLRA each device computes those
+# of its latent heads, and only the sum crosses devices.
+#
+# The same in code, for MLRA-4, where all query heads read all latent heads. Letters: B sequences, T and S
+# positions, D model width, N query heads, L latent heads, C their width, A query rank, H and R the widths
+# of a head without and with rotary position ([docs/notation.md](../docs/notation.md)).
+
+
+# %%
+def mlra_4(attention, x_BTD):
+    """The layer's output [B, T, D] and its attention weights [L, B, N, T, S], from the module's parameters."""
+    a, base, positions = attention.sizes, attention.config.rope_base, jnp.arange(x_BTD.shape[1])
+    q_BTA = attention.q_norm(x_BTD @ attention.w_qa[...]) * attention.q_scale
+    q_BTNE = jnp.einsum("BTA,ANE->BTNE", q_BTA, attention.w_qb[...])
+    q_nope, q_rope = q_BTNE[..., : a.d_nope], rotate(q_BTNE[..., a.d_nope :], positions, base)
+    latent_BSLC = (
+        attention.kv_norm(jnp.einsum("BSD,DLC->BSLC", x_BTD, attention.w_kva[...])) * attention.kv_scale
+    )
+    k_rope_BSR = rotate(x_BTD @ attention.w_kr[...], positions, base)
+
+    k_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uk[...])
+    v_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uv[...])
+    scores = jnp.einsum("BTNH,LBSNH->LBNTS", q_nope, k_LBSNH) + jnp.einsum(
+        "BTNR,BSR->BNTS", q_rope, k_rope_BSR
+    )
+    causal = positions[:, None] >= positions
+    weights = jax.nn.softmax(jnp.where(causal, scores * attention.softmax_scale, -jnp.inf), axis=-1)
+    y_BTNH = jnp.einsum("LBNTS,LBSNH->BTNH", weights, v_LBSNH) * attention.branch_scale
+    return jnp.einsum("BTNH,NHD->BTD", y_BTNH, attention.output.w_o[...]), weights
+
+
+# %% [markdown]
+# ## Train a small one
+#
+# `tiny` is an MLRA-4 of 1.3 million parameters that reads and writes bytes; the corpus of seven plays, and
+# an eighth held out, comes with the package. Progress is printed as it trains. Run the cell again and it
+# continues from its last checkpoint, or finds that nothing is left to do.
+
+# %%
+config = dataclasses.replace(load_config("tiny"), out="runs/mlra_in_ten_minutes", mesh=mesh)
+micro_batch = max(1, config.data.global_batch // jax.device_count())
+config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
+if QUICK:
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, n_layers=1, d_model=64, d_ff=64),
+        log=dataclasses.replace(config.log, every=1, eval_sequences=8, tensorboard=False),
+        steps=3,
+        compilation_cache="",
+    )
+result = train(config)
+
+# %%
+figure, axes = plt.subplots(figsize=(8, 4))
+draw_run(axes, config.run_dir, "step", smooth=0.0)
+axes.set_xlabel("step")
+axes.set_ylabel("loss (nats per byte)")
+axes.legend()
+plt.show()
+print(f"held-out loss after {result.step} steps: {result.eval_loss} nats per byte")
+
+# %% [markdown]
+# ## Look into it
+#
+# The attention weights of the first layer's first query head, one picture for each latent head that it
+# reads: four softmaxes where MLA has one. The equation above gives what the module does.
+
+# %%
+generator = Generator.from_checkpoint(config.run_dir, mesh=MeshConfig(data=1))
+params = jax.tree.map(jnp.asarray, jax.device_get(result.state.params))
+model = from_params(config.model, unstack_layers(config.model, params))
+text = "ROMEO:\nBut soft, what light"
+tokens = jnp.asarray([generator.tokenizer.encode(text)])
+x_BTD = model.layers[0].attention_norm(model.embedding.encode(tokens))
+output, weights = jax.jit(mlra_4)(model.layers[0].attention, x_BTD)
+expected = jax.jit(lambda attention, x: attention(x))(model.layers[0].attention, x_BTD)
+np.testing.assert_allclose(output, expected, rtol=0, atol=1e-2 * np.abs(expected).max())  # TF32 on GPUs
+
+figure, panels = plt.subplots(1, len(weights), figsize=(16, 4.5))
+for latent, axes in enumerate(panels):
+    axes.imshow(weights[latent, 0, 0], cmap="magma")
+    axes.set_title(f"latent head {latent}")
+    for ticks in (axes.set_xticks, axes.set_yticks):
+        ticks(range(len(text)), [repr(c)[1:-1] for c in text], fontsize=7)
+panels[0].set_ylabel("the byte that looks")
+plt.show()
+
+# %% [markdown]
+# ## Let it write
+#
+# The generator reads the checkpoint. It prefills the cache with the prompt and then makes a token at a
+# time, reading the latents where they lie: `W^UK` is moved to the query and `W^UV` behind the softmax, so
+# that keys and values are never built.
+
+# %%
+prompt = "ROMEO:"
+sampling = Sampling(temperature=0.7)
+print(prompt, end="")
+for event in generator.stream(prompt, max_new_tokens=8 if QUICK else 400, sampling=sampling, seed=1):
+    if isinstance(event, Delta):
+        print(event.text, end="", flush=True)
+    else:
+        stats = event.stats
+print(f"\n\n{stats.cache_bytes_per_device:,} bytes of cache for {stats.cache_tokens_per_row} tokens")
+
+# %% [markdown]
+# With four devices the same call with `mesh=MeshConfig(data=1, tensor=4)` gives each of them one latent
+# head of the cache.
+#
+# Where to go on: [the attention as a library](attention_as_a_library.ipynb), [the paper's own
+# weights](official_weights.ipynb), and the [documentation](../README.md).
