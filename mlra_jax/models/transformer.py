@@ -41,6 +41,19 @@ REMAT_POLICIES = {
 with weights and what attention gives; the MLP's first products and what attention gives; that alone; nothing."""
 
 
+@jax.custom_vjp
+def _backward_together(*args: Any) -> Any:
+    """`args`, none of whose gradients is passed on before all are there."""
+    return args
+
+
+def _forward(*args: Any) -> tuple[Any, None]:
+    return args, None
+
+
+_backward_together.defvjp(_forward, lambda _, gradients: jax.lax.optimization_barrier(gradients))
+
+
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the residual stream is float32."""
 
@@ -126,6 +139,7 @@ class Transformer(nnx.Module):
         if isinstance(self.layers, nnx.List):
             for block in self.layers:
                 graph, state = nnx.split(block)
+                x_BTD, state = _backward_together(x_BTD, state)
                 x_BTD = self._recomputing(graph, prevent_cse=True)(x_BTD, state)
         else:
             layer, stacked = self.scanned_layer()

@@ -7,11 +7,7 @@ Numbers come from the interpreter, on the CPU and with JAX 0.11 or later, and fr
 import dataclasses
 import functools
 import importlib.util
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -299,22 +295,8 @@ def compile_all():
 
 
 @compiles
-def test_compiled_for_h100_nothing_spills(repository):
-    ptxas = importlib.util.find_spec("nvidia")
-    paths = [str(pathlib.Path(p) / "cu13/bin") for p in (ptxas.submodule_search_locations if ptxas else [])]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "PATH": os.pathsep.join([*paths, os.environ["PATH"]]),
-        "PYTHONPATH": os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = "import runpy; runpy.run_path('tests/ops/test_mosaic_gpu.py')['compile_all']()"
-    done = subprocess.run(
-        [sys.executable, "-c", command], env=environment, cwd=repository, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = done.stdout + done.stderr
+def test_compiled_for_h100_nothing_spills(said_by_ptxas):
+    said = said_by_ptxas(__file__)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
     assert len(registers) >= len(COMPILED)
     assert max(registers) <= 232

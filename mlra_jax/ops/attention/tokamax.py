@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,30 @@ def causal_attention(
     # Its Mosaic GPU kernels are for Hopper and later.
     name = "mosaic" if chip.capability >= 90 else "triton"
 
-    def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=name)
 
-    return unchecked(attend)(None, q_BTNH, k_BSKH, v_BSKV)
+    if jax.default_backend() != "gpu":  # compiling for GPUs that are not there
+        attend = _for_absent_device(attend)
+    return unchecked(lambda _, *arrays: attend(*arrays))(None, q_BTNH, k_BSKH, v_BSKV)
+
+
+def _for_absent_device(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend` whose kernels, forward and backward, do not ask whether the default device can run them."""
+    from tokamax.config import cross_compile
+
+    @jax.custom_vjp
+    def call(*arrays: jax.Array) -> jax.Array:
+        with cross_compile(True):
+            return attend(*arrays)
+
+    def forward(*arrays: jax.Array) -> tuple[jax.Array, Any]:
+        with cross_compile(True):
+            return jax.vjp(attend, *arrays)
+
+    def backward(pullback: Any, gradient: jax.Array) -> tuple[jax.Array, ...]:
+        with cross_compile(True):
+            return pullback(gradient)
+
+    call.defvjp(forward, backward)
+    return call
