@@ -204,7 +204,7 @@ class AxisRules:
     def axis_index(self, name: str) -> jax.Array | int:
         """Which part of the logical axis this device holds; 0 where it is not split."""
         axes = self.mesh_axes(name)
-        return jax.lax.axis_index(axes) if axes else 0
+        return jax.lax.axis_index(axes) if self.size(name) > 1 else 0
 
     def vary(self, x: jax.Array, *names: str) -> jax.Array:
         """`x`, said to differ between the devices that split any of `names`: its gradient is summed over them."""

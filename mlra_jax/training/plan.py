@@ -25,7 +25,7 @@ from mlra_jax.models.transformer import REMAT_POLICIES
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
 from mlra_jax.training.costs import Costs, step_costs
 from mlra_jax.training.losses import logit_chunks
-from mlra_jax.training.step import abstract_state
+from mlra_jax.training.step import abstract_state, unrolls_layers
 
 HEADROOM = 0.96
 """Part of a device's memory that a plan may fill; the rest is for fragmentation and what the estimate misses."""
@@ -153,6 +153,9 @@ class Planner:
         config, model, mesh = self.config, self.config.model, self.mesh
         accumulation = config.data.global_batch // (micro_batch * self.n_data)
         layers = self._weights["layers"]
+        # Of layers in a row, each one's gradients are added to the sum when they are there.
+        with jax.set_mesh(mesh):
+            added_at_once = accumulation > 1 and unrolls_layers(model)
         cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
         gathered = 2 * jnp.dtype(model.compute_dtype).itemsize * self._layer_size()  # and their gradients
         tokens = micro_batch * config.data.seq_len // mesh.shape["context"]
@@ -167,7 +170,7 @@ class Planner:
             "parameters": self._bytes(self._state.params),
             "moments": self._bytes((self._state.opt_state, self._state.step)),
             f"{model.compute_dtype} weights": self._bytes(cast),
-            "gradients": self._bytes(self._weights),
+            "gradients": self._bytes(self._weights["embedding"] if added_at_once else self._weights),
             "accumulated gradients": self._float32_bytes() if accumulation > 1 else 0,
             "activations": micro_batch * model.n_layers * self.kept(remat),
             "working space": max(layer, logits),

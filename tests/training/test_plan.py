@@ -100,3 +100,13 @@ def test_resolving_fills_in_what_was_left_open_and_nothing_else(config):
     model = dataclasses.replace(resolved.model, remat="auto")
     data = dataclasses.replace(resolved.data, micro_batch=0)
     assert dataclasses.replace(resolved, model=model, data=data) == open_config
+
+
+def test_of_layers_in_a_row_one_has_gradients_beside_the_sum(config, mesh_of):
+    model = dataclasses.replace(config.model, unroll_layers="yes")
+    in_a_row = planner(dataclasses.replace(config, model=model), mesh_of(1, 1, 1, 1))
+    in_a_loop = planner(config, mesh_of(1, 1, 1, 1))
+    gradients = lambda planner, micro_batch: planner.plan(micro_batch, "full").memory["gradients"]
+    assert gradients(in_a_row, 1) == FLOAT * config.model.vocab_size * WIDTH
+    assert gradients(in_a_loop, 1) > 2 * gradients(in_a_row, 1)
+    assert gradients(in_a_row, 8) == gradients(in_a_loop, 8)  # no sum: one micro-batch is all

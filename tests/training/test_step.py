@@ -8,8 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from mlra_jax.config import GroupedAttentionConfig
 from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.models import cast_weights
+from mlra_jax.models.transformer import REMAT_POLICIES
 from mlra_jax.training import step as step_module
 from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -145,3 +147,47 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
     assert {p.dtype for p in jax.tree.leaves(state.params)} == {np.dtype("bfloat16")}
     assert dtypes
     assert set(dtypes) == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("remat", "attention"),
+    [*((remat, None) for remat in REMAT_POLICIES), ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8))],
+    ids=str,
+)
+def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, config, mesh_of, place):
+    model = dataclasses.replace(config.model, attention=attention or config.model.attention)
+    config = dataclasses.replace(config, model=model, out="")
+    in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
+    mesh = mesh_of(1, 1, 1, 1)
+    expected, expected_history = train(config, mesh, place, 8)
+    state, history = train(dataclasses.replace(config, model=in_a_row), mesh, place, 8)
+    for metrics, reference in zip(history, expected_history, strict=True):
+        assert metrics == pytest.approx(reference, rel=1e-5)
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for p, q in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(p, q, atol=1e-2 * config.optim.lr)  # as between accumulations
+    gradients = lambda state: jax.tree.leaves(optax.tree.get(state.opt_state, "mu"))
+    for p, q in zip(gradients(state), gradients(expected), strict=True):
+        assert np.linalg.norm(p - q) < 1e-3 * np.linalg.norm(q)
+
+
+def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monkeypatch):
+    def unrolled(*sizes, unroll="auto"):
+        with jax.set_mesh(mesh_of(*sizes)):
+            return step_module.unrolls_layers(dataclasses.replace(config.model, unroll_layers=unroll))
+
+    assert not unrolled(2, 1, 1, 1)  # on the CPU
+    assert unrolled(1, 2, 1, 1, unroll="yes")
+    monkeypatch.setattr(step_module, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    assert unrolled(2, 1, 2, 2)
+    assert not unrolled(1, 2, 1, 1)
+    assert not unrolled(1, 1, 1, 1, unroll="no")
+
+
+def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass(config, mesh_of, place):
+    model = dataclasses.replace(config.model, unroll_layers="yes")
+    mesh = mesh_of(1, 1, 1, 1)
+    config = dataclasses.replace(config, model=model)
+    with jax.set_mesh(mesh):
+        program = make_train_step(config).lower(init_state(config), place(mesh, windows(config, 1)[0], 2))
+    assert program.as_text().count("optimization_barrier") == config.model.n_layers

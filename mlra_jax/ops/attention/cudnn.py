@@ -35,6 +35,8 @@ def causal_attention(
         )
     if not (isinstance(q_start, int | np.integer) and q_start == 0) or q_BTNH.shape[1] != k_BSKH.shape[1]:
         raise NotImplementedError("It takes as many queries as keys, from position 0 on.")
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"cuDNN compiles only where the GPU is; this is compiled for a {kind}.")
 
     def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, h - v_width)))
