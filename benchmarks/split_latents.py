@@ -35,7 +35,7 @@ def main() -> None:
 
     config = load_config(args.checkpoint, args.step)
     params = jax.tree.map(np.asarray, lazy_params(args.checkpoint, args.step))
-    data = EvalBatches(config.data, config.model.vocab_size, args.sequences)
+    data = EvalBatches.held_out(config.data, config.model.vocab_size, args.sequences)
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))

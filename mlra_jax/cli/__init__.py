@@ -1,7 +1,7 @@
 """The console commands, and what they share: how a user's mistake is reported.
 
-`mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-prepare`, `mlra-plot`, `mlra-convert` and `mlra-describe` are the `main`
-functions of the modules in this package.
+`mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-evaluate`, `mlra-prepare`, `mlra-plot`, `mlra-convert` and
+`mlra-describe` are the `main` functions of the modules in this package.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ from jax.sharding import Sharding
 
 from mlra_jax.config import DataConfig
 from mlra_jax.data import corpus
-from mlra_jax.data.shards import ArrayShards, DataError, Shards, Split, open_shards
+from mlra_jax.data.shards import NO_TOKEN, ArrayShards, DataError, Shards, Split, open_shards
 from mlra_jax.data.tokenizers import get_tokenizer
 
-IGNORED = -1
+IGNORED = NO_TOKEN
 """Target of a position that has none: it counts neither in the loss nor in the number of tokens."""
 
 Batch = dict[str, jax.Array]
@@ -36,19 +36,22 @@ class Windows:
       shards: The shards in order.
       seq_len: T.
       vocab_size: Ids must be below it.
+      tails: Also take what remains of each shard as a shorter window, if it holds a target.
 
     Raises:
       DataError: there is not a single window, or (also when reading) an id is not below `vocab_size`.
     """
 
-    def __init__(self, shards: Shards, seq_len: int, vocab_size: int):
+    def __init__(self, shards: Shards, seq_len: int, vocab_size: int, *, tails: bool = False):
         self._shards, self._seq_len, self._vocab_size = shards, seq_len, vocab_size
-        self.per_shard = np.array([max(n - 1, 0) // seq_len for n in shards.n_tokens])
+        missing = seq_len - 1 if tails else 0  # targets that a window may lack
+        self.per_shard = np.array([(max(n - 1, 0) + missing) // seq_len for n in shards.n_tokens])
         """Windows in each shard."""
         self._ends = np.cumsum(self.per_shard)
         if not len(self):
+            needed = "two tokens" if tails else f"{seq_len + 1} tokens (data.seq_len + 1)"
             raise DataError(
-                f"No shard holds the {seq_len + 1} tokens (data.seq_len + 1) of one window; the longest of "
+                f"No shard holds the {needed} of one window; the longest of "
                 f"{len(shards.names)}, {shards.names[0]} the first, has {max(shards.n_tokens)}."
             )
         self.read([0])  # a vocabulary that does not fit shows before anything is compiled
@@ -56,12 +59,17 @@ class Windows:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def seq_len(self) -> int:
+        """T."""
+        return self._seq_len
+
     def first_of_shard(self, shard: int) -> int:
         """Number of the shard's first window."""
         return int(self._ends[shard] - self.per_shard[shard])
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The windows with these numbers, int32 [n, T + 1]."""
+        """The windows with these numbers, int32 [n, T + 1]; -1 past the end of a shard."""
         shards = np.searchsorted(self._ends, numbers, side="right")
         starts = (np.asarray(numbers) - self._ends[shards] + self.per_shard[shards]) * self._seq_len
         spans = list(zip(shards.tolist(), starts.tolist(), strict=True))
@@ -82,8 +90,17 @@ def open_windows(config: DataConfig, split: Split, vocab_size: int) -> Windows:
     Raises:
       DataError, ValueError: the data cannot be used; says why.
     """
+    return Windows(open_part(config, split, vocab_size), config.seq_len, vocab_size)
+
+
+def open_part(config: DataConfig, split: Split, vocab_size: int) -> Shards:
+    """The shards of one part of the data of `config`.
+
+    Raises:
+      DataError, ValueError: the data cannot be used; says why.
+    """
     if config.path != "embedded":
-        return Windows(open_shards(config.path, split, config.verify), config.seq_len, vocab_size)
+        return open_shards(config.path, split, config.verify)
     tokenizer = get_tokenizer(config.tokenizer)
     if tokenizer.n_vocab > vocab_size:
         raise DataError(
@@ -91,7 +108,7 @@ def open_windows(config: DataConfig, split: Split, vocab_size: int) -> Windows:
             "the vocabulary must hold them all."
         )
     tokens = corpus.tokens(tokenizer, split)
-    return Windows(ArrayShards([f"the embedded corpus ({split})"], [tokens]), config.seq_len, vocab_size)
+    return ArrayShards([f"the embedded corpus ({split})"], [tokens])
 
 
 class TrainBatches:
@@ -159,7 +176,7 @@ class TrainBatches:
         config = self.config
         assert config.global_batch % accumulation == 0, (config.global_batch, accumulation)
         shape = (accumulation, config.global_batch // accumulation, config.seq_len)
-        place = _Placement(sharding, shape)
+        place = Placement(sharding, shape)
         # Grain numbers what it reads from 0; the step of number k is start_step + k.
         steps = grain.MapDataset.range(start_step, start_step + 2**40)
         options = grain.ReadOptions(
@@ -174,7 +191,7 @@ class TrainBatches:
 class BatchIterator(Iterator[Batch]):
     """Puts host rows on the devices; `close` ends the threads that read ahead."""
 
-    def __init__(self, rows: grain.DatasetIterator, place: _Placement):
+    def __init__(self, rows: grain.DatasetIterator, place: Placement):
         self._rows, self._place = rows, place
 
     def __next__(self) -> Batch:
@@ -193,27 +210,32 @@ class BatchIterator(Iterator[Batch]):
 
 
 class EvalBatches:
-    """The held-out windows of evaluation, always the same: the first of the validation shards.
+    """Consecutive windows of some shards: what is evaluated, always the same.
 
     Args:
-      config: What to read.
-      vocab_size: Ids must be below it.
+      windows: Of the shards.
       n_sequences: Windows wanted; if there are fewer, all of them are taken.
-
-    Raises:
-      DataError, ValueError: the data cannot be used; says why.
+      first: Number of the first one.
     """
 
-    def __init__(self, config: DataConfig, vocab_size: int, n_sequences: int):
-        self.config = config
-        self._windows = open_windows(config, "val", vocab_size)
-        self.n_sequences = min(n_sequences, len(self._windows))
+    def __init__(self, windows: Windows, n_sequences: int, first: int = 0):
+        self._windows, self._first = windows, first
+        self.n_sequences = min(n_sequences, len(windows) - first)
         """Windows in one evaluation."""
 
-    @property
-    def n_tokens(self) -> int:
-        """Targets in one evaluation."""
-        return self.n_sequences * self.config.seq_len
+    @classmethod
+    def held_out(cls, config: DataConfig, vocab_size: int, n_sequences: int) -> EvalBatches:
+        """Those of a run's validation shards.
+
+        Args:
+          config: What to read.
+          vocab_size: Ids must be below it.
+          n_sequences: Windows wanted; if there are fewer, all of them are taken.
+
+        Raises:
+          DataError, ValueError: the data cannot be used; says why.
+        """
+        return cls(open_windows(config, "val", vocab_size), n_sequences)
 
     def device_batches(self, sharding: Sharding, accumulation: int, micro_batch: int) -> Iterator[Batch]:
         """All windows in order, once, on the devices.
@@ -222,19 +244,20 @@ class EvalBatches:
           sharding: Of the arrays, int32 [accumulation, micro_batch, T]. Sequence i of a batch is at
             [i // micro_batch, i % micro_batch].
           accumulation: Micro-batches in a batch.
-          micro_batch: Sequences in one of them. Where the last batch has too few, sequences with targets -1 fill it.
+          micro_batch: Sequences in one of them. Where the last batch has too few, sequences with targets -1 fill it,
+            as they do a window that a shard's end cuts short.
         """
-        place = _Placement(sharding, (accumulation, micro_batch, self.config.seq_len))
+        seq_len = self._windows.seq_len
+        place = Placement(sharding, (accumulation, micro_batch, seq_len))
         for first in range(0, self.n_sequences, accumulation * micro_batch):
             numbers = first + place.sequences
-            windows = np.zeros((len(numbers), self.config.seq_len + 1), np.int32)
+            windows = np.full((len(numbers), seq_len + 1), IGNORED, np.int32)
             real = numbers < self.n_sequences
-            windows[real] = self._windows.read(numbers[real])
-            targets = np.where(real[:, None], windows[:, 1:], IGNORED)
-            yield place(windows[:, :-1], targets)
+            windows[real] = self._windows.read(self._first + numbers[real])
+            yield place(np.maximum(windows[:, :-1], 0), windows[:, 1:])
 
 
-class _Placement:
+class Placement:
     """Lays rows of T tokens out as arrays [accumulation, micro, T] with a sharding; knows which of them it needs here.
 
     Row i of a batch is at [i // micro, i % micro].

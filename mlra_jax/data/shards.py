@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -27,6 +27,8 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_ID = 2**16 - 1
+NO_TOKEN = -1
+"""Stands for what is past the end of a shard."""
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
@@ -137,7 +139,10 @@ class Shards(Protocol):
         """Tokens in each shard."""
 
     def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
-        """Tokens `start` to `start + length` of each span (shard, start), int32 [n_spans, length]."""
+        """Tokens `start` to `start + length` of each span (shard, start), int32 [n_spans, length].
+
+        Past a shard's end they are `NO_TOKEN`.
+        """
 
 
 class ArrayShards:
@@ -151,7 +156,7 @@ class ArrayShards:
     def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
         out = np.empty((len(spans), length), np.int32)
         for row, (shard, start) in zip(out, spans, strict=True):
-            row[:] = self._arrays[shard][start : start + length]
+            _fill(row, self._arrays[shard][start : start + length])
         return out
 
 
@@ -166,17 +171,23 @@ class RemoteShards:
     def read(self, spans: Sequence[tuple[int, int]], length: int) -> np.ndarray:
         paths = [self._paths[shard] for shard, _ in spans]
         starts = [HEADER_BYTES + TOKEN_BYTES * start for _, start in spans]
-        ends = [start + TOKEN_BYTES * length for start in starts]
+        counts = [min(length, self.n_tokens[shard] - start) for shard, start in spans]
+        ends = [start + TOKEN_BYTES * count for start, count in zip(starts, counts, strict=True)]
         out = np.empty((len(spans), length), np.int32)
         chunks = self._fs.cat_ranges(paths, starts, ends)
-        for row, (shard, start), chunk in zip(out, spans, chunks, strict=True):
-            where = f"{self.names[shard]}, tokens {start} to {start + length}"
+        for row, (shard, start), count, chunk in zip(out, spans, counts, chunks, strict=True):
+            where = f"{self.names[shard]}, tokens {start} to {start + count}"
             if isinstance(chunk, Exception):
                 raise DataError(f"Reading {where} failed with {type(chunk).__name__}: {chunk}.") from chunk
-            if len(chunk) != TOKEN_BYTES * length:
+            if len(chunk) != TOKEN_BYTES * count:
                 raise DataError(f"{where}: got {len(chunk)} bytes; the shard changed while it was in use.")
-            row[:] = np.frombuffer(chunk, "<u2")
+            _fill(row, np.frombuffer(chunk, "<u2"))
         return out
+
+
+def _fill(row: np.ndarray, tokens: np.ndarray) -> None:
+    row[: len(tokens)] = tokens
+    row[len(tokens) :] = NO_TOKEN
 
 
 def header_fault(name: str, header: bytes, size: int) -> str | None:
@@ -222,22 +233,45 @@ def open_shards(path: str, split: Split, verify: bool = False) -> Shards:
       DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken,
         truncated or corrupted (all of them listed).
     """
+    fs, sizes = _list(path, lambda name: _is_shard(name, split), f"*_{split}_*.bin", _FOLDER)
+    return _open(fs, path, sizes, verify)
+
+
+def open_files(path: str, verify: bool = False) -> Shards:
+    """The shard at `path`, or all `*.bin` of the folder `path` sorted by name, as `open_shards` opens them.
+
+    Raises:
+      DataError: as `open_shards`.
+    """
+    fs, sizes = _list(path, lambda name: name.endswith(".bin"), "*.bin", _FILES)
+    return _open(fs, path, sizes, verify)
+
+
+_FOLDER = "folder {path}; data.path must be a folder of shards"
+_FILES = "file or folder {path}; expected a shard, a folder of shards"
+
+
+def _list(
+    path: str, wanted: Callable[[str], bool], pattern: str, expected: str
+) -> tuple[Any, dict[str, int]]:
+    """(file system, size of each wanted file of a folder, or of the file that `path` is); `expected` if it is none."""
     fs, folder = _filesystem(path)
     try:
         files = fs.ls(folder, detail=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"There is no folder {path}; data.path must be a folder of shards, or `embedded`."
-        ) from error
+        raise DataError(f"There is no {expected.format(path=path)}, or `embedded`.") from error
     except Exception as error:  # network, credentials: whatever the bucket's library raises
         raise DataError(f"Listing {path} failed with {type(error).__name__}: {error}.") from error
-    sizes = {f["name"]: f["size"] for f in files if f["type"] == "file" and _is_shard(f["name"], split)}
-    paths = sorted(sizes)
-    if not paths:
+    sizes = {f["name"]: f["size"] for f in files if f["type"] == "file" and wanted(f["name"])}
+    if not sizes:
         raise DataError(
-            f"{path} holds no *_{split}_*.bin shard ({len(files)} other files); make shards with mlra-prepare."
+            f"{path} holds no {pattern} shard ({len(files)} other files); make shards with mlra-prepare."
         )
+    return fs, sizes
 
+
+def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool) -> Shards:
+    paths = sorted(sizes)
     names = [fs.unstrip_protocol(p) if is_remote(path) else p for p in paths]
     headers = fs.cat_ranges(paths, [0] * len(paths), [min(HEADER_BYTES, sizes[p]) for p in paths])
     faults = []

@@ -57,6 +57,9 @@ class Tokenizer(Protocol):
     def stream(self) -> TextStream:
         """A decoder for one text that arrives token by token."""
 
+    def byte_lengths(self) -> np.ndarray | None:
+        """Bytes of text that each id stands for, int32 [n_vocab], none for the end of text; None: it depends."""
+
 
 def get_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer called `byte` or `gpt2`, or that of a path.
@@ -98,7 +101,10 @@ class _ByteStream:
 
 
 class _BytesOfTokens:
-    """What follows from `token_bytes` alone: decoding, at once or streaming."""
+    """What follows from `token_bytes`: decoding, at once or streaming, and the tokens' lengths."""
+
+    n_vocab: int
+    eot_id: int
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token."""
@@ -109,6 +115,10 @@ class _BytesOfTokens:
 
     def stream(self) -> TextStream:
         return _ByteStream(lambda token: self.token_bytes(int(token)))
+
+    def byte_lengths(self) -> np.ndarray:
+        lengths = [len(self.token_bytes(i)) if i != self.eot_id else 0 for i in range(self.n_vocab)]
+        return np.array(lengths, np.int32)
 
 
 class ByteTokenizer(_BytesOfTokens):
@@ -416,6 +426,18 @@ class JsonTokenizer:
 
     def stream(self) -> TextStream:
         return _PrefixStream(self.decode)
+
+    def byte_lengths(self) -> np.ndarray | None:
+        description = json.loads(self._tokenizer.to_str())
+        if (description["decoder"] or {}).get("type") != "ByteLevel":
+            return None
+        lengths = np.zeros(self.n_vocab, np.int32)
+        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
+            lengths[i] = len(token)  # a character for each byte
+        for added in description["added_tokens"]:
+            lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
+        lengths[self.eot_id] = 0
+        return lengths
 
 
 class _PrefixStream:

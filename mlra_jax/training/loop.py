@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> TrainResult:
         stack.enter_context(jax.set_mesh(mesh))
 
         train_data = TrainBatches(config.data, config.model.vocab_size, config.seed)
-        eval_data = EvalBatches(config.data, config.model.vocab_size, config.log.eval_sequences)
+        eval_data = EvalBatches.held_out(config.data, config.model.vocab_size, config.log.eval_sequences)
 
         abstract = abstract_state(config, mesh)
         train_step, eval_step = make_train_step(config), make_eval_step(config)

@@ -90,6 +90,43 @@ def chunked_cross_entropy(
     return nats, jnp.sum(targets_BT != IGNORED)
 
 
+def token_scores(
+    x_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    dtype: jnp.dtype,
+    rules: AxisRules = TRAIN_RULES,
+    logit_bytes: int = LOGIT_BYTES,
+) -> tuple[jax.Array, jax.Array]:
+    """Each target's log-probability, and whether no other id is more probable; arguments as `chunked_cross_entropy`.
+
+    Returns:
+      Log-probabilities in nats (float32 [B, T], 0 where the target is `IGNORED`), and whether the target is the most
+      probable id (bool [B, T], true where it is `IGNORED`); laid out as the targets. Not differentiable in chunks.
+    """
+
+    def on_device(
+        x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        def step(x_ND: jax.Array, targets_N: jax.Array) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
+            ignored_N = targets_N == IGNORED
+            largest_N, normalizer_N, target_N, _ = _normalize(rules, _logits(x_ND, table_VD), targets_N)
+            return (), (
+                jnp.where(ignored_N, 0, target_N - normalizer_N),
+                ignored_N | (target_N == largest_N),
+            )
+
+        chunks = logit_chunks(targets_BT.size, table_VD.shape[0], logit_bytes)
+        _, scores = _over_chunks(step, (), chunks, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
+        return jax.tree.map(lambda s: s.reshape(targets_BT.shape), scores)
+
+    rows = ("batch", "length")
+    return rules.shard_map(on_device, ((*rows, None), ("vocab", None), rows), (rows, rows))(
+        x_BTD.astype(dtype), rules.constrain(table_VD.astype(dtype), "vocab", None), targets_BT
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
     rules: AxisRules, chunks: tuple[int, int], x_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array
@@ -136,14 +173,21 @@ def _nats(
     rules: AxisRules, logits_NV: jax.Array, targets_N: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum of the counted cross-entropies, log-sum-exp [N], and which logit is the target's [N, V]; V a device's own."""
+    _, normalizer_N, target_N, is_target_NV = _normalize(rules, logits_NV, targets_N)
+    nats = jnp.sum(jnp.where(targets_N != IGNORED, normalizer_N - target_N, 0))
+    return nats, normalizer_N, is_target_NV
+
+
+def _normalize(
+    rules: AxisRules, logits_NV: jax.Array, targets_N: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Largest logit, log-sum-exp and target's logit [N], and which is the target's [N, V]; V a device's own."""
     v = logits_NV.shape[1]
     is_target_NV = rules.axis_index("vocab") * v + jnp.arange(v) == targets_N[:, None]
     largest_N = rules.pmax(jnp.max(logits_NV, axis=1), "vocab")
     total_N = rules.psum(jnp.sum(jnp.exp(logits_NV - largest_N[:, None]), axis=1), "vocab")
     target_N = rules.psum(jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=1), "vocab")
-    normalizer_N = largest_N + jnp.log(total_N)
-    nats = jnp.sum(jnp.where(targets_N != IGNORED, normalizer_N - target_N, 0))
-    return nats, normalizer_N, is_target_NV
+    return largest_N, largest_N + jnp.log(total_N), target_N, is_target_NV
 
 
 def _over_chunks(

@@ -107,7 +107,7 @@ def test_what_is_prepared_is_what_training_reads(texts, tmp_path):
     config = DataConfig(path=str(tmp_path / "out"), seq_len=8, global_batch=2, order="sequential")
     rows = TrainBatches(config, 257, seed=0).rows(0)
     assert rows[0].tolist() == [256, *CONTENT[0].encode()][:9]
-    assert EvalBatches(config, 257, 100).n_sequences >= 1
+    assert EvalBatches.held_out(config, 257, 100).n_sequences >= 1
 
 
 def test_an_existing_folder_is_kept_unless_told_otherwise(texts, tmp_path, capsys):

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mlra_jax.config import DataConfig
 from mlra_jax.data.corpus import documents
-from mlra_jax.data.pipeline import EvalBatches, TrainBatches, Windows, _Placement
+from mlra_jax.data.pipeline import EvalBatches, Placement, TrainBatches, Windows
 from mlra_jax.data.shards import ArrayShards, DataError
 
 T = 4
@@ -201,7 +201,7 @@ class OneProcess:
 def test_each_process_reads_just_what_its_devices_hold(shards, data, context, n_processes):
     whole, shape = sharding(data, context), (2, 8, 8)
     devices = whole.mesh.devices.ravel().reshape(n_processes, -1)
-    parts = [_Placement(OneProcess(whole, own), shape).sequences.tolist() for own in devices]
+    parts = [Placement(OneProcess(whole, own), shape).sequences.tolist() for own in devices]
     shared = min(n_processes, data)  # processes beyond the data axis need the same rows as a neighbor
     assert all(len(part) == 16 // shared for part in parts)
     assert set().union(*parts) == set(range(16))
@@ -223,7 +223,7 @@ layout = NamedSharding(mesh, P(None, "data", "context"))
 config = DataConfig(path=path, seq_len=4, global_batch=16)
 with TrainBatches(config, 60000, seed=1).device_batches(layout, 2, start_step=3) as stream:
     train = next(stream)
-(held_out,) = EvalBatches(config, 60000, 5).device_batches(layout, 2, 4)
+(held_out,) = EvalBatches.held_out(config, 60000, 5).device_batches(layout, 2, 4)
 for batch, name in ((train, "train"), (held_out, "eval")):
     for key, array in batch.items():
         for shard in array.addressable_shards:
@@ -252,7 +252,7 @@ def test_two_processes_of_four_devices_hold_what_one_of_eight_does(shards):
     layout = sharding(4, 2)
     with TrainBatches(c, VOCAB, seed=1).device_batches(layout, 2, start_step=3) as stream:
         train = next(stream)
-    (held_out,) = EvalBatches(c, VOCAB, 5).device_batches(layout, 2, 4)
+    (held_out,) = EvalBatches.held_out(c, VOCAB, 5).device_batches(layout, 2, 4)
     want = [
         str(np.asarray(shard.data).tolist())
         for batch in (train, held_out)
@@ -299,9 +299,8 @@ def test_reading_ahead_is_bounded(shards, monkeypatch):
 @given(n=st.integers(1, 30), accumulation=st.integers(1, 3), micro=st.sampled_from([2, 4, 8]))
 def test_evaluation_covers_the_first_windows_exactly_once(shards, n, accumulation, micro):
     every = windows_of(LENGTHS)
-    held_out = EvalBatches(config(shards), VOCAB, n)
+    held_out = EvalBatches.held_out(config(shards), VOCAB, n)
     assert held_out.n_sequences == min(n, len(every))
-    assert held_out.n_tokens == held_out.n_sequences * T
     for _ in range(2):  # always the same
         inputs, targets = [], []
         for batch in held_out.device_batches(sharding(2), accumulation, micro):
@@ -348,7 +347,7 @@ def test_a_bucket_gives_the_same_batches_as_a_folder(shards):
     with remote.device_batches(sharding(4), 1) as stream:
         for step in range(5):
             np.testing.assert_array_equal(next(stream)["targets"][0], local.rows(step)[:, 1:])
-    assert EvalBatches(config("memory://pipeline"), VOCAB, 9).n_sequences == 9
+    assert EvalBatches.held_out(config("memory://pipeline"), VOCAB, 9).n_sequences == 9
     fs.rm("/pipeline", recursive=True)
 
 
@@ -360,7 +359,7 @@ def test_embedded_corpus_is_the_plays_with_end_of_text_first():
     assert rows[0].tolist() == [256, *text[:100]]
     assert rows[2].tolist() == list(text[199:300])
     layout = sharding(1)
-    (batch,) = EvalBatches(c, 257, 4).device_batches(layout, 1, 4)
+    (batch,) = EvalBatches.held_out(c, 257, 4).device_batches(layout, 1, 4)
     assert bytes(np.asarray(batch["targets"])[0].ravel().tolist()) == documents("val")[0].encode()[:400]
 
 

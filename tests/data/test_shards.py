@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.data.shards import HEADER_BYTES, DataError, ShardWriter, header_fault, open_shards
+from mlra_jax.data.shards import HEADER_BYTES, DataError, ShardWriter, header_fault, open_files, open_shards
 
 
 def write(folder, tokens, split="train", shard_tokens=10**8, name="text"):
@@ -166,6 +166,23 @@ def test_local_and_bucket_shards_read_the_same_spans(tmp_path, bucket):
     assert local.read(spans, 93).dtype == np.int32
     np.testing.assert_array_equal(local.read(spans, 93), remote.read(spans, 93))
     assert local.read([], 93).shape == remote.read([], 93).shape == (0, 93)
+    past_the_end = [(3, 98), (0, 299), (3, 0)]
+    np.testing.assert_array_equal(local.read(past_the_end, 101), remote.read(past_the_end, 101))
+    assert (local.read(past_the_end, 101) == -1).sum(axis=1).tolist() == [99, 100, 1]
+
+
+def test_a_file_or_a_folder_of_any_shards_can_be_opened(tmp_path, bucket):
+    paths = write(tmp_path, [1, 2, 3], "val") + write(tmp_path, [4, 5, 6, 7], "train", shard_tokens=3)
+    (tmp_path / "readme.txt").write_text("no shard")
+    remote = bucket(paths)
+    for folder in (str(tmp_path), remote):
+        assert sorted(open_files(folder).n_tokens) == [1, 3, 3]
+        (n_tokens,) = open_files(f"{folder}/{paths[2].name}").n_tokens
+        assert n_tokens == 1
+    with pytest.raises(DataError, match=r"no file or folder .*/absent.bin; expected a shard, a folder"):
+        open_files(f"{tmp_path}/absent.bin")
+    with pytest.raises(DataError, match=r"readme.txt holds no \*.bin shard"):
+        open_files(f"{tmp_path}/readme.txt")
 
 
 def test_a_bucket_shard_that_changes_or_vanishes_is_named(tmp_path, bucket):

@@ -48,6 +48,13 @@ def test_byte_tokenizer_has_257_ids_and_the_last_is_end_of_text():
     assert (tokenizer.n_vocab, tokenizer.eot_id) == (257, 256)
     assert tokenizer.decode([*b"a", 256, *b"b"]) == "a<|endoftext|>b"
     assert 256 not in tokenizer.encode("<|endoftext|>")  # what spells a special token is ordinary text
+    assert tokenizer.byte_lengths().tolist() == [1] * 256 + [0]
+
+
+def assert_lengths_add_up(tokenizer, text):
+    lengths = tokenizer.byte_lengths()
+    assert lengths.shape == (tokenizer.n_vocab,)
+    assert lengths[[*tokenizer.encode(text), tokenizer.eot_id]].sum() == len(text.encode())
 
 
 @given(st.lists(st.integers(-3, 400), max_size=40))
@@ -222,6 +229,17 @@ def test_json_tokenizer_round_trips_and_streams(tmp_path):
         assert "".join(pieces) == text
         assert not any("\ufffd" in piece for piece in pieces)
         np.testing.assert_array_equal(tokenizer.encode_batch([text])[0], ids)
+        assert_lengths_add_up(tokenizer, text)
+
+
+@needs("tokenizers")
+def test_a_json_tokenizer_that_is_not_byte_level_has_no_byte_lengths(tmp_path):
+    import tokenizers as library
+
+    trained = library.CharBPETokenizer()
+    trained.train_from_iterator(TEXTS, vocab_size=80, special_tokens=["<|endoftext|>"], show_progress=False)
+    trained.save(str(tmp_path / "t.json"))
+    assert get_tokenizer(str(tmp_path / "t.json")).byte_lengths() is None
 
 
 @needs("tokenizers")

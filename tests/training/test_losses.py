@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from mlra_jax.sharding import TRAIN_RULES
-from mlra_jax.training.losses import IGNORED, chunked_cross_entropy, cross_entropy
+from mlra_jax.training.losses import IGNORED, chunked_cross_entropy, cross_entropy, token_scores
 
 
 def reference(logits: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
@@ -106,3 +107,20 @@ def test_no_array_of_all_logits_exists_in_the_forward_or_backward_pass():
     sizes = {np.prod([int(n) for n in shape.split(",")]) for shape in shapes}
     assert 32 * 512 in sizes, "a chunk's logits"
     assert max(sizes) <= 32 * 512
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 2), (1, 1, 1, 1)], ids=str)
+def test_scores_of_single_targets_are_the_definitions_in_chunks_on_a_mesh(sizes, mesh_of):
+    x, table, targets = problem(4, 8, 6, 16)
+    logits = jnp.einsum("BTD,VD->BTV", x, table)
+    targets[0] = np.argmax(logits[0], axis=-1)
+    expected = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    score = functools.partial(token_scores, dtype=jnp.float32, logit_bytes=4 * 3 * 16 // sizes[2])
+    with jax.set_mesh(mesh_of(*sizes)):
+        rows, width = TRAIN_RULES.spec("batch", "length"), TRAIN_RULES.spec("vocab", "embed")
+        placed = (jax.device_put(v, spec) for v, spec in ((x, rows), (table, width), (targets, rows)))
+        ours, best = jax.jit(score)(*placed)
+        assert ours.sharding.spec == rows
+    np.testing.assert_allclose(ours, np.where(targets == IGNORED, 0, expected), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(best, (targets == IGNORED) | (targets == np.argmax(logits, axis=-1)))
+    assert 8 <= np.sum(best) < best.size

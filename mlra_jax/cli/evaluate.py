@@ -1,0 +1,236 @@
+"""`mlra-evaluate --checkpoint DIR [--data SHARDS ...] [--tasks NAMES]`: perplexity and downstream tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from mlra_jax.cli import command
+from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
+from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.decoding.generator import Generator
+from mlra_jax.decoding.load import decode_devices
+from mlra_jax.distributed import initialize, take_args
+from mlra_jax.evaluation.load import Evaluated, load_evaluated
+from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
+from mlra_jax.evaluation.scoring import Scorer
+from mlra_jax.sharding import check_decode_layout
+from mlra_jax.training.checkpoints import find_step, load_config
+
+ALL_DEVICES = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+    """Measures a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
+
+    Without --data and --tasks: perplexity of the held-out shards of the run. A table goes to standard output. On
+    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
+    --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
+    """
+
+    checkpoint: str
+    """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
+    data: tuple[str, ...] = ()
+    """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out part of the corpus
+    in the package."""
+    tasks: str = ""
+    """Tasks of lm-evaluation-harness with commas between them; `paper`: the paper's seven. Needs the extra `eval`."""
+    step: int | None = None
+    """Checkpoint after so many updates; default: the latest."""
+    mesh: MeshConfig = ALL_DEVICES
+    """The devices, as in training; default: all of them, with different sequences."""
+    protocol: Protocol = "exact"
+    """exact: every token of a shard but its first is predicted; paper: whole batches of six windows, at most 1e8
+    tokens."""
+    seq_len: int = 0
+    """Tokens of a window, and most tokens of a task's sequence; 0: as in training."""
+    batch_size: int = 8
+    """Sequences that each data-parallel device (data x fsdp) takes at a time."""
+    verify: bool = False
+    """Compare the shards' tokens with their checksums first."""
+    fewshot: int = 0
+    """Examples that tasks put before each question."""
+    limit: int | None = None
+    """Evaluate so many documents of each task, to try out."""
+    task_folder: str = ""
+    """Folder of further tasks, as YAML files."""
+    tokenizer: str = ""
+    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    json: str = ""
+    """File for the results, as JSON."""
+    compilation_cache: str | None = None
+    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+
+
+def _harness() -> Any:
+    try:
+        from mlra_jax.evaluation import harness
+    except ImportError as error:
+        raise ConfigError(
+            [f"--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]' ({error})."]
+        ) from error
+    return harness
+
+
+def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
+    """Of the tokenizer; None, with a remark, if it is not here or does not say."""
+    name = args.tokenizer or config.data.tokenizer
+    try:
+        lengths = get_tokenizer(name).byte_lengths()
+        reason = "its tokens have no fixed bytes"
+    except ValueError as error:
+        if args.tokenizer:
+            raise
+        lengths, reason = None, str(error).rstrip(".")
+    if lengths is None:
+        _say(f"note: no bits per byte, for the tokenizer {name}: {reason}.")
+    elif len(lengths) > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"The tokenizer {name} has {len(lengths)} ids, the model's vocabulary {config.model.vocab_size}; name "
+                "the tokenizer that the model was trained with."
+            ]
+        )
+    return lengths
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def table(rows: Sequence[Sequence[str]], n_texts: int = 1) -> str:
+    """Rows of cells, the first one the header, as Markdown; the columns after the first `n_texts` end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    pad = lambda i, cell: cell.ljust(widths[i]) if i < n_texts else cell.rjust(widths[i])
+    lines = ["| " + " | ".join(pad(i, cell) for i, cell in enumerate(row)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < n_texts else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def perplexity_table(results: Sequence[Perplexity]) -> str:
+    """A line for each shard, and one for their plain mean."""
+    number = lambda value, digits=4: "" if value is None else f"{value:.{digits}f}"
+    rows = [("shard", "tokens", "nats/token", "perplexity", "bits/byte")]
+    for r in results:
+        rows.append(
+            (
+                r.name,
+                f"{r.tokens:,}",
+                number(r.nats_per_token),
+                number(r.perplexity, 3),
+                number(r.bits_per_byte),
+            )
+        )
+    if len(results) > 1:
+        m = mean(results)
+        rows.append(
+            ("mean", "", number(m["nats_per_token"]), number(m["perplexity"], 3), number(m["bits_per_byte"]))
+        )
+    return table(rows)
+
+
+def task_table(results: dict[str, dict[str, float]], average: float | None) -> str:
+    """A line for each metric of each task, and the paper's average if there is one."""
+    rows = [("task", "metric", "value", "standard error")]
+    for task, metrics in results.items():
+        for name, value in metrics.items():
+            if not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr")
+                rows.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+    if average is not None:
+        rows.append(("the paper's average", "%", f"{average:.2f}", ""))
+    return table(rows, n_texts=2)
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Evaluates and prints; returns the exit status."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
+    distributed, argv = take_args(argv)
+    args = tyro.cli(EvaluateArgs, args=argv, prog="mlra-evaluate")
+    initialize(distributed)
+
+    # Everything that can be refused is refused here, before parameters are read.
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    checkpoint = str(find_step(args.checkpoint, args.step))
+    config = load_config(checkpoint)
+    seq_len = args.seq_len or config.data.seq_len
+    if args.fewshot < 0 or (args.limit is not None and args.limit < 1):
+        raise ConfigError(
+            [f"--fewshot {args.fewshot} must not be negative, --limit {args.limit} at least 1."]
+        )
+    out = Path(args.json).expanduser()
+    if args.json and (out.is_dir() or not out.parent.is_dir()):
+        raise ConfigError([f"--json {args.json} must be a file in a folder that exists."])
+    parts: list[Part] = []
+    byte_lengths = None
+    if args.data or not names:
+        data = dataclasses.replace(config.data, seq_len=seq_len, verify=args.verify)
+        data = dataclasses.replace(data, tokenizer=args.tokenizer or data.tokenizer)
+        parts = open_parts(args.data, data, config.model.vocab_size, args.protocol)
+        byte_lengths = _byte_lengths(args, config)
+    tasks = None
+    if names:
+        harness = _harness()
+        tokenizer = get_tokenizer(args.tokenizer or config.data.tokenizer)
+        tasks = harness.load_tasks(names, args.task_folder)
+        if tasks.generates:
+            check_decode_layout(config.model, args.mesh.resolve(len(decode_devices(args.mesh))))
+    cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+
+    model = load_evaluated(checkpoint, args.mesh, seq_len=seq_len, batch_size=args.batch_size)
+    first = jax.process_index() == 0
+    report: dict[str, Any] = _describe(args, checkpoint, model)
+    if parts:
+        results = list(evaluate(model, parts, byte_lengths, progress=first))
+        report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
+        if first:
+            print(perplexity_table(results), flush=True)
+    if tasks is not None:
+        make_generator = lambda: Generator.from_checkpoint(
+            checkpoint, mesh=args.mesh, tokenizer=args.tokenizer
+        )
+        adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
+        scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
+        report["tasks"] = scores
+        average = harness.paper_average(scores)
+        if average is not None:
+            report["paper_average"] = average
+        if first:
+            print(task_table(scores, average), flush=True)
+    if args.json and first:
+        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _describe(args: EvaluateArgs, checkpoint: str, model: Evaluated) -> dict[str, Any]:
+    """What was measured, and how."""
+    return {
+        "checkpoint": checkpoint,
+        "name": model.config.name,
+        "protocol": args.protocol,
+        "seq_len": model.seq_len,
+        "batch_size": model.batch_size,
+        "mesh": dict(model.mesh.shape),
+        "device": model.mesh.devices.flat[0].device_kind,
+        "compute_dtype": model.config.model.compute_dtype,
+        "fewshot": args.fewshot,
+        "limit": args.limit,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

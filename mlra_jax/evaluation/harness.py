@@ -1,0 +1,252 @@
+"""The tasks of lm-evaluation-harness (`pip install 'mlra_jax[eval]'`), scored and generated on a mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+
+from mlra_jax.config import ConfigError
+from mlra_jax.data.tokenizers import Tokenizer
+from mlra_jax.decoding.generator import GenerationOptions, Generator
+from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.evaluation.scoring import Scorer, rolling_windows
+
+LOCAL_TASKS = Path(__file__).parent / "tasks"
+"""`mlra_choice` and `mlra_rolling`: small tasks whose data is here, for trying things out without a network."""
+
+PAPER_TASKS = {
+    "arc_easy": "acc_norm",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+    "boolq": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "piqa": "acc_norm",
+}
+"""The paper's zero-shot tasks, and the metric that it reports of each."""
+
+MAX_NEW_TOKENS = 256
+"""Of a generated text, where its task does not say."""
+
+
+class TaskError(ValueError):
+    """A task that is not known, or whose data cannot be had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSet:
+    """Tasks whose data is here."""
+
+    loaded: dict[str, Any]
+    """As lm-evaluation-harness's `TaskManager.load` gives them."""
+    manager: TaskManager
+    """That knows them."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether a task has texts generated."""
+        return any(t.get_config("output_type") == "generate_until" for t in self.loaded["tasks"].values())
+
+    @property
+    def specs(self) -> list[Any]:
+        """What `simple_evaluate` takes: groups, and the tasks that are in none."""
+        groups = self.loaded["groups"]
+        inner = {name for names in self.loaded["group_map"].values() for name in names}
+        grouped = {t.task_name for group in groups.values() for t in group.get_all_tasks()}
+        tasks = [task for name, task in self.loaded["tasks"].items() if name not in grouped]
+        return [group for name, group in groups.items() if name not in inner] + tasks
+
+
+def load_tasks(names: Sequence[str], folder: str = "") -> TaskSet:
+    """Finds tasks, and fetches the data of those that need it.
+
+    Args:
+      names: tasks, groups or tags; `paper` stands for those of `PAPER_TASKS`.
+      folder: of further tasks, as YAML files; empty: none.
+
+    Raises:
+      TaskError: there is no such task, or its data could not be fetched or read.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells what it does in many lines
+    if folder and not Path(folder).is_dir():
+        raise TaskError(f"There is no folder {folder}; --task-folder takes one with YAML files of tasks.")
+    wanted = list(itertools.chain.from_iterable(PAPER_TASKS if n == "paper" else [n] for n in names))
+    folders = [LOCAL_TASKS, *([Path(folder)] if folder else [])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not set(wanted) <= set(manager.all_tasks):  # reading the harness's own thousands takes seconds
+        manager = TaskManager(include_path=folders)
+    unknown = [name for name in dict.fromkeys(wanted) if name not in manager.all_tasks]
+    if unknown:
+        close = {n for name in unknown for n in difflib.get_close_matches(name, manager.all_tasks, 3)}
+        hint = f"did you mean {', '.join(sorted(close))}?" if close else "`lm-eval ls tasks` lists them."
+        raise TaskError(f"lm-evaluation-harness knows no task {', '.join(unknown)}; {hint}")
+    try:
+        return TaskSet(manager.load(list(dict.fromkeys(wanted))), manager)
+    except Exception as error:  # whatever the network, the hub, the files or the task's own code raise
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise TaskError(
+            f"The data of {', '.join(wanted)} could not be loaded ({type(error).__name__}: {reason}). Tasks fetch it "
+            "from the Hugging Face hub: check the network, or fill its cache elsewhere and copy it (HF_HOME). "
+            "mlra_choice and mlra_rolling need no network."
+        ) from error
+
+
+class HarnessModel(TemplateLM):
+    """What lm-evaluation-harness asks of a model.
+
+    Every process of a cluster runs the harness alike; to it they look like one.
+
+    Args:
+      scorer: that computes log-likelihoods.
+      tokenizer: of the model.
+      make_generator: gives what generates texts, when the first one is wanted.
+      progress: whether to show bars, if standard error is a terminal.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: Tokenizer,
+        make_generator: Callable[[], Generator],
+        *,
+        progress: bool = False,
+    ):
+        super().__init__()
+        self._scorer, self._tokenizer, self._progress = scorer, tokenizer, progress
+        self._generator = functools.cache(make_generator)
+        self.max_length = scorer.model.seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        """What precedes a text without a context."""
+        return self._tokenizer.eot_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of `string`; no special tokens are added, whatever is asked for."""
+        return self._tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        return list(self._scorer.score(pairs, progress=self._progress))
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, its first token after an end of text."""
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        cut = [list(rolling_windows(ids, self.prefix_token_id, self.max_length)) for ids in texts]
+        scores = iter(self._scorer.score([pair for pairs in cut for pair in pairs], progress=self._progress))
+        return [sum(next(scores).log_likelihood for _ in pairs) for pairs in cut]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """A completion of each text by the decode engine; prompts that are too long lose their beginning."""
+        by_options: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
+        texts = [""] * len(requests)
+        for described, members in by_options.items():
+            options = generation_options(
+                json.loads(described), self.max_length, self._scorer.model.batch_size
+            )
+            prompts = [requests[i].args[0] for i in members]
+            for i, text in zip(members, self._generator().generate(prompts, options), strict=True):
+                texts[i] = text
+        return texts
+
+
+def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> GenerationOptions:
+    """Our options for a task's `generation_kwargs`.
+
+    Raises:
+      ConfigError: a value is not legal, or leaves no room for a prompt.
+    """
+    lengths = (asked.get(key) for key in ("max_gen_toks", "max_new_tokens", "max_tokens"))
+    max_new_tokens = next((int(n) for n in lengths if n is not None), min(MAX_NEW_TOKENS, max_len // 2))
+    if max_new_tokens >= max_len:
+        raise ConfigError(
+            [
+                f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
+                "--seq-len."
+            ]
+        )
+    until = asked.get("until") or ()
+    temperature = float(asked.get("temperature") or 0)
+    # Tasks tend to say how to sample, and then that it is not wanted.
+    sampling = Sampling()
+    if asked.get("do_sample", temperature > 0) and temperature > 0:
+        sampling = Sampling(
+            temperature,
+            int(asked.get("top_k") or 0),
+            float(asked.get("top_p") or 1),
+            float(asked.get("min_p") or 0),
+        )
+    return GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=tuple(s for s in ([until] if isinstance(until, str) else until) if s),
+        max_len=max_len,
+        overflow="truncate-left",
+        batch_size=batch_size,
+    )
+
+
+def run_tasks(
+    model: HarnessModel, tasks: TaskSet, *, num_fewshot: int | None = 0, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """Results of each task and group: its metrics, with standard errors where the harness has them.
+
+    Args:
+      model: that is evaluated.
+      tasks: see `load_tasks`.
+      num_fewshot: examples before each question; None: as each task says.
+      limit: evaluate so many documents of each task, to try out; None: all.
+    """
+    # Standard output is for results. The harness would fork processes to bootstrap, which JAX's threads do not survive.
+    with contextlib.redirect_stdout(sys.stderr), _environment(DISABLE_MULTIPROC="1"):
+        found = simple_evaluate(
+            model=model,
+            tasks=tasks.specs,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=tasks.manager,
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    names = lambda values: {k.removesuffix(",none"): v for k, v in values.items() if k != "alias"}
+    numbers = lambda values: {k: v for k, v in names(values).items() if isinstance(v, int | float)}
+    return {task: numbers(values) for task, values in found["results"].items()}
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def paper_average(results: dict[str, dict[str, float]]) -> float | None:
+    """Mean of the paper's metrics over its seven tasks, in per cent; None if one was not evaluated."""
+    if not results.keys() >= PAPER_TASKS.keys():
+        return None
+    return 100 * sum(results[task][metric] for task, metric in PAPER_TASKS.items()) / len(PAPER_TASKS)

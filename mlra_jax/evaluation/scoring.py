@@ -1,0 +1,140 @@
+"""Log-likelihoods of continuations, in padded batches on a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from mlra_jax.data.pipeline import IGNORED, Placement
+from mlra_jax.evaluation.load import Evaluated
+from mlra_jax.models import from_params
+from mlra_jax.training.losses import token_scores
+
+SHORTEST = 64
+"""Tokens to which the shortest sequences are padded; a program is compiled for this and each doubling up to T."""
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Ids of a context, and of what continues it."""
+
+
+class Score(NamedTuple):
+    """What a model says of a continuation."""
+
+    log_likelihood: float
+    """Sum of its tokens' log-probabilities, nats."""
+    is_greedy: bool
+    """Whether each token is the most probable one after those before it."""
+
+
+def rolling_windows(ids: Sequence[int], prefix: int, seq_len: int) -> Iterator[Pair]:
+    """Cuts a text into pairs in which each of its tokens is scored once, `seq_len` at a time.
+
+    The first token is predicted from `prefix`; the last pair, which has fewer to score, looks back as far as it can.
+    """
+    sequence = [prefix, *ids]
+    for start in range(0, len(ids), seq_len):
+        end = min(start + seq_len, len(ids))
+        yield sequence[max(0, end - seq_len) : start + 1], sequence[start + 1 : end + 1]
+
+
+class Scorer:
+    """Scores continuations with one model; every process of a cluster calls it alike and gets the same.
+
+    Args:
+      model: on its mesh.
+    """
+
+    def __init__(self, model: Evaluated):
+        self.model = model
+        self._sharding = model.batch_sharding
+
+        def step(
+            params: dict[str, Any], inputs_BT: jax.Array, targets_BT: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            transformer = from_params(model.config.model, params)
+            nats_BT, best_BT = token_scores(
+                transformer.hidden(inputs_BT),
+                params["embedding"]["table"],
+                targets_BT,
+                dtype=transformer.embedding.compute_dtype,
+                rules=transformer.rules,
+            )
+            whole = lambda x: transformer.rules.constrain(x, None)
+            return whole(jnp.sum(nats_BT, axis=1)), whole(jnp.all(best_BT, axis=1))
+
+        self._step = jax.jit(step)
+
+    def padded_length(self, n: int) -> int:
+        """Tokens to which a sequence of `n` inputs is padded."""
+        doubled = SHORTEST * 2 ** max(0, math.ceil(math.log2(n / SHORTEST)))
+        context = self.model.mesh.shape["context"]
+        return min(-(-doubled // context) * context, self.model.seq_len)
+
+    def score(self, pairs: Sequence[Pair], *, progress: bool = False) -> list[Score]:
+        """The score of each pair's continuation after its context, in the order given.
+
+        Sequences are padded to one of few lengths, and batches are made of those of one length. A context that is too
+        long loses its beginning.
+
+        Args:
+          pairs: contexts of at least one token, continuations of at most T.
+          progress: whether to show a bar, if standard error is a terminal.
+
+        Raises:
+          ValueError: a context is empty, a continuation does not fit, or an id is not in the vocabulary.
+        """
+        seq_len, vocab_size = self.model.seq_len, self.model.config.model.vocab_size
+        by_length: dict[int, list[int]] = {}
+        sequences = []
+        for i, (context, continuation) in enumerate(pairs):
+            if not context or len(continuation) > seq_len:
+                raise ValueError(
+                    f"Sequence {i} has {len(context)} tokens of context and {len(continuation)} to score; the first "
+                    f"must be at least 1, the second at most seq_len={seq_len}."
+                )
+            sequence = np.array([*context, *continuation][-(seq_len + 1) :])
+            if sequence.min() < 0 or sequence.max() >= vocab_size:
+                raise ValueError(f"Sequence {i} holds ids that are not from 0 to {vocab_size - 1}.")
+            sequences.append(sequence)
+            if continuation:
+                by_length.setdefault(self.padded_length(len(sequence) - 1), []).append(i)
+
+        scores = [Score(0.0, True)] * len(pairs)
+        bar = tqdm(total=len(pairs), unit="seq", dynamic_ncols=True, disable=None if progress else True)
+        with bar, jax.set_mesh(self.model.mesh):
+            pending: tuple[list[int], Any] | None = None
+            for length in sorted(by_length, reverse=True):  # what does not fit the memory shows at once
+                members = by_length[length]
+                rows = self.model.rows(len(members))
+                for start in range(0, len(members), rows):
+                    chosen = members[start : start + rows]
+                    inputs = np.zeros((rows, length), np.int32)
+                    targets = np.full((rows, length), IGNORED, np.int32)
+                    for row, i in enumerate(chosen):
+                        n, n_scored = len(sequences[i]) - 1, len(pairs[i][1])
+                        inputs[row, :n] = sequences[i][:-1]
+                        targets[row, n - n_scored : n] = sequences[i][n + 1 - n_scored :]
+                    place = Placement(self._sharding, (1, rows, length))
+                    batch = place(inputs[place.sequences], targets[place.sequences])
+                    # The next batch is started before this one is waited for.
+                    ahead = chosen, self._step(self.model.params, batch["inputs"][0], batch["targets"][0])
+                    self._collect(pending, scores, bar)
+                    pending = ahead
+            self._collect(pending, scores, bar)
+        return scores
+
+    def _collect(self, pending: tuple[list[int], Any] | None, scores: list[Score], bar: tqdm) -> None:
+        if pending is None:
+            return
+        chosen, results = pending
+        for i, total, greedy in zip(
+            chosen, *jax.device_get(results), strict=False
+        ):  # rows past them are padding
+            scores[i] = Score(float(total), bool(greedy))
+        bar.update(len(chosen))
