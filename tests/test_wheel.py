@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("convert", "decode", "describe", "evaluate", "plot", "prepare", "train")
+COMMANDS = ("convert", "decode", "describe", "evaluate", "plan", "plot", "prepare", "train")
 
 
 @pytest.fixture(scope="module")

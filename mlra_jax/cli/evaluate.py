@@ -18,15 +18,11 @@ from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import Generator
-from mlra_jax.decoding.load import decode_devices
 from mlra_jax.distributed import initialize, take_args
-from mlra_jax.evaluation.load import Evaluated, load_evaluated
+from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.sharding import check_decode_layout
-from mlra_jax.training.checkpoints import find_step, load_config
-
-ALL_DEVICES = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +159,10 @@ def main(argv: Sequence[str]) -> int:
 
     # Everything that can be refused is refused here, before parameters are read.
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    checkpoint = str(find_step(args.checkpoint, args.step))
-    config = load_config(checkpoint)
-    seq_len = args.seq_len or config.data.seq_len
+    plan = plan_evaluation(
+        args.checkpoint, args.mesh, seq_len=args.seq_len, batch_size=args.batch_size, step=args.step
+    )
+    config = plan.config
     if args.fewshot < 0 or (args.limit is not None and args.limit < 1):
         raise ConfigError(
             [f"--fewshot {args.fewshot} must not be negative, --limit {args.limit} at least 1."]
@@ -176,8 +173,8 @@ def main(argv: Sequence[str]) -> int:
     parts: list[Part] = []
     byte_lengths = None
     if args.data or not names:
-        data = dataclasses.replace(config.data, seq_len=seq_len, verify=args.verify)
-        data = dataclasses.replace(data, tokenizer=args.tokenizer or data.tokenizer)
+        tokenizer_name = args.tokenizer or config.data.tokenizer
+        data = dataclasses.replace(config.data, tokenizer=tokenizer_name, verify=args.verify)
         parts = open_parts(args.data, data, config.model.vocab_size, args.protocol)
         byte_lengths = _byte_lengths(args, config)
     tasks = None
@@ -186,14 +183,14 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = get_tokenizer(args.tokenizer or config.data.tokenizer)
         tasks = harness.load_tasks(names, args.task_folder)
         if tasks.generates:
-            check_decode_layout(config.model, args.mesh.resolve(len(decode_devices(args.mesh))))
+            check_decode_layout(config.model, plan.sizes)
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
 
-    model = load_evaluated(checkpoint, args.mesh, seq_len=seq_len, batch_size=args.batch_size)
+    model = plan.load()
     first = jax.process_index() == 0
-    report: dict[str, Any] = _describe(args, checkpoint, model)
+    report: dict[str, Any] = _describe(args, plan.checkpoint, model)
     if parts:
         results = list(evaluate(model, parts, byte_lengths, progress=first))
         report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
@@ -201,7 +198,7 @@ def main(argv: Sequence[str]) -> int:
             print(perplexity_table(results), flush=True)
     if tasks is not None:
         make_generator = lambda: Generator.from_checkpoint(
-            checkpoint, mesh=args.mesh, tokenizer=args.tokenizer
+            plan.checkpoint, mesh=plan.sizes, tokenizer=args.tokenizer
         )
         adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
         scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)

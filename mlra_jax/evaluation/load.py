@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from mlra_jax.decoding.load import decode_devices
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.checkpoints import find_step, load_config, load_params
 from mlra_jax.training.step import abstract_state
+
+ALL_DEVICES = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +49,41 @@ class Evaluated:
         return self.n_data_shards * min(self.batch_size, -(-n // self.n_data_shards))
 
 
-def load_evaluated(
+@dataclasses.dataclass(frozen=True)
+class EvaluationPlan:
+    """A checkpoint that fits a mesh; nothing has been allocated yet."""
+
+    checkpoint: str
+    """Folder of one step."""
+    config: TrainConfig
+    """Of the run that made it, with the T of the evaluation."""
+    sizes: MeshConfig
+    """Resolved."""
+    devices: Sequence[jax.Device]
+    """So many."""
+    batch_size: int
+    """See `Evaluated`."""
+
+    def load(self) -> Evaluated:
+        """Reads the parameters onto the mesh, in the type in which they are stored.
+
+        Raises:
+          CheckpointError: they are damaged, or not those of the configuration.
+        """
+        mesh = make_mesh(self.sizes, self.devices)
+        params = load_params(self.checkpoint, abstract_state(self.config, mesh).params)
+        return Evaluated(self.config, params, mesh, self.config.data.seq_len, self.batch_size)
+
+
+def plan_evaluation(
     checkpoint: str,
-    mesh: MeshConfig,
+    mesh: MeshConfig = ALL_DEVICES,
     *,
     seq_len: int = 0,
     batch_size: int = 8,
     step: int | None = None,
-) -> Evaluated:
-    """Reads a checkpoint's parameters onto a mesh, in the type in which they are stored.
+) -> EvaluationPlan:
+    """Checks that a checkpoint's model and its batches fit a mesh.
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
@@ -64,23 +93,25 @@ def load_evaluated(
       step: updates made by the checkpoint; None: the latest.
 
     Raises:
-      ConfigError: mesh, devices, model and sequences do not fit together; nothing has been allocated then.
-      CheckpointError: there is no such checkpoint, or its parameters are not those of its configuration.
+      ConfigError: mesh, devices, model and sequences do not fit together.
+      CheckpointError: there is no such checkpoint.
     """
     if seq_len < 0 or batch_size < 1:
-        raise ConfigError([f"{seq_len=} must be positive (0: as in training), and {batch_size=} at least 1."])
+        raise ConfigError(
+            [
+                f"seq_len={seq_len} must be positive (0: as in training), and batch_size={batch_size} at least 1."
+            ]
+        )
     folder = str(find_step(checkpoint, step))
     config = load_config(folder)
-    seq_len = seq_len or config.data.seq_len
     devices = decode_devices(mesh)
     sizes = mesh.resolve(len(devices))
     data = dataclasses.replace(
         config.data,
-        seq_len=seq_len,
+        seq_len=seq_len or config.data.seq_len,
         micro_batch=batch_size,
         global_batch=batch_size * sizes.data * sizes.fsdp,
     )
-    check_train_layout(dataclasses.replace(config, data=data), sizes)
-    device_mesh = make_mesh(sizes, devices)
-    params = load_params(folder, abstract_state(config, device_mesh).params)
-    return Evaluated(config, params, device_mesh, seq_len, batch_size)
+    config = dataclasses.replace(config, data=data)
+    check_train_layout(config, sizes)
+    return EvaluationPlan(folder, config, sizes, devices, batch_size)
