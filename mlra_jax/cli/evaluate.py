@@ -141,7 +141,7 @@ def task_table(results: dict[str, dict[str, float]], average: float | None) -> s
     rows = [("task", "metric", "value", "standard error")]
     for task, metrics in results.items():
         for name, value in metrics.items():
-            if not name.endswith("_stderr"):
+            if not name.endswith("_stderr") and name != "sample_len":  # the number of documents
                 error = metrics.get(f"{name}_stderr")
                 rows.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
     if average is not None:
