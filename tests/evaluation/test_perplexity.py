@@ -3,12 +3,16 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlra_jax.config import MeshConfig
 from mlra_jax.data.shards import DataError, ShardWriter
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.evaluation.perplexity import evaluate, mean, open_parts, paper_sequences
+from mlra_jax.evaluation.perplexity import count_bytes, evaluate, mean, open_parts, paper_sequences
+from mlra_jax.sharding import make_mesh
 
 T = 32
 LENGTHS = {"a": 33, "b": 500, "c": 20, "d": 193}
@@ -108,3 +112,9 @@ def test_what_cannot_be_evaluated_is_named(paths, protocol, vocab_size, words, f
     found = [shard(folder, p) if p in LENGTHS else p for p in paths]
     with pytest.raises(DataError, match=words):
         open_parts(found, data, vocab_size, protocol)
+
+
+def test_positions_that_do_not_count_have_no_bytes():
+    targets = jnp.array([[0, -1, 2], [-1, 1, -1]])
+    with jax.set_mesh(make_mesh(MeshConfig(1), jax.devices()[:1])):
+        assert count_bytes(np.array([1, 10, 100], np.int32))(targets) == 111
