@@ -13,6 +13,7 @@ import tyro
 from mlra_jax.cli import convert, describe, plot, prepare
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
+from mlra_jax.cli.evaluate import EvaluateArgs
 from mlra_jax.cli.plan import _take as take_plan_args
 from mlra_jax.distributed import take_args
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "decode": DecodeArgs,
+    "evaluate": EvaluateArgs,
     "prepare": prepare.PrepareArgs,
     "plot": plot.PlotArgs,
     "from-official": convert.FromOfficialArgs,
@@ -72,7 +74,8 @@ def test_the_configuration_page_is_what_the_script_writes():
 def shown_commands():
     """(program, arguments) of each command of ours that a page shows in code."""
     program = (
-        r"(?:python3? (train|decode)\.py|mlra-(train|decode|plan|prepare|plot|describe|convert))\b,? +(.+)"
+        r"(?:python3? (train|decode|evaluate)\.py|"
+        r"mlra-(train|decode|evaluate|plan|prepare|plot|describe|convert))\b,? +(.+)"
     )
     commands = set()
     for page in PAGES:

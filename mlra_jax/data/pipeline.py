@@ -49,9 +49,12 @@ class Windows:
         """Windows in each shard."""
         self._ends = np.cumsum(self.per_shard)
         if not len(self):
-            needed = "two tokens" if tails else f"{seq_len + 1} tokens (data.seq_len + 1)"
+            if tails:
+                raise DataError(
+                    f"{shards.names[0]}: no shard here holds two tokens, one to predict the other."
+                )
             raise DataError(
-                f"No shard holds the {needed} of one window; the longest of "
+                f"No shard holds the {seq_len + 1} tokens (data.seq_len + 1) of one window; the longest of "
                 f"{len(shards.names)}, {shards.names[0]} the first, has {max(shards.n_tokens)}."
             )
         self.read([0])  # a vocabulary that does not fit shows before anything is compiled

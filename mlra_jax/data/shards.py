@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
@@ -233,7 +233,13 @@ def open_shards(path: str, split: Split, verify: bool = False) -> Shards:
       DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken,
         truncated or corrupted (all of them listed).
     """
-    fs, sizes = _list(path, lambda name: _is_shard(name, split), f"*_{split}_*.bin", _FOLDER)
+    absent = f"There is no folder {path}; data.path must be a folder of shards, or `embedded`."
+    fs, files = _list(path, absent)
+    sizes = {name: size for name, size in files.items() if _is_shard(name, split)}
+    if not sizes:
+        raise DataError(
+            f"{path} holds no *_{split}_*.bin shard ({len(files)} other files); make shards with mlra-prepare."
+        )
     return _open(fs, path, sizes, verify)
 
 
@@ -243,31 +249,25 @@ def open_files(path: str, verify: bool = False) -> Shards:
     Raises:
       DataError: as `open_shards`.
     """
-    fs, sizes = _list(path, lambda name: name.endswith(".bin"), "*.bin", _FILES)
+    fs, files = _list(path, f"There is no file or folder {path}; expected a shard or a folder of shards.")
+    sizes = {name: size for name, size in files.items() if name.endswith(".bin")}
+    if not sizes:
+        raise DataError(
+            f"{path} holds no *.bin shard ({len(files)} other files); make shards with mlra-prepare."
+        )
     return _open(fs, path, sizes, verify)
 
 
-_FOLDER = "folder {path}; data.path must be a folder of shards"
-_FILES = "file or folder {path}; expected a shard, a folder of shards"
-
-
-def _list(
-    path: str, wanted: Callable[[str], bool], pattern: str, expected: str
-) -> tuple[Any, dict[str, int]]:
-    """(file system, size of each wanted file of a folder, or of the file that `path` is); `expected` if it is none."""
+def _list(path: str, absent: str) -> tuple[Any, dict[str, int]]:
+    """(file system, size of each file of a folder, or of the file that `path` is); `absent` says that it is neither."""
     fs, folder = _filesystem(path)
     try:
         files = fs.ls(folder, detail=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"There is no {expected.format(path=path)}, or `embedded`.") from error
+        raise DataError(absent) from error
     except Exception as error:  # network, credentials: whatever the bucket's library raises
         raise DataError(f"Listing {path} failed with {type(error).__name__}: {error}.") from error
-    sizes = {f["name"]: f["size"] for f in files if f["type"] == "file" and wanted(f["name"])}
-    if not sizes:
-        raise DataError(
-            f"{path} holds no {pattern} shard ({len(files)} other files); make shards with mlra-prepare."
-        )
-    return fs, sizes
+    return fs, {f["name"]: f["size"] for f in files if f["type"] == "file"}
 
 
 def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool) -> Shards:

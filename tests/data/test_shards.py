@@ -179,7 +179,7 @@ def test_a_file_or_a_folder_of_any_shards_can_be_opened(tmp_path, bucket):
         assert sorted(open_files(folder).n_tokens) == [1, 3, 3]
         (n_tokens,) = open_files(f"{folder}/{paths[2].name}").n_tokens
         assert n_tokens == 1
-    with pytest.raises(DataError, match=r"no file or folder .*/absent.bin; expected a shard, a folder"):
+    with pytest.raises(DataError, match=r"no file or folder .*/absent.bin; expected a shard or a folder"):
         open_files(f"{tmp_path}/absent.bin")
     with pytest.raises(DataError, match=r"readme.txt holds no \*.bin shard"):
         open_files(f"{tmp_path}/readme.txt")
