@@ -63,7 +63,7 @@ def draw_readers(axes, name, model, n_heads=8):
     axes.axis("off")
 
 
-figure, panels = plt.subplots(1, len(variants), figsize=(14, 2.5))
+figure, panels = plt.subplots(1, len(variants), figsize=(14, 2.5), layout="constrained")
 for axes, (name, model) in zip(panels, variants.items(), strict=True):
     draw_readers(axes, name, model)
 plt.show()
@@ -86,11 +86,13 @@ print("devices " + "".join(f"{n:>7}" for n in devices))
 for name, values in table.items():
     print(f"{name:8}" + "".join(f"{v:>7}" for v in values))
 
-figure, axes = plt.subplots(figsize=(8, 3.5))
+figure, axes = plt.subplots(figsize=(9, 3.5), layout="constrained")
 for i, (name, values) in enumerate(table.items()):
-    axes.bar(np.arange(len(devices)) + (i - 2) * 0.16, values, 0.15, label=name)
+    bars = axes.bar(np.arange(len(devices)) + (i - 2) * 0.17, values, 0.16, label=name)
+    axes.bar_label(bars, fontsize=7)
 axes.set_xticks(range(len(devices)), devices)
 axes.set_yscale("log", base=2)
+axes.set_ylim(bottom=64)
 axes.set_xlabel("devices that split the heads")
 axes.set_ylabel("cached values on each")
 axes.legend(ncols=3)
@@ -183,7 +185,7 @@ output, weights = jax.jit(mlra_4)(model.layers[0].attention, x_BTD)
 expected = jax.jit(lambda attention, x: attention(x))(model.layers[0].attention, x_BTD)
 np.testing.assert_allclose(output, expected, rtol=0, atol=1e-2 * np.abs(expected).max())  # TF32 on GPUs
 
-figure, panels = plt.subplots(1, len(weights), figsize=(16, 4.5))
+figure, panels = plt.subplots(1, len(weights), figsize=(16, 4.5), layout="constrained")
 for latent, axes in enumerate(panels):
     axes.imshow(weights[latent, 0, 0], cmap="magma")
     axes.set_title(f"latent head {latent}")

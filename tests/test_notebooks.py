@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,17 @@ def test_notebook_opens_with_badge_install_cell_and_mesh(make, repository, name)
     for cell in (install, first, *rest):
         if cell["cell_type"] == "code":
             compile(text(cell), name, "exec")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_relative_link_of_a_notebook_leads_somewhere(make, repository, name):
+    folder = repository / "notebooks"
+    text = "\n".join(
+        text for kind, text in make.cells((folder / f"{name}.py").read_text()) if kind == "markdown"
+    )
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (folder / link).exists()]
 
 
 def test_scripts_that_are_no_notebook_are_refused(make):
