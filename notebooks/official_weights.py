@@ -6,7 +6,7 @@
 # it. PyTorch is not needed.
 #
 # The download and the checkpoint take about 11.5 GB of disk each, the conversion less than 2 GB of memory.
-# The model is held in bfloat16, 5.7 GB on the accelerator: a T4 is enough. With `QUICK = True` below, a
+# The model is held in bfloat16, 5.7 GB on the accelerator; a T4 has 16. With `QUICK = True` below, a
 # small model with random weights in the same format stands in, and nothing is downloaded.
 
 # %%
