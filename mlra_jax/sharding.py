@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -55,7 +56,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             NotImplementedError
         ):  # an axis of the mesh is no product of axes of the slice, such as 8 on 4x4x4
             laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-            return Mesh(laid_out, MESH_AXES, axis_types=types)
+        except AssertionError:  # of a TPU v4 whose chips are two devices each, which JAX does not lay out
+            laid_out = np.array(devices).reshape(shape)
+        return Mesh(laid_out, MESH_AXES, axis_types=types)
     between = _slices_along(sizes, n_slices)
     within = tuple(size // n for size, n in zip(shape, between, strict=True))
     laid_out = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
