@@ -212,7 +212,7 @@ def test_mosaic_runs_what_the_table_says_unless_its_caller_names_a_configuration
     monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
     configs = []
 
-    def attend(parts, v, kv_len, page_table, *, config, **_):
+    def attend(parts, v, kv_len, *_, config, **__):
         configs.append(config)
         return parts[0][0], kv_len
 

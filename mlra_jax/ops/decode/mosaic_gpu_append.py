@@ -19,6 +19,14 @@ THREADS = 128
 """Of a warpgroup."""
 
 
+def _store(ref: Any, value: jax.Array) -> None:
+    """Writes `value`, of which a thread may have but two bytes: too few for what JAX 0.12 takes without being told."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def _kernel(
     slot_ref: Any,  # int32 [B]
     a_ref: Any,  # [B, A + U*C + R]
@@ -45,19 +53,19 @@ def _kernel(
     def norm(start: Any, gain_ref: Any, scale: float) -> jax.Array:
         n = gain_ref.shape[0]
         lay_out = plgpu.Layout.WG_STRIDED((n,), vec_size=min(4, n // THREADS))
-        x = plgpu.load(a_ref.at[b, pl.ds(start, n)], layout=lay_out).astype(jnp.float32)
+        x = plgpu.load(a_ref.at[b, pl.ds(start, n)], layout=lay_out, optimized=False).astype(jnp.float32)
         y = x * lax.rsqrt(jnp.sum(x * x) / n + eps)
-        gain = plgpu.load(gain_ref, layout=lay_out).astype(jnp.float32)
+        gain = plgpu.load(gain_ref, layout=lay_out, optimized=False).astype(jnp.float32)
         return (y.astype(a_ref.dtype).astype(jnp.float32) * gain * scale).astype(a_ref.dtype)
 
     @pl.when(part == 0)
     def _() -> None:
-        q_ref[b, :] = norm(0, q_gain_ref, q_scale)
+        _store(q_ref.at[b], norm(0, q_gain_ref, q_scale))
 
     @pl.when((part > 0) & (part <= heads) & there)
     def _() -> None:
         u = part - 1
-        kv_latent_ref[b, u, slot, :] = norm(rank + u * width, kv_gain_ref.at[u], kv_scale)
+        _store(kv_latent_ref.at[b, u, slot], norm(rank + u * width, kv_gain_ref.at[u], kv_scale))
 
     @pl.when((part > heads) & there)
     def _() -> None:
@@ -69,7 +77,7 @@ def _kernel(
         plgpu.commit_smem()
         partner = read(twice_smem.at[pl.ds(rotary // 2, rotary)])
         rotated = x * read(cos_ref.at[b]) + partner * read(sin_ref.at[b])
-        k_rope_ref[b, slot, :] = rotated.astype(a_ref.dtype)
+        _store(k_rope_ref.at[b, slot], rotated.astype(a_ref.dtype))
 
 
 def append_latents(
