@@ -1,7 +1,7 @@
 """Decode attention on the GPU at hand: device time of a call, next to a plain read of the same bytes.
 
     python -m benchmarks.decode_attention                       # the table of docs/kernels.md
-    python -m benchmarks.decode_attention --cases 'mla *' 'gqa 1x*' --implementation triton
+    python -m benchmarks.decode_attention --cases 'mla *' 'gqa 1x*' 'mlra_4 3x20000' --implementation triton
 
 What is timed is all from queries and cache to the output and its log-sum-exp: from the first kernel's start to the last
 one's end in a profile, of a program that makes many calls, each with queries of its own, over caches in turn that do
@@ -35,7 +35,7 @@ from jax import lax
 
 from benchmarks.measure import UNROLL, WIDTH, Timing, measure, rotation, sum_mosaic, sum_xla
 from mlra_jax.ops.decode import IMPLEMENTATIONS
-from mlra_jax.ops.decode.cases import BENCHMARKS, Call, Case, abstract_call
+from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
 from mlra_jax.ops.decode.mosaic_gpu import find_processors
 from mlra_jax.ops.tuning import slug
 
@@ -54,7 +54,36 @@ CASES: Mapping[str, Case] = {
     },
     "tiny 2x256": Case((256, 256), rows=8, width=64, rope=32),
 }
-"""What can be measured, by name; the last one is small enough for a CPU."""
+"""What can be measured, by name; the last one is small enough for a CPU. `find_case` knows more."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`16x32K` as rows and tokens of each; K is 1024, M is 1024 K.
+
+    Raises:
+      ValueError: it has another form.
+    """
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([KM]?)", text)):
+        raise ValueError(f"{text!r} is not a batch and a context such as 8x32K.")
+    return int(match[1]), int(match[2]) * {"": 1, "K": K, "M": K * K}[match[3]]
+
+
+def find_case(name: str) -> Case:
+    """The case of `CASES` with this name, or a share of `SHARES` at any size: `VARIANT BATCHxTOKENS`.
+
+    Raises:
+      ValueError: neither.
+    """
+    if name in CASES:
+        return CASES[name]
+    variant, _, size = name.rpartition(" ")
+    if variant not in SHARES:
+        raise ValueError(
+            f"No case is like {name!r}; there are {', '.join(CASES)}, and {', '.join(SHARES)} at any size, such as "
+            "'mla 3x20000'."
+        )
+    batch, tokens = parse_size(size)
+    return dataclasses.replace(SHARES[variant], lengths=(tokens,) * batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,12 +393,16 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
         lines += ["", comparison]
     lines += [line for name, why in failures.items() for line in ("", f"{name}: not measured. {why}")]
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(as_record(rows, failures, setting), indent=2) + "\n")
+
+
+def as_record(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting) -> dict[str, Any]:
+    """What is kept of a run, for JSON."""
     records = [
         dataclasses.asdict(r) | {"gigabytes_per_second": r.gigabytes_per_second, "ratio": r.ratio}
         for r in rows
     ]
-    everything = dataclasses.asdict(setting) | {"rows": records, "failures": dict(failures)}
-    stem.with_suffix(".json").write_text(json.dumps(everything, indent=2) + "\n")
+    return dataclasses.asdict(setting) | {"rows": records, "failures": dict(failures)}
 
 
 def select(patterns: Sequence[str] | None, quick: bool) -> list[str]:
@@ -382,9 +415,10 @@ def select(patterns: Sequence[str] | None, quick: bool) -> list[str]:
     for pattern in patterns or ():
         found = fnmatch.filter(CASES, pattern)
         if not found:
-            raise ValueError(f"No case is like {pattern!r}; there are {', '.join(CASES)}.")
+            find_case(pattern)
+            found = [pattern]
         names += [name for name in found if name not in names]
-    return [name for name in names if not quick or CASES[name].cache_bytes < 3e8]
+    return [name for name in names if not quick or find_case(name).cache_bytes < 3e8]
 
 
 def run(
@@ -397,9 +431,9 @@ def run(
 ) -> None:
     """Measures cases; after each calls `each(row, None)` or `each(None, (name, why it failed))`."""
     kind = jax.devices()[0].device_kind
-    memory = Memory() if any(CASES[n].cache_bytes > 2**24 for n in names) else Memory(2**16)
+    cases = {name: dataclasses.replace(find_case(name), page=page) for name in names}
+    memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
     readers = Readers(memory, runs)
-    cases = {name: dataclasses.replace(CASES[name], page=page) for name in names}
 
     def attempt(function: Callable[..., Any], *args: Any) -> Any:
         # One case that does not compile, or that needs more memory than there is, is no reason to lose the others.

@@ -170,16 +170,21 @@ def abridge(call: Call, branches: int) -> tuple[Call, Call]:
 
 _K = 1024
 
+SHARES: Mapping[str, Case] = MappingProxyType(
+    {
+        "mlra_4": Case(()),  # one latent head: what one of four devices holds
+        "mlra_4 all heads": Case((), heads=4),
+        "mla": Case((), width=512),
+        "gla_2": Case((), rows=32, width=256),  # one of two devices
+        "gqa": Case((), rows=8, rope=0, value=128),  # one KV head
+    }
+)
+"""What one device holds in the 2.9 B models of the paper with 64 query heads, for rows of no length yet."""
+
 BENCHMARKS: Mapping[str, Case] = MappingProxyType(
     {
         f"{variant} {batch}x{size}": dataclasses.replace(case, lengths=(tokens,) * batch)
-        for variant, case in {
-            "mlra_4": Case(()),  # one latent head: what one of four devices holds
-            "mlra_4 all heads": Case((), heads=4),
-            "mla": Case((), width=512),
-            "gla_2": Case((), rows=32, width=256),  # one of two devices
-            "gqa": Case((), rows=8, rope=0, value=128),  # one KV head
-        }.items()
+        for variant, case in SHARES.items()
         for batch, size, tokens in (
             (1, "128K", 128 * _K),
             (1, "256K", 256 * _K),
@@ -194,7 +199,7 @@ BENCHMARKS: Mapping[str, Case] = MappingProxyType(
         )
     }
 )
-"""The 2.9 B models of the paper, 64 query heads, as one device sees them: `VARIANT BATCHxTOKENS`."""
+"""`SHARES` at the sizes that are measured and tuned: `VARIANT BATCHxTOKENS`."""
 
 EDGES: Mapping[str, Case] = MappingProxyType(
     {

@@ -1,0 +1,187 @@
+"""The paper's figure of decode latency, measured on the device at hand: one device's share, batch 1, 64 query heads.
+
+    python -m benchmarks.paper_latency                          # 128K to 2M tokens, as in the paper
+    python -m benchmarks.paper_latency --lengths 1K 4K          # what a CPU can do; it is timed by the host's clock
+    python -m benchmarks.paper_latency --redraw RESULTS.json    # the figure alone, without a device
+
+Measures as `benchmarks.decode_attention` does, the op from queries and cache to the output, without projections and
+without exchanges between devices. The shares are those whose cached widths the paper's figure shows: one of MLRA-4's
+four latent heads (192 values a token), one of GLA-2's two (320), all of MLA (576), one KV head of GQA (256). Caches are
+paged, as the paper's are.
+
+Writes `paper_latency_DEVICE.json`, `.md` and `.png`; the figure has the paper's points beside ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import paper
+from benchmarks.decode_attention import HEADER as DETAILS
+from benchmarks.decode_attention import RESULTS, Row, Setting, as_record, format_row, parse_size, run
+from benchmarks.figures import draw, show_tokens
+from mlra_jax.ops.decode import IMPLEMENTATIONS
+from mlra_jax.ops.tuning import slug
+
+VARIANTS = tuple(paper.LATENCY_US)
+
+
+def parse_length(text: str) -> int:
+    """`128K` in tokens."""
+    try:
+        return parse_size(f"1x{text}")[1]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens such as 128K or 2M.") from None
+
+
+def points(record: Mapping[str, Any]) -> dict[str, dict[int, float]]:
+    """Of each variant: us by tokens, from what this benchmark or `benchmarks.decode_attention` has written."""
+    found: dict[str, dict[int, float]] = {variant: {} for variant in VARIANTS}
+    for row in record["rows"]:
+        variant, _, size = row["case"].rpartition(" ")
+        if variant in found:
+            batch, tokens = parse_size(size)
+            if batch == 1:
+                found[variant][tokens] = row["timing"]["us"]
+    return found
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """Device, versions, date and command."""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    return f"{record['device']}, {versions}, {record['date']}.\n{record['command']}"
+
+
+def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Writes the figure."""
+    ours = points(record)
+    wall = any(row["timing"]["clock"] == "wall" for row in record["rows"])
+    lines = [
+        paper.series(variant, found, paper=of_paper)
+        for variant in VARIANTS
+        for found, of_paper in ((ours[variant], False), (paper.LATENCY_US[variant], True))
+    ]
+    draw(
+        path,
+        lines,
+        title="Decode attention, batch 1, 64 query heads: one device's share",
+        x_label="cached tokens",
+        y_label=f"us ({'host clock' if wall else 'device time'})",
+        note=f"Solid: {describe(record)}\nDashed: the paper's points (arXiv 2603.02188), on its H100, paged bfloat16.",
+        log=True,
+    )
+
+
+def table(record: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: our times, the paper's, and the paper's over ours; last, MLA's time over MLRA-4's."""
+    ours = points(record)
+    names = [f"{paper.NAMES[v]} | paper | ratio" for v in VARIANTS]
+    lines = [
+        f"| tokens | {' | '.join(names)} | MLA over MLRA-4 | paper |",
+        "| ---: |" + " ---: |" * (3 * len(VARIANTS) + 2),
+    ]
+    number = lambda x, digits=1: "" if x is None else f"{x:.{digits}f}"
+    over = lambda x, y: x / y if x and y else None
+    for tokens in sorted({tokens for found in ours.values() for tokens in found}):
+        here = {v: ours[v].get(tokens) for v in VARIANTS}
+        theirs = {v: paper.LATENCY_US[v].get(tokens) for v in VARIANTS}
+        cells = [show_tokens(tokens)]
+        for v in VARIANTS:
+            cells += [number(here[v]), number(theirs[v]), number(over(theirs[v], here[v]), 2)]
+        cells += [number(over(us["mla"], us["mlra_4"]), 2) for us in (here, theirs)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, stem: pathlib.Path) -> None:
+    """Writes `stem`.json, `.md` and `.png`."""
+    record = as_record(rows, failures, setting)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    device, command = describe(record).split("\n")
+    lines = [
+        "# The paper's latency of decode attention",
+        "",
+        f"{device} `{command}`",
+        "",
+        "us of a call, batch 1, 64 query heads, one device's share, bfloat16. *Paper*: its published points, on its",
+        "H100. *Ratio*: the paper's time over ours. `benchmarks/paper_latency.py` says what is measured.",
+        "",
+        *table(record),
+        "",
+        DETAILS,
+        *map(format_row, rows),
+        *(line for name, why in failures.items() for line in ("", f"{name}: not measured. {why}")),
+    ]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    draw_figure(record, stem.with_suffix(".png"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 1 where a case failed."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.paper_latency",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--cases", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants")
+    lengths = sorted(paper.LATENCY_US["mla"])
+    parser.add_argument("--lengths", nargs="+", type=parse_length, default=lengths, help="tokens")
+    parser.add_argument("--page", type=int, default=64, help="tokens of a page; 0: a contiguous cache")
+    parser.add_argument(
+        "--implementation", choices=list(IMPLEMENTATIONS), help="default: the dispatcher's choice"
+    )
+    parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser.add_argument(
+        "--redraw", type=pathlib.Path, metavar="JSON", help="draw what is in a file of results"
+    )
+    parser.add_argument(
+        "--figure", type=pathlib.Path, help="with --redraw: what to write (JSON with suffix .png)"
+    )
+    options = parser.parse_args(argv)
+    if options.redraw:
+        figure = options.figure or options.redraw.with_suffix(".png")
+        try:
+            record = json.loads(options.redraw.read_text())
+            draw_figure(record, figure)
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            parser.error(
+                f"{options.redraw} cannot be drawn; it must be what this command has written ({e!r})."
+            )
+        print("\n".join(table(record)))
+        print(f"Written to {figure}")
+        return 0
+    if options.page < 0 or options.runs < 1:
+        parser.error("--page must not be negative, and --runs must be at least 1.")
+
+    implementations = [options.implementation] if options.implementation else list(IMPLEMENTATIONS)
+    setting = Setting.here("benchmarks.paper_latency", argv)
+    stem = options.out / f"paper_latency_{slug(setting.device)}"
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    failures: dict[str, str] = {}
+
+    def each(row: Row | None, failure: tuple[str, str] | None) -> None:
+        if row is not None:
+            rows.append(row)
+            print(format_row(row), flush=True)
+        if failure is not None:
+            failures[failure[0]] = failure[1]
+            print(f"{failure[0]}: not measured. {failure[1]}", flush=True)
+        write(rows, failures, setting, stem)
+
+    names = [f"{v} 1x{show_tokens(tokens)}" for tokens in options.lengths for v in options.cases]
+    print(f"{setting.device}, {setting.versions}\n{DETAILS}", flush=True)
+    run(names, implementations, page=options.page or None, runs=options.runs, each=each)
+    print(*table(as_record(rows, failures, setting)), f"Written to {stem}.md, .json and .png", sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
