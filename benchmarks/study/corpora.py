@@ -41,6 +41,11 @@ class Source:
     """Regular expression of the paths, within the package, of the files that are read."""
     read: Callable[[Files], Iterator[str]]
 
+    @property
+    def package(self) -> str:
+        """Its name, and its version where that is fixed."""
+        return self.fetch.rpartition(" ")[2]
+
     def find(self, folder: Path) -> Path | None:
         """The package's file in `folder`, the last one by name; None: there is none."""
         return max(folder.glob(self.archive), default=None)

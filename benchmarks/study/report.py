@@ -11,11 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks import paper
+from benchmarks.study.corpora import SOURCES
 from benchmarks.study.models import GLOBAL_BATCH, SEQ_LEN, VARIANTS
 from mlra_jax.cli.evaluate import table
 
-# Okabe and Ito's colors, which color-blind readers can tell apart.
-COLORS = dict(zip(VARIANTS, ("#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#000000"), strict=True))
+COLORS = {**paper.COLORS, "mha": "black"}
 BASELINE = "mha"
 MARKS = "<!-- results -->", "<!-- end of results -->"
 
@@ -86,6 +87,25 @@ def rows(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def source_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table of the data, its head first."""
+    lines = [["package", "what", "licence", "documents", "held out", "MB", "held out"]]
+    for name, counts in results["data"]["sources"].items():
+        source = SOURCES[name]
+        lines.append(
+            [
+                source.package,
+                source.what,
+                source.licence,
+                f"{counts['documents']:,}",
+                f"{counts['held_out_documents']:,}",
+                f"{counts['bytes'] / 1e6:.1f}",
+                f"{counts['held_out_bytes'] / 1e6:.2f}",
+            ]
+        )
+    return lines
+
+
 def comparison(results: Mapping[str, Any]) -> str:
     """How far the differences can be trusted, from the seeds."""
     have = losses(results)
@@ -145,6 +165,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         table(rows(results)),
         "",
         comparison(results),
+        "",
+        f"The data: {results['data']['tokens']['train']:,} tokens for training and "
+        f"{results['data']['tokens']['val']:,} held out, digest {results['data']['digest']}.",
+        "",
+        table(source_rows(results), n_texts=3),
     ]
     for run in results["runs"]:
         if "diverged" in run:
@@ -168,7 +193,6 @@ def draw(results: Mapping[str, Any]) -> Figure:
         left.plot(
             [t / 1e6 for t in tokens], loss, color=COLORS[run["variant"]], linewidth=1, label=label, alpha=0.8
         )
-    left.set_yscale("log")
     left.set_xlabel("training tokens, millions")
     left.set_ylabel("held-out loss, nats per token")
     left.legend()
