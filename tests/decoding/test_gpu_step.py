@@ -78,7 +78,7 @@ def test_a_layer_of_mlra_4_takes_few_kernels_on_an_h100(batch):
         config = dataclasses.replace(BASE, n_layers=n_layers)
         compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=MAX_LEN)
         counts.append(len(kernels(compiled.as_text())))
-    assert counts[1] - counts[0] <= {1: 14, 8: 17}[batch]
+    assert counts[1] - counts[0] <= {1: 13, 8: 17}[batch]
 
 
 def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weights():
