@@ -63,6 +63,21 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def settings(args: argparse.Namespace) -> list[str]:
+    """The options of `run` that bear on the results and are not the defaults, for the record."""
+    defaults = parser().parse_args(["run"])
+    given = ["run"]
+    for name in ("variants", "seeds", "tokens", "lr", "layers", "eval_sequences"):
+        value = getattr(args, name)
+        if value != getattr(defaults, name):
+            words = value if isinstance(value, list) else [value]
+            given += [
+                f"--{name.replace('_', '-')}",
+                *(f"{w:g}" if isinstance(w, float) else str(w) for w in words),
+            ]
+    return given
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Exit status 0: done, or stopped within the budget; 2: refused."""
@@ -86,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
             layers=args.layers,
             eval_sequences=args.eval_sequences,
         )
-        run_all(study, args.variants, argv, budget=args.budget, processes=args.compile_ahead)
+        run_all(study, args.variants, settings(args), budget=args.budget, processes=args.compile_ahead)
     results = read_results(args.out / RESULTS)
     written = report.write(results, args.out)
     if args.command == "report" and args.docs:

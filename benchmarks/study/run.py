@@ -251,7 +251,7 @@ def run_all(
     Args:
       study: what to run.
       variants: names of `VARIANTS`.
-      argv: arguments of the command, for the record.
+      argv: arguments that repeat it, for the record.
       budget: seconds. A run that would not end within them is not begun (the longest one so far tells), and the one
         that is being trained when they are over is saved; 0: no limit.
       processes: that compile ahead; 0: each run compiles its own.

@@ -295,6 +295,10 @@ def test_command_trains_reports_and_repeats_nothing(data, tmp_path, monkeypatch,
     text = (tmp_path / "out" / "study.md").read_text()
     assert text in capsys.readouterr().out
     assert "| MHA   |" in text
+    # What repeats it, without the folders of this machine.
+    assert (
+        "`python -m benchmarks.study run --variants mha --seeds 3 --tokens 65536 --eval-sequences 1`" in text
+    )
 
 
 # The report -------------------------------------------------------------------------------------------------------
