@@ -237,10 +237,11 @@ class ModelConfig(Validated):
     """Type of matrix products and attention; the residual stream, norms and softmax are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters are stored: float32 for training; decoding may hold bfloat16."""
-    remat: Literal["auto", "none", "dots", "mlp", "attention", "full"] = "auto"
+    remat: Literal["auto", "none", "products", "dots", "mlp", "attention", "full"] = "auto"
     """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
-    everything (none); products with weights and attention's output (dots); the MLP's first products and attention's
-    output (mlp); attention's output; nothing (full). auto: training takes what fits; full where memory is unknown."""
+    everything (none); all that products give and take, and attention's output (products); what products with weights
+    give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
+    nothing (full). auto: training takes what fits; full where memory is unknown."""
 
     @property
     def cached_heads(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,9 @@ from mlra_jax.config import ModelConfig
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
-from mlra_jax.ops.remat import MLP
+from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import turn
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, Names, current_mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -82,9 +84,40 @@ def parameter(
     return nnx.Param(value, out_sharding=names, eager_sharding=False)
 
 
-def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A parameter's value with the float32 sum to which its gradients are added.
+
+    The "gradient" with respect to `total` is `total` plus the gradient with respect to `value`, which itself has none.
+    So what makes a gradient can add it up at once: a single device's product does.
+    """
+
+    value: jax.Array
+    total: jax.Array
+
+
+@jax.custom_vjp
+def adding(value: jax.Array, total: jax.Array) -> jax.Array:
+    """`value`, whose gradient goes to `total` (`Summed`)."""
+    return value
+
+
+adding.defvjp(
+    lambda value, total: (value, total), lambda total, gradient: (None, total + gradient.astype(total.dtype))
+)
+
+
+def stored(param: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
+    """The parameter's value, cast, if a type is given."""
+    value = param.get_value()
+    value = adding(value.value, value.total) if isinstance(value, Summed) else value
+    return value if dtype is None else value.astype(dtype)
+
+
+def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype | None = None) -> jax.Array:
     """The parameter as a product takes it: cast, then gathered where only its storage is split (FSDP)."""
-    value = param[...].astype(dtype)
+    value = stored(param, dtype)
     # Without the leading "layers" of a stacked parameter.
     names = param.get_metadata("out_sharding")[-value.ndim :]
     return rules.gather(value, names, tuple(None if name in STORAGE_AXES else name for name in names))
@@ -117,6 +150,48 @@ def row_product(
     return rules.einsum("BTK,...K->BT...", x_BTK, w, out=out, preferred_element_type=dtype)
 
 
+def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, out: Names) -> jax.Array:
+    """`einsum` of `x` and a parameter, in the type of `x`, with the logical axes `out`.
+
+    Each axis must be in two at least of `x`, the parameter and the result.
+    """
+    value, mesh = param.get_value(), current_mesh()
+    if isinstance(value, Summed) and (mesh is None or mesh.size == 1):
+        # Policies do not see products inside a function with a derivative of its own.
+        return checkpoint_name(_summed_product(rules, equation, out, x, value.value, value.total), PRODUCT)
+    return rules.einsum(equation, x, weight(rules, param, x.dtype), out=out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _summed_product(
+    rules: AxisRules, equation: str, out: Names, x: jax.Array, value: jax.Array, total: jax.Array
+) -> jax.Array:
+    return rules.einsum(equation, x, value.astype(x.dtype), out=out)
+
+
+def _summed_forward(*args: Any) -> tuple[jax.Array, Any]:
+    return _summed_product(*args), args[3:]
+
+
+def _summed_backward(
+    rules: AxisRules, equation: str, out: Names, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, None, jax.Array]:
+    del rules, out
+    x, value, total = saved
+    inputs, output = equation.split("->")
+    of_x, of_value = inputs.split(",")
+    like = lambda a: {"out_sharding": spec} if any(spec := jax.typeof(a).sharding.spec) else {}
+    d_x = jnp.einsum(f"{output},{of_value}->{of_x}", g, value.astype(x.dtype), **like(x))
+    # GPU compilers let the product itself add to the sum, if it gives the sum's type.
+    d_value = jnp.einsum(
+        f"{of_x},{output}->{of_value}", x, g, preferred_element_type=total.dtype, **like(total)
+    )
+    return d_x, None, total + d_value
+
+
+_summed_product.defvjp(_summed_forward, _summed_backward)
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis, with one gain for each element of the `shape` last axes.
 
@@ -140,11 +215,13 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises `x` [..., *shape]; returns float32."""
-        return rms_norm(x, weight(self.rules, self.gain, self.gain.dtype), self.eps)
+        return rms_norm(x, weight(self.rules, self.gain), self.eps)
 
-    def of_sum(self, x_BTD: jax.Array, y_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x + y in float32, and its norm in the type of y, with the names of the residual stream when decoding."""
-        row, gain = ("batch", None, None), weight(self.rules, self.gain, self.gain.dtype)
+    def of_sum(
+        self, x_BTD: jax.Array, y_BTD: jax.Array, names: Names = ("batch", None, None)
+    ) -> tuple[jax.Array, jax.Array]:
+        """x + y in float32, and its norm in the type of y; `names`: of the residual stream's axes."""
+        row, gain = names, weight(self.rules, self.gain)
         add = lambda *args: add_rms_norm(*args, eps=self.eps)
         return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
 
@@ -244,18 +321,19 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] in the compute type."""
         rules, dtype = self.rules, self.compute_dtype
-        x_BTD, w_down = x_BTD.astype(dtype), weight(rules, self.w_down, dtype)
+        x_BTD = x_BTD.astype(dtype)
         hidden, out = ("batch", "length", "mlp"), ("batch", "length", None)
         # F is split over `tensor`: the product over it all-reduces.
         if self.layout == "decode":
             w_in, names = weight(rules, self.w_in, dtype), ("batch", "length", None, "mlp")
             in_BTGF = row_product(rules, x_BTD, w_in, names)
             hidden_BTF = jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
-            return row_product(rules, hidden_BTF, w_down, out)
-        gate_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_gate, dtype), out=hidden)
-        up_BTF = rules.einsum("BTD,DF->BTF", x_BTD, weight(rules, self.w_up, dtype), out=hidden)
+            return row_product(rules, hidden_BTF, weight(rules, self.w_down, dtype), out)
+        gate_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_gate, out=hidden)
+        up_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_up, out=hidden)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, MLP), checkpoint_name(up_BTF, MLP)
-        return rules.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w_down, out=out)
+        hidden_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, HIDDEN)
+        return product(rules, "BTF,FD->BTD", hidden_BTF, self.w_down, out=out)
 
 
 class Embedding(nnx.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -17,11 +17,12 @@ from mlra_jax.models.layers import (
     Layout,
     Relayout,
     RMSNorm,
+    Summed,
     SwiGLU,
     nested,
     require_layout,
 )
-from mlra_jax.ops.remat import ATTENTION, HEADS, MLP
+from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, RESIDUAL
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": _policies.everything_saveable,
+    "products": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(ATTENTION, HEADS, PRODUCT, QUERIES, HIDDEN, RESIDUAL),
+    ),
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION, HEADS)
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION, HEADS, PRODUCT)
     ),
     "mlp": _policies.save_only_these_names(ATTENTION, MLP),
     "attention": _policies.save_only_these_names(ATTENTION),
@@ -70,10 +75,18 @@ class Block(nnx.Module):
         attention = nested("attention", attention_class(config).decode_leaves(config, rules))
         return {**attention, **nested("mlp", SwiGLU.decode_leaves(config, rules))}
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Whole sequences, [B, T, D] to [B, T, D]."""
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Whole sequences, [B, T, D].
+
+        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        """
+        names = ("batch", "length", None)
+        if y_BTD is None:
+            h_BTD = self.attention_norm(x_BTD)
+        else:
+            x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD, names)
+        x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, self.attention(h_BTD), names)
+        return x_BTD, self.mlp(h_BTD)
 
     def decode(
         self, x_BTD: jax.Array, y_BTD: jax.Array | None, cache: Any, start_B: jax.Array, n_new_B: jax.Array
@@ -132,15 +145,31 @@ class Transformer(nnx.Module):
             self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
 
-    def hidden(self, tokens_BT: jax.Array) -> jax.Array:
-        """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout."""
+    def hidden(self, tokens_BT: jax.Array, totals: Mapping[int, Any] | None = None) -> jax.Array:
+        """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout.
+
+        Args:
+          tokens_BT: ids, at positions 0 to T - 1.
+          totals: for layers that are not stacked, float32 sums for the gradients of each one's parameters (`Summed`).
+        """
         require_layout(self.layout, "train")
         x_BTD = self.embedding.encode(tokens_BT)
         if isinstance(self.layers, nnx.List):
-            for block in self.layers:
+            y_BTD = None
+            for i, block in enumerate(self.layers):
                 graph, state = nnx.split(block)
-                x_BTD, state = _backward_together(x_BTD, state)
-                x_BTD = self._recomputing(graph, prevent_cse=True)(x_BTD, state)
+                if totals is None:
+                    (x_BTD, y_BTD), state = _backward_together((x_BTD, y_BTD), state)
+                else:
+                    (x_BTD, y_BTD), sums = _backward_together((x_BTD, y_BTD), totals[i])
+                    summed = [
+                        Summed(*pair)
+                        for pair in zip(jax.tree.leaves(state), jax.tree.leaves(sums), strict=True)
+                    ]
+                    state = jax.tree.unflatten(jax.tree.structure(state), summed)
+                x_BTD, y_BTD = self._recomputing(graph, prevent_cse=True)(x_BTD, y_BTD, state)
+            assert y_BTD is not None
+            x_BTD = x_BTD + y_BTD
         else:
             layer, stacked = self.scanned_layer()
             x_BTD, _ = jax.lax.scan(lambda x_BTD, state: (layer(x_BTD, state), None), x_BTD, stacked)
@@ -152,12 +181,18 @@ class Transformer(nnx.Module):
         When differentiated it recomputes what `config.remat` says.
         """
         graph, stacked = nnx.split(self.layers)
-        return self._recomputing(graph, prevent_cse=False), stacked
+        layer = self._recomputing(graph, prevent_cse=False, add=True)
+        return lambda x_BTD, state: layer(x_BTD, None, state), stacked
 
     def _recomputing(
-        self, graph: nnx.GraphDef, *, prevent_cse: bool
-    ) -> Callable[[jax.Array, nnx.State], jax.Array]:
-        layer = lambda x_BTD, state: nnx.merge(graph, state)(x_BTD)
+        self, graph: nnx.GraphDef, *, prevent_cse: bool, add: bool = False
+    ) -> Callable[[jax.Array, jax.Array | None, nnx.State], Any]:
+        """A layer of hidden states x + y; `add`: of x alone, and gives their sum."""
+
+        def layer(x_BTD: jax.Array, y_BTD: jax.Array | None, state: nnx.State) -> Any:
+            x_BTD, y_BTD = nnx.merge(graph, state)(x_BTD, y_BTD)
+            return x_BTD + y_BTD if add else (x_BTD, y_BTD)
+
         remat = "full" if self.config.remat == "auto" else self.config.remat
         if remat == "none":
             return layer

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
+from mlra_jax.models.layers import adding
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import on_mesh
 from mlra_jax.training.guard import Guard, init_guard, judge
@@ -63,12 +64,22 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def _loss_sum(
-    config: ModelConfig, params: dict[str, Any], inputs: jax.Array, targets: jax.Array
+    config: ModelConfig,
+    params: dict[str, Any],
+    inputs: jax.Array,
+    targets: jax.Array,
+    totals: dict[str, Any] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
+    """Sum of the cross-entropies, and how many; with `totals`, these are differentiated (`Summed`), not `params`."""
+    if totals is not None:
+        layers, sums = params["layers"], totals["layers"]
+        rest = lambda tree: {**tree, "layers": {}}
+        params = {**jax.tree.map(adding, rest(params), rest(totals)), "layers": layers}
     model = from_params(config, params)
     table = params["embedding"]["table"]
+    x_BTD = model.hidden(inputs, None if totals is None else sums)
     return chunked_cross_entropy(
-        model.hidden(inputs), table, targets, dtype=model.embedding.compute_dtype, rules=model.rules
+        x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=model.rules
     )
 
 
@@ -79,6 +90,19 @@ def unrolls_layers(config: ModelConfig) -> bool:
     # A loop keeps one layer's gathered parameters at a time.
     whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1
     return whole and current_device()[0] == "gpu"
+
+
+def gpu_options() -> dict[str, Any]:
+    """How XLA compiles the train step for GPUs; empty elsewhere."""
+    if current_device()[0] != "gpu":
+        return {}
+    return {
+        # `config.model.remat` says what is recomputed; XLA's own pass would repeat products many times over. Products
+        # with one operand in common are not made one, whose result would have to be cut up.
+        "xla_disable_hlo_passes": "rematerialization,dot-merger",
+        # Of cuBLAS and XLA's own products, cuBLAS alone adds to the sum of gradients (`Summed`).
+        "xla_gpu_enable_triton_gemm": False,
+    }
 
 
 def _where(good: jax.Array, new: Any, old: Any) -> Any:
@@ -109,16 +133,23 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         unrolled = unrolls_layers(config.model)
         weights = unstack_layers(config.model, weights) if unrolled else weights
 
-        def micro_step(micro: Batch) -> tuple[jax.Array, Any]:
-            share = lambda weights: _loss_sum(config.model, weights, **micro)[0] / n_tokens
-            loss, grads = jax.value_and_grad(share)(weights)
-            return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        def share(weights: Any, totals: Any, micro: Batch) -> jax.Array:
+            return _loss_sum(config.model, weights, **micro, totals=totals)[0] / n_tokens
+
+        def add(total: tuple[jax.Array, Any], micro: Batch) -> tuple[tuple[jax.Array, Any], None]:
+            nats, grads = total
+            if unrolled:
+                loss, grads = jax.value_and_grad(share, argnums=1)(weights, grads, micro)
+            else:
+                loss, new = jax.value_and_grad(share)(weights, None, micro)
+                grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
+            return (nats + loss, grads), None
 
         if batch["inputs"].shape[0] == 1:
-            loss, grads = micro_step(jax.tree.map(lambda x: x[0], batch))
+            loss, grads = jax.value_and_grad(share)(weights, None, jax.tree.map(lambda x: x[0], batch))
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         else:
             zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
-            add = lambda total, micro: (jax.tree.map(jnp.add, total, micro_step(micro)), None)
             (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
 
         grads = stack_layers(grads) if unrolled else grads
@@ -141,9 +172,7 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         }
         return TrainState(params, opt_state, state.step + 1, guard), metrics
 
-    # `config.model.remat` says what is recomputed; XLA's own pass for GPUs would repeat products many times over.
-    options = {"xla_disable_hlo_passes": "rematerialization"} if current_device()[0] == "gpu" else None
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=gpu_options() or None)
 
 
 def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:

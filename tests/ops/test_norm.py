@@ -27,24 +27,39 @@ def test_the_reference_adds_and_normalises_in_float32():
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
-def test_the_kernel_gives_what_the_reference_gives():
+@pytest.mark.parametrize("rows", [(2, 1), (2, 5)])
+def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    monkeypatch.setattr(mosaic_gpu, "check_device", lambda _: ("", 1))  # programs have several rows
     interpret = None if jax.default_backend() == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
-    run = jax.jit(lambda *args: mosaic_gpu.add_rms_norm(*args, eps=EPS, interpret=interpret))
-    (total, h), args = run(*arguments()), arguments()
-    expected_total, expected_h = add_rms_norm(*args, eps=EPS, implementation="reference")
-    np.testing.assert_array_equal(total, expected_total)
-    np.testing.assert_allclose(np.float32(h), np.float32(expected_h), rtol=2**-7)
+    args = arguments(rows)
+    keys = jax.random.split(jax.random.key(1), 2)
+    d = jax.random.normal(keys[0], args[0].shape), jax.random.normal(keys[1], args[1].shape, jnp.bfloat16)
+
+    def run(f):
+        out, pullback = jax.vjp(f, *args)
+        return *out, *pullback(d)
+
+    kernel = lambda *args: mosaic_gpu.add_rms_norm(*args, eps=EPS, interpret=interpret)
+    reference = lambda *args: add_rms_norm(*args, eps=EPS, implementation="reference")
+    total, h, d_x, d_y, d_gain = jax.jit(lambda: run(kernel))()
+    expected = run(reference)
+    np.testing.assert_array_equal(total, expected[0])
+    np.testing.assert_allclose(np.float32(h), np.float32(expected[1]), rtol=2**-7)
+    np.testing.assert_allclose(d_x, expected[2], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.float32(d_y), np.float32(expected[3]), rtol=2**-7, atol=1e-4)
+    np.testing.assert_allclose(d_gain, expected[4], rtol=1e-4, atol=1e-4)
+    assert [a.dtype for a in (d_x, d_y, d_gain)] == [a.dtype for a in args]
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": jnp.float32}, "adds bfloat16 to float32; got float32 and float32"),
-        ({"width": 96}, "got 3 of 96"),
-        ({"rows": (2, 500)}, "up to 256 rows .* got 1000 of 1536"),
+        ({"dtype": jnp.float32}, "add bfloat16 to float32; got float32 and float32"),
+        ({"width": 96}, "a multiple of 512; got 96"),
+        ({"width": 8704}, "up to 8192 elements, .* got 8704"),
     ],
 )
 def test_what_the_kernel_does_not_take_is_declined(change, message):

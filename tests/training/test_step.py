@@ -150,17 +150,23 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
 
 
 @pytest.mark.parametrize(
-    ("remat", "attention"),
-    [*((remat, None) for remat in REMAT_POLICIES), ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8))],
+    ("remat", "attention", "data"),
+    [
+        *((remat, None, 1) for remat in REMAT_POLICIES),
+        ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8), 1),
+        ("dots", None, 2),  # where no product adds to the sum of gradients itself
+    ],
     ids=str,
 )
-def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, config, mesh_of, place):
+def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, config, mesh_of, place):
     model = dataclasses.replace(config.model, attention=attention or config.model.attention)
     config = dataclasses.replace(config, model=model, out="")
     in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
-    mesh = mesh_of(1, 1, 1, 1)
-    expected, expected_history = train(config, mesh, place, 8)
-    state, history = train(dataclasses.replace(config, model=in_a_row), mesh, place, 8)
+    expected, expected_history = train(config, mesh_of(1, 1, 1, 1), place, 8)
+    state, history = train(
+        dataclasses.replace(config, model=in_a_row), mesh_of(data, 1, 1, 1), place, 8 // data
+    )
+    state, expected = jax.device_get((state, expected))
     for metrics, reference in zip(history, expected_history, strict=True):
         assert metrics == pytest.approx(reference, rel=1e-5)
     assert jax.tree.structure(state) == jax.tree.structure(expected)

@@ -30,16 +30,51 @@ from mlra_jax.models.layers import (
     nested,
     normal,
     parameter,
+    product,
     require_layout,
     rotate,
+    stored,
     weight,
 )
 from mlra_jax.ops.attention import causal_attention_parts
-from mlra_jax.ops.remat import HEADS
+from mlra_jax.ops.remat import HEADS, PRODUCT, QUERIES
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
     from mlra_jax.decoding.cache import LatentCache
+
+
+def _by_head(a: jax.Array, b: jax.Array, contracted: str, names: tuple[str, str]) -> jax.Array:
+    """For each head (K, E) the product of `a` and `b` over the axes `contracted`; `names` are of their axes.
+
+    The result has (K, E), then what is left of `a`, then what is left of `b`. So the order of the operands decides what
+    lies together in memory: here all lies as attention and the products before and after want it.
+    """
+    first, second = names
+    at = lambda axes: ([first.index(axis) for axis in axes], [second.index(axis) for axis in axes])
+    return jax.lax.dot_general(a, b, (at(contracted), at("KE")))
+
+
+@jax.custom_vjp
+def _to_latents(x_BTKEH: jax.Array, w_JKECH: jax.Array) -> jax.Array:
+    """[K, E, B, T, J, C]: each head's x times its matrices."""
+    return _by_head(x_BTKEH, w_JKECH, "H", ("BTKEH", "JKECH"))
+
+
+@jax.custom_vjp
+def _from_latents(z_KEBTJC: jax.Array, w_JKECH: jax.Array) -> jax.Array:
+    """[B, T, K, E, H]: the transpose of `_to_latents`."""
+    return _by_head(w_JKECH, z_KEBTJC, "JC", ("JKECH", "KEBTJC")).transpose(3, 4, 0, 1, 2)
+
+
+def _of_weights(z_KEBTJC: jax.Array, x_BTKEH: jax.Array) -> jax.Array:
+    """[J, K, E, C, H]: the gradient of the matrices of both."""
+    return _by_head(z_KEBTJC, x_BTKEH, "BT", ("KEBTJC", "BTKEH")).transpose(2, 0, 1, 3, 4)
+
+
+_save = lambda f: lambda x, w: (f(x, w), (x, w))
+_to_latents.defvjp(_save(_to_latents), lambda xw, g: (_from_latents(g, xw[1]), _of_weights(g, xw[0])))
+_from_latents.defvjp(_save(_from_latents), lambda zw, g: (_to_latents(g, zw[1]), _of_weights(zw[0], g)))
 
 
 class LatentAttention(nnx.Module):
@@ -145,10 +180,9 @@ class LatentAttention(nnx.Module):
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
         rules, dtype = self.rules, self.compute_dtype
         row = ("batch", "length", None)
-        w_qa, w_kva, w_kr = (weight(rules, w, dtype) for w in (self.w_qa, self.w_kva, self.w_kr))
-        q_BTA = rules.einsum("BTD,DA->BTA", x_BTD, w_qa, out=row)
-        kv_BTLC = rules.einsum("BTD,DLC->BTLC", x_BTD, w_kva, out=(*row, None))
-        k_rope_BTR = rules.einsum("BTD,DR->BTR", x_BTD, w_kr, out=row)
+        q_BTA = product(rules, "BTD,DA->BTA", x_BTD, self.w_qa, out=row)
+        kv_BTLC = product(rules, "BTD,DLC->BTLC", x_BTD, self.w_kva, out=(*row, None))
+        k_rope_BTR = product(rules, "BTD,DR->BTR", x_BTD, self.w_kr, out=row)
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         heads, h = ("batch", "length", "heads", None), self.sizes.d_nope
         w_qb = weight(rules, self.w_qb, dtype)
@@ -156,12 +190,13 @@ class LatentAttention(nnx.Module):
         q_nope, q_rope = (
             rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=heads) for w in (w_qb[..., :h], w_qb[..., h:])
         )
-        q_rope = rotate(q_rope, positions, self.config.rope_base)
+        # Kept as it is used, for the rotation needs nothing to be differentiated.
+        q_rope = checkpoint_name(rotate(q_rope, positions, self.config.rope_base), PRODUCT)
         kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
         k_rope = rotate(k_rope_BTR, positions, self.config.rope_base)
         up = (None, "heads", self._stored_rank, None)
         attend = rules.shard_map(self._attend, (heads, heads, (*row, None), row, up, up), heads)
-        w_uk, w_uv = (w[...].astype(dtype) for w in (self.w_uk, self.w_uv))
+        w_uk, w_uv = (stored(w, dtype) for w in (self.w_uk, self.w_uv))
         return self.output(x_BTD, attend(q_nope, q_rope, kv_latent, k_rope, w_uk, w_uv))
 
     @property
@@ -200,13 +235,11 @@ class LatentAttention(nnx.Module):
         )
         if self.absorbs:
             # Heads (J, K): what all branches share, or all heads, is given once.
-            q_BTJKEC = jnp.einsum("BTKEH,JKECH->BTJKEC", q_nope_BTKEH, w_uk).reshape(b, t, j * k, e, c)
+            q_KEBTJC = checkpoint_name(_to_latents(q_nope_BTKEH, w_uk), QUERIES)
+            q_BTJKEC = q_KEBTJC.transpose(2, 3, 4, 0, 1, 5).reshape(b, t, j * k, e, c)
             parts = [(q_BTJKEC, kv_BSJKC.reshape(b, s, j * k, c)), (q_rope_BTKER, k_rope[:, :, None])]
             z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
-            # One axis for what is contracted, in the order in which it lies in memory.
-            z_KEBTX = z_BTJKEC.transpose(3, 4, 0, 1, 2, 5).reshape(k, e, b, t, j * c)
-            w_KEXH = (self.branch_scale * w_uv).transpose(1, 2, 0, 3, 4).reshape(k, e, j * c, h)
-            y = jnp.einsum("KEBTX,KEXH->BTKEH", z_KEBTX, w_KEXH)
+            y = _from_latents(z_BTJKEC.transpose(3, 4, 0, 1, 2, 5), self.branch_scale * w_uv)
         else:
             k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
             by_head = lambda x: x.reshape(b, -1, x.size // (b * x.shape[1] * x.shape[-1]), 1, x.shape[-1])

@@ -18,6 +18,7 @@ from mlra_jax.models.layers import (
     normal,
     output_init,
     parameter,
+    product,
     weight,
 )
 from mlra_jax.sharding import AxisRules, Names
@@ -62,20 +63,18 @@ class Output(nnx.Module):
         """sigmoid(W_g x) as [B, T, N, H], or None without a gate."""
         if self.w_gate is None:
             return None
-        w = weight(self.rules, self.w_gate, self.compute_dtype)
         equation = "BTD,DNH->BTNH" if self.layout == "train" else "BTD,NHD->BTNH"
         names = ("batch", "length", "heads", None)
-        return jax.nn.sigmoid(self.rules.einsum(equation, x_BTD, w, out=names))
+        return jax.nn.sigmoid(product(self.rules, equation, x_BTD, self.w_gate, out=names))
 
     def __call__(self, x_BTD: jax.Array, y_BTNH: jax.Array) -> jax.Array:
         """The block's output [B, T, D] from its input and the heads' output, both in the compute type."""
         gate_BTNH = self.gate(x_BTD)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
-        w = weight(self.rules, self.w_o, self.compute_dtype)
         equation = "BTNH,NHD->BTD" if self.layout == "train" else "BTNH,DNH->BTD"
         # N is split over `tensor`: the product over it all-reduces.
-        return self.rules.einsum(equation, y_BTNH, w, out=("batch", "length", None))
+        return product(self.rules, equation, y_BTNH, self.w_o, out=("batch", "length", None))
 
     def over_slots(
         self,
