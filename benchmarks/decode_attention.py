@@ -14,7 +14,6 @@ Results go to `benchmarks/results/decode_attention_DEVICE.md` and `.json`.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import datetime
 import fnmatch
@@ -33,7 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.measure import UNROLL, WIDTH, Timing, measure, rotation, sum_mosaic, sum_xla
+from benchmarks.measure import (
+    COMPILING_AT_ONCE,
+    UNROLL,
+    WIDTH,
+    Timing,
+    attempt,
+    measure,
+    rotation,
+    sum_mosaic,
+    sum_xla,
+    together,
+)
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
 from mlra_jax.ops.decode.mosaic_gpu import find_processors
@@ -42,7 +52,6 @@ from mlra_jax.ops.tuning import slug
 RESULTS = pathlib.Path(__file__).parent / "results"
 PROGRAM_US = 1500.0
 """About how long a program of many calls takes."""
-COMPILING_AT_ONCE = 8
 K = 1024
 
 CASES: Mapping[str, Case] = {
@@ -435,33 +444,29 @@ def run(
     memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
     readers = Readers(memory, runs)
 
-    def attempt(function: Callable[..., Any], *args: Any) -> Any:
-        # One case that does not compile, or that needs more memory than there is, is no reason to lose the others.
-        try:
-            return function(*args)
-        except Exception as e:
-            return e
-
-    with concurrent.futures.ThreadPoolExecutor(COMPILING_AT_ONCE) as pool:
-        for start in range(0, len(names), COMPILING_AT_ONCE):
-            group = names[start : start + COMPILING_AT_ONCE]
-            sizes = dict.fromkeys(cases[name].cache_bytes for name in group)
-            programs = [pool.submit(attempt, prepare, cases[name], implementations) for name in group]
-            reads = [
-                pool.submit(attempt, readers.compile, size, name)
-                for size in sizes
-                if size not in readers.measured
-                for name in readers.functions
-            ]
-            concurrent.futures.wait([*programs, *reads])  # nothing else runs while a program is timed
-            for name, future in zip(group, programs, strict=True):
-                row = future.result()
-                if not isinstance(row, Exception):
-                    row = attempt(measure_case, name, cases[name], row, memory, readers, runs, kind)
-                if isinstance(row, Exception):
-                    each(None, (name, f"{type(row).__name__}: {str(row).strip().splitlines()[0]}"))
-                else:
-                    each(row, None)
+    for start in range(0, len(names), COMPILING_AT_ONCE):
+        group = names[start : start + COMPILING_AT_ONCE]
+        sizes = dict.fromkeys(cases[name].cache_bytes for name in group)
+        jobs: list[Callable[[], Any]] = [
+            functools.partial(prepare, cases[name], implementations) for name in group
+        ]
+        jobs += [
+            functools.partial(readers.compile, size, name)
+            for size in sizes
+            if size not in readers.measured
+            for name in readers.functions
+        ]
+        for name, made in zip(group, together(jobs), strict=False):
+            row = made
+            if not isinstance(made, Exception):
+                time_it = functools.partial(
+                    measure_case, name, cases[name], made, memory, readers, runs, kind
+                )
+                row = attempt(time_it)
+            if isinstance(row, Exception):
+                each(None, (name, f"{type(row).__name__}: {str(row).strip().splitlines()[0]}"))
+            else:
+                each(row, None)
 
 
 def measure_case(

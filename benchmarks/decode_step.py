@@ -1,6 +1,6 @@
 """Time of a decode step and of prefill, against reading the weights and the cache once from memory.
 
-    python benchmarks/decode_step.py --profile --out benchmarks/results/decode_step_h100
+    python -m benchmarks.decode_step --profile --out benchmarks/results/decode_step_h100
 
 The model has random weights in the decode layout, made on the device; the cache holds random values. A batch is
 measured in one compiled loop of steps (`mlra_jax.decoding.engine.run`), as `decode.py` generates, on the host's clock
@@ -43,13 +43,14 @@ import numpy as np
 from flax import nnx
 from jax.profiler import ProfileData
 
+from benchmarks.measure import gpu_events
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
 from mlra_jax.decoding.sampling import GREEDY
 from mlra_jax.models import Transformer
-from mlra_jax.sharding import decode_rules, make_mesh
+from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K", "64x128K")
 SCOPES = (
@@ -79,16 +80,29 @@ def _random(key: jax.Array, x: jax.ShapeDtypeStruct, mean: float) -> jax.Array:
     return jax.sharding.reshard(values, x.sharding.spec)
 
 
-def random_model(config: ModelConfig) -> Transformer:
-    """A model in the decode layout on the current mesh, as `load_model` would leave it, of random weights."""
-    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=decode_rules(), layout="decode")
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(nnx.eval_shape(make))
-    values = []
-    for i, (path, x) in enumerate(leaves):
-        is_gain = "gain" in jax.tree_util.keystr(path)
-        x = jax.ShapeDtypeStruct(x.shape, jnp.float32 if is_gain else x.dtype, sharding=x.sharding)
-        values.append(_random(jax.random.key(i), x, float(is_gain)))
+def describe(make: Callable[[], Any]) -> Any:
+    """What `make` makes on the current mesh, without values; gains are float32, as `load_model` has them."""
+
+    def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        dtype = jnp.float32 if "gain" in jax.tree_util.keystr(path) else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, nnx.eval_shape(make))
+
+
+def random_values(described: Any) -> Any:
+    """Random parameters for what is only described, laid out over the current mesh; gains are about 1."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(described)
+    gain = lambda path: float("gain" in jax.tree_util.keystr(path))
+    values = [_random(jax.random.key(i), x, gain(path)) for i, (path, x) in enumerate(leaves)]
     return jax.tree.unflatten(treedef, values)
+
+
+def random_model(config: ModelConfig, rules: AxisRules | None = None) -> Transformer:
+    """A model in the decode layout on the current mesh, as `load_model` would leave it, of random weights."""
+    rules = rules or decode_rules()
+    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
+    return random_values(describe(make))
 
 
 def filled(cache: Cache) -> Cache:
@@ -223,15 +237,7 @@ def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
         with jax.profiler.trace(folder, profiler_options=options):
             once()
         [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        data = ProfileData.from_file(str(file))
-        events = sorted(
-            (event.start_ns, event.start_ns + event.duration_ns, event.name)
-            for plane in data.planes
-            if "GPU" in plane.name
-            for line in plane.lines
-            if "Stream" in line.name
-            for event in line.events
-        )
+        events = gpu_events(ProfileData.from_file(str(file)))
     if not events:
         return {}
     # XLA names a kernel after its instruction; the instruction's metadata say which part of the model it is of.
@@ -339,7 +345,7 @@ def main() -> int:
     benchmark = Benchmark(engine, args, weight_bytes, sum(x.size for x in engine.leaves))
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    command = "python benchmarks/decode_step.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.decode_step " + " ".join(sys.argv[1:])
     about = [
         f"{jax.devices()[0].device_kind}, {today}, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
         f"`{command}`",

@@ -54,30 +54,29 @@ def draw_series(axes: Axes, lines: Sequence[Series], *, x_label: str, y_label: s
 
 def draw(
     path: pathlib.Path,
-    lines: Sequence[Series],
+    panels: Mapping[str, Sequence[Series]],
     *,
-    title: str,
     x_label: str,
     y_label: str,
     note: str,
     log: bool = False,
 ) -> None:
-    """Writes a figure with one set of lines.
+    """Writes a figure of one or more sets of lines, side by side.
 
     Args:
       path: the suffix says the format.
-      lines: those without points are left out.
-      title: above.
-      x_label: of the horizontal axis: numbers of tokens.
-      y_label: of the vertical one.
+      panels: lines by title; those without points are left out.
+      x_label: of the horizontal axes: numbers of tokens.
+      y_label: of the vertical ones.
       note: small print below: device, versions, date and command, and whose the dashed lines are.
-      log: whether the vertical axis is logarithmic.
+      log: whether the vertical axes are logarithmic.
     """
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    draw_series(axes, lines, x_label=x_label, y_label=y_label, log=log)
-    axes.set_title(title)
-    axes.legend(fontsize=8, ncols=2)
+    figure = Figure(figsize=(8 if len(panels) == 1 else 6 * len(panels), 5.5), layout="constrained")
+    all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+        draw_series(axes, lines, x_label=x_label, y_label=y_label, log=log)
+        axes.set_title(title)
+        axes.legend(fontsize=8, ncols=2)
     figure.supxlabel(note, fontsize=7, x=0.01, ha="left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

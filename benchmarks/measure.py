@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
@@ -10,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class Timing:
     kernels: dict[str, float]
     """By kernel: its share of a call, in us. Kernels that overlap, and gaps, make the sum differ from `us`."""
     clock: str
-    """`device`: by a profile of the GPU; `wall`: by the host's clock, where the profile shows no GPU."""
+    """`device`: by a profile of the first GPU; `wall`: by the host's clock, where the profile shows no GPU."""
 
 
 def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, runs: int) -> Timing:
@@ -72,16 +73,38 @@ def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, run
 
 
 def gpu_events(profile: ProfileData) -> list[tuple[float, float, str]]:
-    """Start and end, in ns, and name of what ran on the GPU's streams, by start."""
-    events = [
-        (event.start_ns, event.start_ns + event.duration_ns, event.name)
-        for plane in profile.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if "Stream" in line.name
-        for event in line.events
-    ]
-    return sorted(events)
+    """Start and end, in ns, and name of what ran on the streams of the first GPU, by start.
+
+    Of several GPUs, which run the same program, any one shows the time: what it waits for is in its exchanges.
+    """
+    for plane in sorted((p for p in profile.planes if "GPU" in p.name), key=lambda p: p.name):
+        events = [
+            (event.start_ns, event.start_ns + event.duration_ns, event.name)
+            for line in plane.lines
+            if "Stream" in line.name
+            for event in line.events
+        ]
+        if events:
+            return sorted(events)
+    return []
+
+
+COMPILING_AT_ONCE = 8
+T = TypeVar("T")
+
+
+def attempt(job: Callable[[], T]) -> T | Exception:
+    """What a job gives, or why it fails: one case that does not compile, or fit, is no reason to lose the others."""
+    try:
+        return job()
+    except Exception as e:
+        return e
+
+
+def together(jobs: Sequence[Callable[[], T]]) -> list[T | Exception]:
+    """`attempt` of jobs that compile, several at once; nothing is timed meanwhile."""
+    with concurrent.futures.ThreadPoolExecutor(COMPILING_AT_ONCE) as pool:
+        return list(pool.map(attempt, jobs))
 
 
 def split_runs(intervals: Sequence[tuple[float, float]], runs: int) -> list[tuple[float, float]]:

@@ -68,8 +68,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
     ]
     draw(
         path,
-        lines,
-        title="Decode attention, batch 1, 64 query heads: one device's share",
+        {"Decode attention, batch 1, 64 query heads: one device's share": lines},
         x_label="cached tokens",
         y_label=f"us ({'host clock' if wall else 'device time'})",
         note=f"Solid: {describe(record)}\nDashed: the paper's points (arXiv 2603.02188), on its H100, paged bfloat16.",

@@ -44,10 +44,11 @@ def test_a_run_writes_times_table_and_figure_that_can_be_drawn_again(tmp_path, c
 
 def test_the_committed_measurement_of_decode_attention_can_be_drawn(repository, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(paper_latency, "draw", lambda path, lines, **text: drawn.append((lines, text)))
+    monkeypatch.setattr(paper_latency, "draw", lambda path, panels, **text: drawn.append((panels, text)))
     results = repository / "benchmarks" / "results" / "decode_attention_nvidia_h100_80gb_hbm3.json"
     assert paper_latency.main(["--redraw", str(results), "--figure", str(tmp_path / "a.png")]) == 0
-    [(lines, text)] = drawn
+    [(panels, text)] = drawn
+    [lines] = panels.values()
     by_label = {line.label: line for line in lines}
     assert set(by_label["MLRA-4, here"].points) == set(LATENCY_US["mlra_4"])
     assert by_label["MLRA-4, paper"].points == LATENCY_US["mlra_4"]

@@ -1,0 +1,358 @@
+"""The decode step of whole attention layers on a mesh, or one device's share of it: compiled, filled and timed.
+
+A layer is the product's own module in the decode layout: projections, absorption, append, attention, up-projection and
+output, with the exchanges between devices that they need. The next layer takes what the one before gives, as in a
+model; a compiled loop goes over a few layers, each with weights and a cache of its own, that together do not fit the
+second-level cache of a GPU.
+
+One device's share of a layer on T devices is a smaller layer: it has the device's latent (or KV) heads, the query heads
+that these serve, and all that is whole on each device. It takes as long as the device would if exchanges took no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+import re
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from benchmarks.decode_step import describe, filled, random_values
+from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, measure, rotation, together
+from mlra_jax.config import (
+    AttentionSizes,
+    ConfigError,
+    GroupedAttentionConfig,
+    LatentAttentionConfig,
+    MeshConfig,
+    ModelConfig,
+)
+from mlra_jax.decoding.cache import Cache
+from mlra_jax.decoding.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
+from mlra_jax.hardware import find_accelerator
+from mlra_jax.models.attention import attention_class
+from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
+
+PROGRAM_US = 1500.0
+"""About how long a program takes."""
+MOST_LAYERS = 8
+"""Of a program: what is smaller than an eighth of the second-level cache is not worth more compiling."""
+
+EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective", re.IGNORECASE)
+"""Kernels that exchange something between devices."""
+ATTENTION = re.compile(r"(decode|merge)_attention|/attend/")
+"""Kernels of decode attention, by their names or by what XLA says that they are of."""
+
+
+def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The model that is as large as one device's part of `config` split over so many devices.
+
+    Of MLRA the part is that of the layout with whole query heads (`--no-split-heads`): W_qb and W_o are whole on each
+    device, and the one exchange of a layer is the sum of the devices' outputs. Where a device's latent heads serve
+    only some of the query heads (MLRA-2 on four), attention counts all of them: it reads no more cache for that.
+
+    Raises:
+      ConfigError: a size does not divide.
+    """
+    a: Any = config.attention
+    faults = [
+        f"{name}={size} cannot be cut into {tensor} shares."
+        for name, size in (
+            ("n_heads", config.n_heads),
+            ("d_ff", config.d_ff),
+            ("vocab_size", config.vocab_size),
+        )
+        if size % tensor
+    ]
+    held, copies = divmod(config.cached_heads, tensor)
+    if copies and (held or tensor % config.cached_heads or a.n_branches > 1):
+        faults.append(f"{config.cached_heads} latent or KV heads cannot be cut into {tensor} shares.")
+    if faults:
+        raise ConfigError(faults)
+    held = max(held, 1)
+    attention: AttentionSizes
+    match a:
+        case LatentAttentionConfig():
+            branches = max(1, held // a.n_groups) if a.n_branches > 1 else 1
+            attention = dataclasses.replace(
+                a, n_latent_heads=held, n_branches=branches, kv_lora_rank=held * a.d_latent
+            )
+        case GroupedAttentionConfig():
+            attention = dataclasses.replace(a, n_kv_heads=held)
+        case _:
+            raise ConfigError([f"Shares of {type(a).__name__} are not known."])
+    return dataclasses.replace(
+        config,
+        attention=attention,
+        n_heads=config.n_heads if a.n_branches > 1 else config.n_heads // tensor,
+        d_ff=config.d_ff // tensor,
+        vocab_size=config.vocab_size // tensor,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A model's place on devices."""
+
+    variant: str
+    config: ModelConfig
+    """Of the whole model."""
+    tensor: int = 1
+    data: int = 1
+    split_heads: bool = True
+    """Whether the query heads of W_qb and W_o are split over `tensor`."""
+    share: bool = False
+    """Whether only one device's share of it is run, without the others and without exchanges."""
+
+    @property
+    def heads(self) -> str:
+        """How query heads lie."""
+        return "split" if self.split_heads or self.tensor == 1 else "whole"
+
+    @property
+    def runs(self) -> ModelConfig:
+        """The model that is run."""
+        return share_of(self.config, self.tensor) if self.share else self.config
+
+    @property
+    def rules(self) -> AxisRules:
+        """The decoding table."""
+        return decode_rules(self.split_heads)
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """Over the first devices (of all, or of those given).
+
+        Raises:
+          ConfigError: the model cannot be laid out.
+        """
+        sizes = MeshConfig(data=1) if self.share else MeshConfig(data=self.data, tensor=self.tensor)
+        check_decode_layout(self.runs, sizes, self.split_heads)
+        devices = jax.devices() if devices is None else devices
+        return make_mesh(sizes, devices[: sizes.data * sizes.tensor])
+
+
+def places(variant: str, config: ModelConfig, tensor: int, n_devices: int) -> list[Place]:
+    """The places of a model that is split over `tensor` devices: on them, or as a share where there are fewer.
+
+    MLRA has two: with query heads split, and whole.
+    """
+    if config.attention.n_branches == 1 or tensor == 1:
+        return [Place(variant, config, tensor, share=tensor > n_devices)]
+    whole = Place(variant, config, tensor, split_heads=False, share=tensor > n_devices)
+    return [whole] if whole.share else [dataclasses.replace(whole, split_heads=True), whole]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A layer's decode step as measured."""
+
+    variant: str
+    tensor: int
+    data: int
+    heads: str
+    share: bool
+    batch: int
+    """Rows on all devices that ran."""
+    context: int
+    """Tokens that each row attends to, the new one among them."""
+    timing: Timing
+    wall_us: float
+    """By the host's clock, from a program's call to its result, over the layers that it runs."""
+    attention_us: float | None
+    """Kernels of attention over the cache; None where the profile shows no GPU."""
+    exchange_us: float | None
+    """Exchanges between devices, waiting for the others included."""
+    weight_bytes: int
+    """On each device."""
+    cache_bytes: int
+    """That a step reads on each device."""
+    bandwidth: float | None
+    """Bytes a second of a device, by its data sheet."""
+
+    @property
+    def bound_us(self) -> float | None:
+        """Time to read weights and cache once."""
+        return 1e6 * (self.weight_bytes + self.cache_bytes) / self.bandwidth if self.bandwidth else None
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self) | {"bound_us": self.bound_us}
+
+
+def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None, float | None]:
+    """Of the kernels of a layer (us by name): those of attention over the cache, and those that exchange."""
+    if not kernels:
+        return None, None
+    named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
+    ops = {re.sub(r"\W", "_", name): op for name, op in named}
+    exchanges = {name for name in kernels if EXCHANGE.search(name) and "fusion" not in name}
+    attention = {name for name in kernels if ATTENTION.search(name) or ATTENTION.search(ops.get(name, ""))}
+    total = lambda names: sum(kernels[name] for name in names)
+    return total(attention - exchanges), total(exchanges)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of the arrays, or of what describes them, on each device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+class Layers:
+    """A few attention layers in a compiled loop.
+
+    Args:
+      place: of the layers.
+      batch: rows, over all devices that run.
+      contexts: that will be measured, in tokens.
+      devices: if not all that there are, such as some that are only described.
+
+    Raises:
+      ConfigError: the model cannot be laid out.
+    """
+
+    def __init__(
+        self, place: Place, batch: int, contexts: Sequence[int], devices: Sequence[jax.Device] | None = None
+    ):
+        self.place, self.batch, self.mesh = place, batch, place.mesh(devices)
+        config, rules = place.runs, place.rules
+        capacity = round_up(max(contexts), LENGTH_UNIT)
+
+        def abstract(n: int) -> tuple[Any, Cache, Any]:
+            """`n` layers, their caches, and what goes into the first."""
+            sizes = dataclasses.replace(config, n_layers=n)
+            new = lambda: attention_class(config)(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
+            cache = jax.eval_shape(functools.partial(Cache.create, sizes, rules, batch, capacity))
+            zeros = lambda: jnp.zeros((batch, 1, config.d_model), config.compute_dtype)
+            x = jax.eval_shape(lambda: rules.constrain(zeros(), "batch", None, None))
+            return describe(lambda: nnx.List([new() for _ in range(n)])), cache, x
+
+        with jax.set_mesh(self.mesh):
+            layer, cache, _ = abstract(1)
+            self.weight_bytes = device_bytes(layer)
+            self._bytes_per_token = device_bytes(cache.layers) / cache.capacity
+            size = self.weight_bytes + int(self._bytes_per_token * min(contexts))
+            self.n_layers, calls = rotation(size, PROGRAM_US)
+            self.n_layers = min(self.n_layers, MOST_LAYERS)
+            self.calls = max(1, calls // self.n_layers) * self.n_layers
+            self._abstract = abstract(self.n_layers)
+
+    def compile(self) -> jax.stages.Compiled:
+        """The program: of the layers' leaves, caches (donated) and the first input it gives caches and last output."""
+        layers, cache, x = self._abstract
+        leaves, treedef = jax.tree.flatten(layers)
+        rounds = self.calls // self.n_layers
+
+        def many(leaves: list[Any], cache: Cache, x_BTD: jax.Array) -> tuple[Cache, jax.Array]:
+            layers = jax.tree.unflatten(treedef, leaves)
+            one_B = jnp.ones_like(cache.lengths)
+
+            def once(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+                caches, x_BTD = list(carry[0]), carry[1]
+                for i, layer in enumerate(layers):
+                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B)
+                return tuple(caches), x_BTD
+
+            caches, x_BTD = jax.lax.fori_loop(0, rounds, once, (cache.layers, x_BTD))
+            return Cache(caches, cache.lengths), x_BTD
+
+        with jax.set_mesh(self.mesh):
+            lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
+            return lowered.compile(compiler_options=compiler_options(self.mesh))
+
+    def measure(self, program: jax.stages.Compiled, contexts: Sequence[int], runs: int) -> list[Row]:
+        """Times the compiled program at each context, with random weights, caches and inputs.
+
+        Raises:
+          ConfigError: the devices have too little memory.
+        """
+        config, place = self.place.runs, self.place
+        needed = device_bytes(self._abstract)
+        for device in self.mesh.local_devices:
+            if needed > (free := free_bytes(device)):
+                raise ConfigError(
+                    [
+                        f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
+                        f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
+                    ]
+                )
+        layers, cache, x = self._abstract
+        with jax.set_mesh(self.mesh):
+            by_row = NamedSharding(self.mesh, place.rules.spec("batch"))
+            leaves = jax.tree.leaves(random_values(layers))
+            state = [jax.jit(functools.partial(filled, cache))(), None]
+        draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
+        x_BTD = jax.device_put(draw.astype(config.compute_dtype), by_row)
+        rows = []
+        for context in contexts:
+            lengths = jax.device_put(np.full(self.batch, context - 1, np.int32), by_row)
+            state[0] = dataclasses.replace(state[0], lengths=lengths)
+
+            def once() -> Any:
+                state[0], state[1] = program(leaves, state[0], x_BTD)
+                return state
+
+            timing = measure(once, (), calls=self.calls, runs=runs)
+            wall = []
+            for _ in range(runs):
+                start = time.perf_counter()
+                jax.block_until_ready(once())
+                wall.append(1e6 * (time.perf_counter() - start) / self.calls)
+            chip = find_accelerator(self.mesh.devices.flat[0].device_kind)
+            rows.append(
+                Row(
+                    place.variant,
+                    place.tensor,
+                    place.data,
+                    place.heads,
+                    place.share,
+                    self.batch,
+                    context,
+                    timing,
+                    statistics.median(wall),
+                    *split_kernels(timing.kernels, program.as_text() or ""),
+                    self.weight_bytes,
+                    int(self._bytes_per_token * context),
+                    chip.bandwidth if chip else None,
+                )
+            )
+        return rows
+
+
+def measure_layers(
+    jobs: Sequence[tuple[Place, int]], contexts: Mapping[int, Sequence[int]], runs: int
+) -> Iterator[list[Row] | tuple[str, str]]:
+    """Rows of each place and batch in turn, or its name and why it could not be measured.
+
+    Args:
+      jobs: places, and the rows of the batch on the devices that run.
+      contexts: by batch.
+      runs: that are timed of each.
+    """
+    for start in range(0, len(jobs), COMPILING_AT_ONCE):
+        group = jobs[start : start + COMPILING_AT_ONCE]
+
+        def compile_it(place: Place, batch: int) -> tuple[Layers, jax.stages.Compiled]:
+            layers = Layers(place, batch, contexts[batch])
+            return layers, layers.compile()
+
+        programs = together([functools.partial(compile_it, *job) for job in group])
+        for (place, batch), made in zip(group, programs, strict=True):
+            rows: Any = made
+            if not isinstance(made, Exception):
+                layers, program = made
+                rows = attempt(functools.partial(layers.measure, program, contexts[batch], runs))
+                gc.collect()  # the next ones need the memory
+            if isinstance(rows, Exception):
+                name = f"{place.variant} tensor {place.tensor} {place.heads} batch {batch}"
+                yield name, f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
+            else:
+                yield rows
