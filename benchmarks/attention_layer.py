@@ -268,13 +268,12 @@ class Layers:
             lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
             return lowered.compile(compiler_options=compiler_options(self.mesh))
 
-    def measure(self, program: jax.stages.Compiled, contexts: Sequence[int], runs: int) -> list[Row]:
-        """Times the compiled program at each context, with random weights, caches and inputs.
+    def fill(self) -> tuple[list[jax.Array], Cache, jax.Array]:
+        """Random arguments of the program: leaves, caches without lengths, and input.
 
         Raises:
           ConfigError: the devices have too little memory.
         """
-        config, place = self.place.runs, self.place
         needed = device_bytes(self._abstract)
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
@@ -286,15 +285,33 @@ class Layers:
                 )
         layers, cache, x = self._abstract
         with jax.set_mesh(self.mesh):
-            by_row = NamedSharding(self.mesh, place.rules.spec("batch"))
             leaves = jax.tree.leaves(random_values(layers))
-            state = [jax.jit(functools.partial(filled, cache))(), None]
+            cache = jax.jit(functools.partial(filled, cache))()
         draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        x_BTD = jax.device_put(draw.astype(config.compute_dtype), by_row)
+        return leaves, cache, self._by_row(draw.astype(x.dtype))
+
+    def _by_row(self, value: np.ndarray) -> jax.Array:
+        """Rows of a batch, laid out on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.device_put(value, NamedSharding(self.mesh, self.place.rules.spec("batch")))
+
+    def at(self, cache: Cache, context: int) -> Cache:
+        """The caches with so many tokens in each row that the next one attends to `context`, itself among them."""
+        return dataclasses.replace(cache, lengths=self._by_row(np.full(self.batch, context - 1, np.int32)))
+
+    def measure(self, program: jax.stages.Compiled, contexts: Sequence[int], runs: int) -> list[Row]:
+        """Times the compiled program at each context, with random weights, caches and inputs.
+
+        Raises:
+          ConfigError: the devices have too little memory.
+        """
+        place = self.place
+        leaves, cache, x_BTD = self.fill()
+        state = [cache, x_BTD]
+        del cache  # each run gives a new one for it
         rows = []
         for context in contexts:
-            lengths = jax.device_put(np.full(self.batch, context - 1, np.int32), by_row)
-            state[0] = dataclasses.replace(state[0], lengths=lengths)
+            state[0] = self.at(state[0], context)
 
             def once() -> Any:
                 state[0], state[1] = program(leaves, state[0], x_BTD)

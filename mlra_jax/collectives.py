@@ -64,7 +64,8 @@ def _of_line(line: str) -> Collective | None:
     if instruction is None:
         return None
     arrays = _arrays(instruction["result"])
-    if instruction["start"] and instruction["kind"] in ("all-gather", "collective-permute"):
+    nested = instruction["result"].startswith("((")  # ((operands), results), in newer versions of all of them
+    if instruction["start"] and (nested or instruction["kind"] in ("all-gather", "collective-permute")):
         # The result of an asynchronous one holds the operands, and for some what the hardware waits on, too.
         arrays = tuple(a for a in arrays if a[1])
         arrays = arrays[len(arrays) // 2 :]

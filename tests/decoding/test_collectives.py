@@ -111,6 +111,7 @@ def test_every_way_to_name_the_devices_is_read():
   ROOT %d = (f32[4]{0}, s32[]) all-reduce(%x, %y), replica_groups={{0,1,2}}, to_apply=%add
   %e = u8[7]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}
   %f = f32[9]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+  %h = ((bf16[16,3]{1,0}), bf16[16,3]{1,0}) all-reduce-start(%x), replica_groups=mesh['a'=4] {'a'}, to_apply=%add
   %g = f32[9]{0} add(%a, %all-reduce.3), metadata={op_name="all-reduce"}
 """
     assert parse_collectives(hlo) == [
@@ -119,7 +120,8 @@ def test_every_way_to_name_the_devices_is_read():
         Collective("reduce-scatter", 10, (("f32", (2,)),)),
         Collective("all-reduce", 3, (("f32", (4,)), ("s32", ()))),
         Collective("collective-permute", 4, (("u8", (7,)),)),
+        Collective("all-reduce", 4, (("bf16", (16, 3)),)),
     ]
-    assert [c.bytes for c in parse_collectives(hlo)] == [96, 48, 80, 20, 7]
+    assert [c.bytes for c in parse_collectives(hlo)] == [96, 48, 80, 20, 7, 96]
     with pytest.raises(NotImplementedError, match="not understood"):
         parse_collectives("  %a = f32[8]{0} all-reduce(%x), replica_groups=?, to_apply=%add")
