@@ -176,14 +176,20 @@ def test_with_one_device_shares_are_run_and_nothing_is_compared(few_layers, tmp_
     assert "compares one device with several" in record["failures"]["check mlra_4"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-def test_on_four_tpu_chips_a_layer_exchanges_what_its_layout_says(few_layers):
+has_plugin = jax.__version_info__ >= (0, 11) and importlib.util.find_spec("jax_cuda13_plugin")
+GPU = pytest.mark.skipif(not has_plugin, reason="needs JAX 0.11 or later and its CUDA 13 plugin")
+TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+@pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=TPU), pytest.param("h100:4", marks=GPU)])
+def test_a_layer_compiled_for_four_devices_exchanges_what_its_layout_says(topology, few_layers):
     from mlra_jax.topologies import described_devices
 
     place, _ = places("mlra_4", layer_config("mlra_4", "paper"), 4, 4)
-    hlo = Layers(place, 16, [4096], described_devices("v5e:2x2")).compile().as_text()
-    assert {str(c) for c in parse_collectives(hlo)} == {
-        "all-gather | 4 | bf16[16,64,192]",
-        "reduce-scatter | 4 | f32[16,1,16,128]",
-        "all-reduce | 4 | bf16[16,1,3072]",
+    hlo = Layers(place, 16, [4096], described_devices(topology)).compile().as_text()
+    kinds = {(c.kind, c.devices, *(c.arrays[0][0], c.bytes)) for c in parse_collectives(hlo)}
+    assert kinds == {
+        ("all-gather", 4, "bf16", 16 * 64 * 192 * 2),  # queries
+        ("reduce-scatter", 4, "f32", 16 * 64 * 128 * 4),  # sums over latent heads
+        ("all-reduce", 4, "bf16", 16 * 3072 * 2),  # output
     }
