@@ -155,41 +155,79 @@ def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, 
 
     Each axis must be in two at least of `x`, the parameter and the result.
     """
-    value, mesh = param.get_value(), current_mesh()
-    if isinstance(value, Summed) and (mesh is None or mesh.size == 1):
-        # Policies do not see products inside a function with a derivative of its own.
-        return checkpoint_name(_summed_product(rules, equation, out, x, value.value, value.total), PRODUCT)
+    if _sums(param):
+        return _summed_products(rules, x, (equation, param, out))[0]
     return rules.einsum(equation, x, weight(rules, param, x.dtype), out=out)
 
 
+def products(rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Names]) -> list[jax.Array]:
+    """`product`s of `x` [..., D] with parameters [D, ...], each with its equation and the axes of the result.
+
+    The gradient of `x` is one product, where the gradients of the parameters are added up at once (`Summed`).
+    """
+    if all(_sums(param) for _, param, _ in factors):
+        return _summed_products(rules, x, *factors)
+    return [product(rules, equation, x, param, out=out) for equation, param, out in factors]
+
+
+def _sums(param: nnx.Param) -> bool:
+    """Whether a product of `param` adds to its sum of gradients itself."""
+    mesh = current_mesh()
+    return isinstance(param.get_value(), Summed) and (mesh is None or mesh.size == 1)
+
+
+def _summed_products(
+    rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Names]
+) -> list[jax.Array]:
+    equations, params, outs = zip(*factors, strict=True)
+    values = [param.get_value() for param in params]
+    results = _of_summed(rules, equations, outs, x, [v.value for v in values], [v.total for v in values])
+    # Policies do not see products inside a function with a derivative of its own.
+    return [checkpoint_name(y, PRODUCT) for y in results]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _summed_product(
-    rules: AxisRules, equation: str, out: Names, x: jax.Array, value: jax.Array, total: jax.Array
-) -> jax.Array:
-    return rules.einsum(equation, x, value.astype(x.dtype), out=out)
+def _of_summed(
+    rules: AxisRules,
+    equations: tuple[str, ...],
+    outs: tuple[Names, ...],
+    x: jax.Array,
+    values: list[jax.Array],
+    totals: list[jax.Array],
+) -> list[jax.Array]:
+    factors = zip(equations, values, outs, strict=True)
+    return [rules.einsum(equation, x, w.astype(x.dtype), out=out) for equation, w, out in factors]
 
 
-def _summed_forward(*args: Any) -> tuple[jax.Array, Any]:
-    return _summed_product(*args), args[3:]
+def _summed_forward(*args: Any) -> tuple[list[jax.Array], Any]:
+    return _of_summed(*args), args[3:]
 
 
 def _summed_backward(
-    rules: AxisRules, equation: str, out: Names, saved: tuple[jax.Array, jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, None, jax.Array]:
-    del rules, out
-    x, value, total = saved
-    inputs, output = equation.split("->")
-    of_x, of_value = inputs.split(",")
+    rules: AxisRules,
+    equations: tuple[str, ...],
+    outs: tuple[Names, ...],
+    saved: Any,
+    gradients: list[jax.Array],
+) -> tuple[jax.Array, None, list[jax.Array]]:
+    del rules, outs
+    x, values, totals = saved
     like = lambda a: {"out_sharding": spec} if any(spec := jax.typeof(a).sharding.spec) else {}
-    d_x = jnp.einsum(f"{output},{of_value}->{of_x}", g, value.astype(x.dtype), **like(x))
-    # GPU compilers let the product itself add to the sum, if it gives the sum's type.
-    d_value = jnp.einsum(
-        f"{of_x},{output}->{of_value}", x, g, preferred_element_type=total.dtype, **like(total)
-    )
-    return d_x, None, total + d_value
+    added = []
+    for equation, total, g in zip(equations, totals, gradients, strict=True):
+        of_x, of_value, output = equation.replace("->", ",").split(",")
+        # GPU compilers let the product itself add to the sum, if it gives the sum's type.
+        back, dtype = f"{of_x},{output}->{of_value}", total.dtype
+        added.append(total + jnp.einsum(back, x, g, preferred_element_type=dtype, **like(total)))
+    if len(values) > 1:
+        of_x, of_value, output = "BTD", "DF", "BTF"
+        gradients = [jnp.concatenate([g.reshape(*x.shape[:-1], -1) for g in gradients], axis=-1)]
+        values = [jnp.concatenate([w.reshape(x.shape[-1], -1) for w in values], axis=-1)]
+    d_x = jnp.einsum(f"{output},{of_value}->{of_x}", *gradients, values[0].astype(x.dtype), **like(x))
+    return d_x, None, added
 
 
-_summed_product.defvjp(_summed_forward, _summed_backward)
+_of_summed.defvjp(_summed_forward, _summed_backward)
 
 
 class RMSNorm(nnx.Module):

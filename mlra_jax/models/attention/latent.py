@@ -30,7 +30,7 @@ from mlra_jax.models.layers import (
     nested,
     normal,
     parameter,
-    product,
+    products,
     require_layout,
     rotate,
     stored,
@@ -180,9 +180,13 @@ class LatentAttention(nnx.Module):
         positions = self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
         rules, dtype = self.rules, self.compute_dtype
         row = ("batch", "length", None)
-        q_BTA = product(rules, "BTD,DA->BTA", x_BTD, self.w_qa, out=row)
-        kv_BTLC = product(rules, "BTD,DLC->BTLC", x_BTD, self.w_kva, out=(*row, None))
-        k_rope_BTR = product(rules, "BTD,DR->BTR", x_BTD, self.w_kr, out=row)
+        q_BTA, kv_BTLC, k_rope_BTR = products(
+            rules,
+            x_BTD,
+            ("BTD,DA->BTA", self.w_qa, row),
+            ("BTD,DLC->BTLC", self.w_kva, (*row, None)),
+            ("BTD,DR->BTR", self.w_kr, row),
+        )
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         heads, h = ("batch", "length", "heads", None), self.sizes.d_nope
         w_qb = weight(rules, self.w_qb, dtype)
