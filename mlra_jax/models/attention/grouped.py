@@ -26,9 +26,9 @@ from mlra_jax.models.layers import (
     nested,
     normal,
     parameter,
+    product,
     require_layout,
     rotate,
-    weight,
 )
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
@@ -123,7 +123,7 @@ class GroupedAttention(nnx.Module):
         rules, dtype, base = self.rules, self.compute_dtype, self.config.rope_base
         train = self.layout == "train"
         q_names, kv_names = ("batch", "length", "heads", None), ("batch", "length", self.kv_axis, None)
-        project = lambda equation, x, w, names: rules.einsum(equation, x, weight(rules, w, dtype), out=names)
+        project = lambda equation, x, w, names: product(rules, equation, x, w, out=names)
         q_in = x_BTD
         if self.q_norm is not None:
             row = ("batch", "length", None)

@@ -28,10 +28,10 @@ from mlra_jax.models.layers import (
     Relayout,
     nested,
     parameter,
+    product,
     require_layout,
     rotate,
     uniform,
-    weight,
 )
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
@@ -103,10 +103,10 @@ class TensorProductAttention(nnx.Module):
 
         The head factors are divided by the number of products that they take part in.
         """
-        rules, dtype, base = self.rules, self.compute_dtype, self.config.rope_base
+        rules, base = self.rules, self.config.rope_base
         q_rank, rank = self.sizes.q_rank, self.sizes.rank
         heads, whole = ("batch", "length", "heads", None), ("batch", "length", None, None)
-        project = lambda equation, w, names: rules.einsum(equation, x_BTD, weight(rules, w, dtype), out=names)
+        project = lambda equation, w, names: product(rules, equation, x_BTD, w, out=names)
         if self.layout == "train":
             by_head = lambda w: project("BTD,DNr->BTNr", w, heads)
             by_width = lambda w: project("BTD,DrH->BTrH", w, whole)

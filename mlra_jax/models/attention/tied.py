@@ -28,9 +28,9 @@ from mlra_jax.models.layers import (
     nested,
     normal,
     parameter,
+    product,
     require_layout,
     rotate,
-    weight,
 )
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -96,7 +96,7 @@ class TiedAttention(nnx.Module):
 
         def project(w: nnx.Param, axes: str, *names: str | None) -> jax.Array:
             equation = f"BTD,{f'D{axes}' if self.layout == 'train' else f'{axes}D'}->BT{axes}"
-            return rules.einsum(equation, x_BTD, weight(rules, w, self.compute_dtype), out=(*row, *names))
+            return product(rules, equation, x_BTD, w, out=(*row, *names))
 
         q = project(self.w_q, "NH", "heads", None)
         kv = project(self.w_kv, "KH", self.kv_axis, None)
