@@ -166,8 +166,9 @@ class Row:
     context: int
     """Tokens that each row attends to, the new one among them."""
     timing: Timing
+    """In a profile, where XLA launches kernels one by one, with gaps where the host is slow."""
     wall_us: float
-    """By the host's clock, from a program's call to its result, over the layers that it runs."""
+    """By the host's clock without a profile, from a program's call to its result, over the layers that it runs."""
     attention_us: float | None
     """Kernels of attention over the cache; None where the profile shows no GPU."""
     exchange_us: float | None
@@ -184,9 +185,14 @@ class Row:
         """Time to read weights and cache once."""
         return 1e6 * (self.weight_bytes + self.cache_bytes) / self.bandwidth if self.bandwidth else None
 
+    @property
+    def us(self) -> float:
+        """Time of a layer: the smaller of the two, as neither is less than what the devices take."""
+        return min(self.timing.us, self.wall_us)
+
     def record(self) -> dict[str, Any]:
         """For JSON."""
-        return dataclasses.asdict(self) | {"bound_us": self.bound_us}
+        return dataclasses.asdict(self) | {"us": self.us, "bound_us": self.bound_us}
 
 
 def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None, float | None]:
@@ -246,7 +252,10 @@ class Layers:
             self._abstract = abstract(self.n_layers)
 
     def compile(self) -> jax.stages.Compiled:
-        """The program: of the layers' leaves, caches (donated) and the first input it gives caches and last output."""
+        """The program: of the layers' leaves, caches (donated) and the first input it gives caches and last output.
+
+        Makes `fill` ready too, but for devices that are only described.
+        """
         layers, cache, x = self._abstract
         leaves, treedef = jax.tree.flatten(layers)
         rounds = self.calls // self.n_layers
@@ -265,11 +274,14 @@ class Layers:
             return Cache(caches, cache.lengths), x_BTD
 
         with jax.set_mesh(self.mesh):
+            if self.mesh.devices.flat[0] in jax.devices():
+                fill = lambda key: (random_values(layers, key), filled(cache, key))
+                self._random = jax.jit(fill).lower(jax.random.key(0)).compile()
             lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
             return lowered.compile(compiler_options=compiler_options(self.mesh))
 
     def fill(self) -> tuple[list[jax.Array], Cache, jax.Array]:
-        """Random arguments of the program: leaves, caches without lengths, and input.
+        """Random arguments of the program, once it is compiled: leaves, caches without lengths, and input.
 
         Raises:
           ConfigError: the devices have too little memory.
@@ -283,12 +295,11 @@ class Layers:
                         f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
                     ]
                 )
-        layers, cache, x = self._abstract
+        *_, x = self._abstract
         with jax.set_mesh(self.mesh):
-            leaves = jax.tree.leaves(random_values(layers))
-            cache = jax.jit(functools.partial(filled, cache))()
+            layers, cache = self._random(jax.random.key(0))
         draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        return leaves, cache, self._by_row(draw.astype(x.dtype))
+        return jax.tree.leaves(layers), cache, self._by_row(draw.astype(x.dtype))
 
     def _by_row(self, value: np.ndarray) -> jax.Array:
         """Rows of a batch, laid out on the mesh."""
@@ -307,7 +318,7 @@ class Layers:
         """
         place = self.place
         leaves, cache, x_BTD = self.fill()
-        state = [cache, x_BTD]
+        state: list[Any] = [cache, x_BTD]
         del cache  # each run gives a new one for it
         rows = []
         for context in contexts:

@@ -90,11 +90,11 @@ def describe(make: Callable[[], Any]) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, nnx.eval_shape(make))
 
 
-def random_values(described: Any) -> Any:
+def random_values(described: Any, key: jax.Array) -> Any:
     """Random parameters for what is only described, laid out over the current mesh; gains are about 1."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(described)
     gain = lambda path: float("gain" in jax.tree_util.keystr(path))
-    values = [_random(jax.random.key(i), x, gain(path)) for i, (path, x) in enumerate(leaves)]
+    values = [_random(jax.random.fold_in(key, i), x, gain(path)) for i, (path, x) in enumerate(leaves)]
     return jax.tree.unflatten(treedef, values)
 
 
@@ -102,15 +102,18 @@ def random_model(config: ModelConfig, rules: AxisRules | None = None) -> Transfo
     """A model in the decode layout on the current mesh, as `load_model` would leave it, of random weights."""
     rules = rules or decode_rules()
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
-    return random_values(describe(make))
+    return random_values(describe(make), jax.random.key(0))
 
 
-def filled(cache: Cache) -> Cache:
-    """A cache of these shapes with random values, the same ones again every `LENGTH_UNIT` tokens, and no lengths."""
+def filled(cache: Cache, key: jax.Array) -> Cache:
+    """A cache of these shapes with random values, the same ones again every `LENGTH_UNIT` tokens, and no lengths.
+
+    Inside a compiled function the key must be an argument, or the compiler would work out the values.
+    """
 
     def fill(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
         *lead, length, width = x.shape
-        block = jax.random.normal(jax.random.key(i), (*lead, 1, LENGTH_UNIT, width), x.dtype)
+        block = jax.random.normal(jax.random.fold_in(key, i), (*lead, 1, LENGTH_UNIT, width), x.dtype)
         tiles = jnp.broadcast_to(block, (*lead, length // LENGTH_UNIT, LENGTH_UNIT, width))
         return jax.sharding.reshard(tiles.reshape(x.shape), x.sharding.spec)
 
@@ -145,7 +148,7 @@ class Benchmark:
         engine = self.engine
         with jax.set_mesh(engine.mesh):
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
-            cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))()
+            cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
             scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
             state = State(cache, zeros(), zeros(), zeros(), *scalars)

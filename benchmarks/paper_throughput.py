@@ -87,7 +87,7 @@ def tokens_per_ms(layer: Mapping[str, Any]) -> float:
     """Of the whole batch: all groups of `data` step at the same time."""
     _, data = MESHES[layer["variant"]]
     groups = 1 if layer["share"] else layer["data"]
-    return 1e3 * layer["batch"] * data / groups / layer["timing"]["us"]
+    return 1e3 * layer["batch"] * data / groups / layer["us"]
 
 
 def fastest(record: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]]:

@@ -158,7 +158,7 @@ def seeded_engine(place: Place) -> Engine:
     mesh, config, rules = place.mesh(), place.config, place.rules
     abstract = abstract_params(config, rules, mesh)
     with jax.set_mesh(mesh):
-        params = decode_step.random_values(abstract)
+        params = decode_step.random_values(abstract, jax.random.key(0))
         return Engine(to_decode(config, params, rules, donate=True), mesh, config.vocab_size)
 
 
@@ -241,7 +241,7 @@ def over(x: float | None, y: float | None) -> float | None:
 
 
 LAYER_HEAD = [
-    "| attention | devices | query heads | batch | context | layer, us | spread | by host | bound | of bound | "
+    "| attention | devices | query heads | batch | context | layer, us | by profile | by host | bound | of bound | "
     "attention, us | of bandwidth | exchanges, us | of layer |",
     "| --- | --- | --- |" + " ---: |" * 11,
 ]
@@ -249,12 +249,7 @@ LAYER_HEAD = [
 
 def layer_line(r: Mapping[str, Any]) -> str:
     """A layer in the table."""
-    us, attention, exchange, bandwidth = (
-        r["timing"]["us"],
-        r["attention_us"],
-        r["exchange_us"],
-        r["bandwidth"],
-    )
+    us, attention, exchange, bandwidth = (r[k] for k in ("us", "attention_us", "exchange_us", "bandwidth"))
     read = 1e6 * r["cache_bytes"] / bandwidth if bandwidth else None
     of_bound, of_read, of_layer = over(r["bound_us"], us), over(read, attention), over(exchange, us)
     percent = lambda x: "" if x is None else f"{x:.0%}"
@@ -264,8 +259,8 @@ def layer_line(r: Mapping[str, Any]) -> str:
         r["heads"],
         str(r["batch"]),
         show_tokens(r["context"]),
-        number(us) + (" (wall)" if r["timing"]["clock"] == "wall" else ""),
-        number(r["timing"]["spread_us"]),
+        number(us),
+        "" if r["timing"]["clock"] == "wall" else number(r["timing"]["us"]),
         number(r["wall_us"]),
         number(r["bound_us"]),
         percent(of_bound),
@@ -281,13 +276,13 @@ def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
     """What is compared between layers, in us."""
     attention, exchange = r["attention_us"], r["exchange_us"]
     both = None if attention is None else attention + exchange
-    return {"attention": attention, "attention and exchanges": both, "layer": r["timing"]["us"]}
+    return {"attention": attention, "attention and exchanges": both, "layer": r["us"]}
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """By variant, batch, context and devices: the faster of the layouts."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
-    for r in sorted(rows, key=lambda r: -r["timing"]["us"]):
+    for r in sorted(rows, key=lambda r: -r["us"]):
         found[r["variant"], r["batch"], r["context"], r["tensor"]] = r
     return found
 
@@ -325,7 +320,7 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             one = found.get((v, batch, context, 1))
             for t, _ in several:
                 r = found.get((v, batch, context, t))
-                cells.append(number(over(one["timing"]["us"], r["timing"]["us"]), 2) if one and r else "")
+                cells.append(number(over(one["us"], r["us"]), 2) if one and r else "")
         lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -395,10 +390,10 @@ def markdown(record: Mapping[str, Any]) -> str:
             "## Attention layers",
             "",
             f"bfloat16, widths of the 2.9 B models, {HEADS} query heads (unless tiny). *Share*: one device of so many",
-            "alone, without the exchanges. *Layer*: device time of a layer, the first GPU's, in a profile, where XLA",
-            "launches kernels one by one; *by host*: without a profile. *Bound*: the device's weights and cache read",
-            "once at the bandwidth of the data sheet. *Attention*: its kernels; *of bandwidth*: the cache read once,",
-            "over that. *Exchanges*: kernels between devices, waiting included.",
+            "alone, without the exchanges. *Layer*: the smaller of its device time in a profile (the first GPU's),",
+            "where XLA launches kernels one by one, and its time by the host's clock without one. *Bound*: the",
+            "device's weights and cache read once at the bandwidth of the data sheet. *Attention*: its kernels; *of bandwidth*:",
+            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included.",
             "",
             *LAYER_HEAD,
             *map(layer_line, record["layers"]),

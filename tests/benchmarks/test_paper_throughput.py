@@ -36,7 +36,7 @@ def test_as_much_of_the_mesh_runs_as_there_are_devices(variant, n_devices, runs)
     [("mla", 1, False, 16), ("mla", 8, False, 128), ("mlra_4", 1, True, 64), ("gqa", 1, True, 128)],
 )
 def test_tokens_are_those_of_the_whole_batch_however_much_of_it_ran(variant, data, share, batch):
-    layer = {"variant": variant, "data": data, "share": share, "batch": batch, "timing": {"us": 200.0}}
+    layer = {"variant": variant, "data": data, "share": share, "batch": batch, "us": 200.0}
     assert tokens_per_ms(layer) == 128 / 0.2
 
 
