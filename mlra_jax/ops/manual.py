@@ -54,10 +54,10 @@ def unchecked(f: Callable[..., Any]) -> Callable[..., Any]:
         def run(constants: Any, *args: Any) -> Any:
             return unsafe(f, constants, *args)
 
-        def forward(constants: Any, *args: Any) -> tuple[jax.Array, Any]:
+        def forward(constants: Any, *args: Any) -> tuple[Any, Any]:
             return unsafe(lambda c, *args: jax.vjp(functools.partial(f, c), *args), constants, *args)
 
-        def backward(pullback: Any, g: jax.Array) -> tuple[Any, ...]:
+        def backward(pullback: Any, g: Any) -> tuple[Any, ...]:
             return None, *unsafe(lambda pullback, g: pullback(g), pullback, g)
 
         run.defvjp(forward, backward)

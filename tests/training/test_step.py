@@ -2,16 +2,23 @@
 
 import dataclasses
 import functools
+import importlib.util
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
 
+from mlra_jax.cli.configs import load_config
 from mlra_jax.config import GroupedAttentionConfig
 from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.models import cast_weights
 from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.sharding import MESH_AXES, TRAIN_RULES
+from mlra_jax.topologies import gpu_devices
 from mlra_jax.training import step as step_module
 from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -197,3 +204,35 @@ def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass
     with jax.set_mesh(mesh):
         program = make_train_step(config).lower(init_state(config), place(mesh, windows(config, 1)[0], 2))
     assert program.as_text().count("optimization_barrier") == config.model.n_layers
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
+    reason="needs JAX 0.11 or later and its CUDA 13 plugin",
+)
+def test_compiled_for_an_h100_the_large_products_add_their_gradients_to_the_sums_themselves():
+    config = load_config("mlra_4")
+    model = dataclasses.replace(config.model, n_layers=1, remat="products", vocab_size=1024)
+    data = dataclasses.replace(config.data, seq_len=256, micro_batch=1, global_batch=2)
+    config = dataclasses.replace(config, model=model, data=data)
+    devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape((1,) * 4)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    with jax.set_mesh(mesh):
+        tokens = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+        tokens = jax.ShapeDtypeStruct((2, 1, 256), jnp.int32, sharding=tokens)
+        step = make_train_step(config).lower(
+            abstract_state(config, mesh), {"inputs": tokens, "targets": tokens}
+        )
+    program = step.compile().as_text()
+    # Of W_qa, W_kva, W_kr, W_o, W_gate, W_up and W_down.
+    added = re.findall(
+        r"= \(f32\[\S* s8\[\S* custom-call\(.*cublas\$lt\$matmul.*output_to_operand_aliasing", program
+    )
+    assert len(added) >= 7
+    loops = set(re.findall(r"body=%([\w.]+)", program))
+    [body] = [text for text in program.split("\n\n") if text.startswith(tuple(f"%{n} " for n in loops))][-1:]
+    sums = [line for line in body.splitlines() if "fusion(" in line and "checkpoint/add" in line]
+    assert not [line for line in sums if re.search(r"f32\[(3072,9880|9880,3072|24,128,3072)\]", line)]
+    assert (
+        len(re.findall(r"mosaic_gpu_v2.*add_rms_norm", body)) == 2
+    )  # one norm follows a sum, forth and back
