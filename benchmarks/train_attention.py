@@ -2,15 +2,18 @@
 
     python -m benchmarks.train_attention                                  # 3 sequences of 2048 of the 2.9 B models
     python -m benchmarks.train_attention --cases mlra_4 --implementations mosaic_gpu cudnn --batch 1 --tokens 8192
+    python -m benchmarks.train_attention --cases mlra_4 --cuts row_groups=2,block=128,stages=3 dk_shares=2
 
 Device time of one layer's attention from a profile, as the median of some runs, and TFLOP/s of what it must compute:
 scores and sums of the causal triangle; backward counts two and a half times forward, as is usual, whatever a kernel
-computes. What joins queries and keys for a back end that wants them whole is part of its time.
+computes. What joins queries and keys for a back end that wants them whole is part of its time. `--cuts` also times the
+kernels for Hopper with some fields of their `mosaic_gpu.Config` changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Sequence
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.measure import measure
-from mlra_jax.ops.attention import causal_attention_parts
+from mlra_jax.ops.attention import causal_attention_parts, mosaic_gpu
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 
 CASES: dict[str, tuple[int, int, Sequence[tuple[int, int, int]], int | None]] = {
@@ -52,10 +55,20 @@ def forward_flops(case: str, batch: int, tokens: int) -> float:
     return batch * heads * m * 2 * widths * tokens * (tokens + 1) / 2
 
 
-def run(case: str, name: str, args: argparse.Namespace) -> str:
+def cut_by(cut: str, parts: Any, v: jax.Array | None) -> mosaic_gpu.Config:
+    """The heuristic's cut with the fields of `cut`, as in "block=128,stages=3", changed."""
+    shape = mosaic_gpu._shape(parts, v)
+    changes = {name: int(value) for name, value in (field.split("=") for field in cut.split(","))}
+    return dataclasses.replace(mosaic_gpu._config(None, shape), **changes)
+
+
+def run(case: str, name: str, args: argparse.Namespace, cut: str = "") -> str:
     """A line of the table."""
     parts, v, d_out = make(case, args.batch, args.tokens)
     attend = functools.partial(causal_attention_parts, scale=0.07, implementation=name)
+    if cut:
+        config = cut_by(cut, parts, v)
+        attend = functools.partial(mosaic_gpu.causal_attention, scale=0.07, q_start=0, config=config)
 
     def both(parts: Any, v: Any, d_out: jax.Array) -> Any:
         out, pullback = jax.vjp(attend, parts, v)
@@ -72,7 +85,7 @@ def run(case: str, name: str, args: argparse.Namespace) -> str:
     kernels = sorted(whole.kernels.items(), key=lambda kernel: -kernel[1])[:4]
     shown = ", ".join(f"{kernel[:32]} {us:.0f}" for kernel, us in kernels)
     return (
-        f"| {case} | {name} | {forward.us:.0f} | {flops / forward.us / 1e6:.0f} | {whole.us:.0f} | "
+        f"| {case} | {cut or name} | {forward.us:.0f} | {flops / forward.us / 1e6:.0f} | {whole.us:.0f} | "
         f"{3.5 * flops / whole.us / 1e6:.0f} | {shown} |"
     )
 
@@ -89,6 +102,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=3, help="sequences")
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--cuts", nargs="+", default=[], metavar="FIELD=N,...", help="of the kernels for Hopper"
+    )
     args = parser.parse_args()
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.batch} x {args.tokens} tokens, bfloat16"
@@ -98,6 +114,8 @@ def main() -> int:
     for case in args.cases:
         for name in args.implementations:
             print(run(case, name, args), flush=True)
+        for cut in args.cuts:
+            print(run(case, "mosaic_gpu", args, cut), flush=True)
     return 0
 
 
