@@ -78,10 +78,10 @@ class Inputs:
         self.q_refs = take(parts)  # [M, B, T, heads of the part, W]
         self.k_refs = take(parts)  # [B, S, heads of the part, W]
         self.v_ref = None if shape.latent else take(1)[0]  # [B, S, L, V]
-        # Gradient of the output [M, B, T, L, V], log-sum-exp to the base of 2 [M, B, L, T], and either the output or
-        # `delta`, its sums with the gradient, times scale [M, B, L, T].
+        # Gradient of the output [M, B, T, L, V], log-sum-exp to the base of 2, and sums of gradient times output
+        # times scale, [M, B, L, T]
         more: list[Any] = take(3) if gradients else [None] * 3
-        self.do_ref, self.lse_ref, self.last_ref = more
+        self.do_ref, self.lse_ref, self.delta_ref = more
         self.head, self.b = lax.axis_index("head"), lax.axis_index("batch")
         self.start, self.shape = start_ref[0], shape
 
@@ -136,13 +136,10 @@ def _row_kernel(
     gradients: bool,
     interpret: bool,
 ) -> None:
-    """The output and its log-sum-exp; with `gradients` those of the queries, and `delta`, which is needed on the way.
-
-    A program has `groups` tiles of rows.
-    """
+    """The output and its log-sum-exp; with `gradients` those of the queries. A program has `groups` tiles of rows."""
     args = list(refs)
     inputs = Inputs(args, shape, gradients)
-    outs = [args.pop(0) for _ in range(len(shape.widths) + 1 if gradients else 2)]
+    outs = [args.pop(0) for _ in range(len(shape.widths) if gradients else 2)]
     q_smem, do_smem, k_smem, v_smem, o_smem, p_smem, full, free, q_full = args
     v_smem = k_smem[0] if shape.latent else v_smem
     o_smem = q_smem[0] if o_smem is None else o_smem
@@ -172,11 +169,10 @@ def _row_kernel(
         delta: Any = None
         if gradients:
             plgpu.copy_gmem_to_smem(inputs.of_rows(inputs.do_ref, r), do_smem.at[me], q_full.at[me])
-            load = lambda ref, layout: plgpu.load(inputs.of_rows(ref, r), layout=layout, optimized=False)
-            lse = load(inputs.lse_ref, _ROW)
-            out, d_out = (load(ref, _MATRIX).astype(jnp.float32) for ref in (inputs.last_ref, inputs.do_ref))
-            delta = (out * d_out).sum(axis=1) * scale
-            inputs.of_rows(outs[-1], r)[...] = delta
+            lse, delta = (
+                plgpu.load(inputs.of_rows(ref, r), layout=_ROW, optimized=False)
+                for ref in (inputs.lse_ref, inputs.delta_ref)
+            )
         plgpu.barrier_wait(q_full.at[me])
         size = (ROWS, block)
 
@@ -228,7 +224,7 @@ def _row_kernel(
         carry = lax.fori_loop(clear, n_blocks, functools.partial(step, masked=True), carry)
 
         if gradients:
-            results = list(zip(carry, q_smem, outs[:-1], strict=True))
+            results = list(zip(carry, q_smem, outs, strict=True))
         else:
             acc, m, norm = carry
             inputs.of_rows(outs[1], r)[...] = (m + jnp.log2(norm)) * (1 / LOG2E)
@@ -272,7 +268,7 @@ def _key_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpre
     def _copy() -> None:
         def copies(i: jax.Array, slot: jax.Array) -> Any:
             r = low + i
-            vectors = ((inputs.do_ref, do_smem), (inputs.lse_ref, lse_smem), (inputs.last_ref, delta_smem))
+            vectors = ((inputs.do_ref, do_smem), (inputs.lse_ref, lse_smem), (inputs.delta_ref, delta_smem))
             yield from zip(inputs.queries(r), [smem.at[slot] for smem in q_smem], strict=True)
             yield from ((inputs.of_rows(ref, r), smem.at[slot]) for ref, smem in vectors)
 
@@ -346,9 +342,10 @@ def _run_rows(
     of_rows = lambda heads, w: jax.ShapeDtypeStruct(
         (shape.heads_per_kv, shape.batch, shape.queries, heads, w), jnp.bfloat16
     )
-    vector = jax.ShapeDtypeStruct((shape.heads_per_kv, shape.batch, shape.heads, shape.queries), jnp.float32)
-    results = shape.widths if gradients else [shape.v_width]
-    out_type = [*(of_rows(shape.heads, w) for w in results), vector]
+    out_type: list[Any] = [of_rows(shape.heads, w) for w in shape.widths]
+    if not gradients:
+        lse = (shape.heads_per_kv, shape.batch, shape.heads, shape.queries)
+        out_type = [of_rows(shape.heads, shape.v_width), jax.ShapeDtypeStruct(lse, jnp.float32)]
     tiles = shape.queries // ROWS * shape.heads_per_kv
     assert tiles % groups == 0
     staged = not gradients and shape.v_width != shape.widths[0]
@@ -456,9 +453,10 @@ def gradients(
       scale: of the scores.
       interpret: runs on the CPU.
     """
-    arrays = [start, *qs, *ks, *([] if v is None else [v]), d_out, lse * LOG2E]
-    *dq, delta = _run_rows(
-        [*arrays, out],
+    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(2, 3)
+    arrays = [start, *qs, *ks, *([] if v is None else [v]), d_out, lse * LOG2E, delta]
+    dq = _run_rows(
+        arrays,
         shape=shape,
         groups=2,
         block=config.dq_block,
@@ -498,5 +496,5 @@ def gradients(
         compiler_params=_PARAMS,
         interpret=interpret,
         kernel_name="attention_dk",
-    )(*arrays, delta)
+    )(*arrays)
     return dq, [x[0] if shares == 1 else x.sum(axis=0).astype(jnp.bfloat16) for x in dk]
