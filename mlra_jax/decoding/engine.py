@@ -31,6 +31,7 @@ from mlra_jax.config import (
 from mlra_jax.decoding.cache import Cache, repeat_rows
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
 from mlra_jax.models import Transformer
+from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh
 
 NO_TOKEN = -1
@@ -165,22 +166,35 @@ def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> 
     return state, jnp.where(active_B, state.token_B, NO_TOKEN)
 
 
+def _steps_at_once() -> int:
+    """Steps between two looks at whether a row is left, a divisor of `STEPS_PER_RUN`.
+
+    A GPU waits for its host each time. When all rows are done, a step changes nothing.
+    """
+    return 4 if current_device()[0] == "gpu" else 1
+
+
 def run(
     model: Transformer, sampling: Sampling, n_vocab: int, state: State, n_steps: jax.Array
 ) -> tuple[State, jax.Array]:
     """Up to `n_steps` steps, fewer if all rows are done: the new state, and the tokens [STEPS_PER_RUN, B]."""
 
     def go_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-        return (carry[0] < n_steps) & jnp.any(carry[1].left_B > 0)
+        return jnp.any(carry[1].left_B > 0)
 
-    def one(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+    def one(_: int, carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, out = carry
         state, token_B = step(model, sampling, n_vocab, state)
         return i + 1, state, jax.lax.dynamic_update_index_in_dim(out, token_B, i, axis=0)
 
+    several = functools.partial(jax.lax.fori_loop, 0, _steps_at_once(), one)
     out = jnp.full((STEPS_PER_RUN, *state.token_B.shape), NO_TOKEN)
-    _, state, out = jax.lax.while_loop(go_on, one, (jnp.int32(0), state, out))
-    return state, out
+    left_B = jnp.minimum(state.left_B, n_steps)
+    beyond_B = state.left_B - left_B
+    state = dataclasses.replace(state, left_B=left_B)
+    _, state, out = jax.lax.while_loop(go_on, several, (jnp.int32(0), state, out))
+    ended_B = state.token_B == state.eos
+    return dataclasses.replace(state, left_B=jnp.where(ended_B, 0, state.left_B + beyond_B)), out
 
 
 def _with_next(

@@ -132,9 +132,8 @@ def row_product(
 ) -> jax.Array:
     """Products of the rows x [B, T, K] with a large matrix of the decode layout, w [..., K]: [B, T, ...].
 
-    One row on a GPU is multiplied and summed, in float32: of the products of an MLP, XLA then reads the weights at 3.0
-    and 2.9 TB/s of an H100's memory, and as matrix products at 2.8 and 2.4 (docs/decoding.md). Of matrices of less
-    than 10 M elements it makes that by itself.
+    One row on a GPU is multiplied and summed, in float32: XLA then reads an MLP's weights at 2.9 TB/s of an H100's
+    memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself.
 
     Args:
       rules: the decoding table.

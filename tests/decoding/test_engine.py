@@ -9,7 +9,7 @@ import pytest
 from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
 from mlra_jax.decoding import engine as engine_module
 from mlra_jax.decoding.cache import Cache
-from mlra_jax.decoding.engine import LENGTH_UNIT, chunk_sizes, largest_chunk
+from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
 from mlra_jax.decoding.sampling import GREEDY, Sampling
 from mlra_jax.sharding import decode_rules, make_mesh
 
@@ -104,6 +104,27 @@ def test_rows_end_at_the_end_of_text_id_and_stop_when_told(engine, rollout, prom
     rows = e.start(prompts, [N_NEW] * 4)
     rows.stop([0, 3])
     assert [len(row) for row in tokens_of(rows, 4)] == [1, N_NEW, N_NEW, 1]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_runs_of_any_length_give_as_many_tokens_however_often_the_host_is_asked(
+    at_once, engine, rollout, prompts, monkeypatch
+):
+    e, expected = engine("mlra_4", (1, 4, 1)), rollout("mlra_4", prompts, N_NEW)
+    monkeypatch.setattr(e, "programs", {})
+    monkeypatch.setattr(engine_module, "_steps_at_once", lambda: at_once)
+    eos = expected[1][4]
+    ended = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
+    rows = e.start(prompts, [N_NEW] * 4, eos_id=eos)
+    made = [[int(token)] for token in np.asarray(rows.first_B)]
+    so_far = 1
+    for n in (3, 5, 1, 64):
+        for row, column in zip(made, np.asarray(rows.run(n)).T, strict=True):
+            row += [int(token) for token in column if token != NO_TOKEN]
+        so_far += n
+        assert made == [row[:so_far] for row in ended]
+        left = [0 if len(row) == len(end) else N_NEW - len(row) for row, end in zip(made, ended, strict=True)]
+        assert np.asarray(rows.state.left_B).tolist() == left
 
 
 def test_long_prompts_in_chunks_give_the_same_tokens(engine, rollout, prompts, tokens_of, monkeypatch):
