@@ -46,7 +46,7 @@ from benchmarks.measure import (
 )
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
-from mlra_jax.ops.decode.mosaic_gpu import find_processors
+from mlra_jax.ops.hopper import find_processors
 from mlra_jax.ops.tuning import slug
 
 RESULTS = pathlib.Path(__file__).parent / "results"

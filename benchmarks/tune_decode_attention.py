@@ -37,6 +37,7 @@ from benchmarks.decode_attention import (
     split_arguments,
 )
 from benchmarks.measure import measure
+from mlra_jax.ops import hopper
 from mlra_jax.ops.decode import latent_decode_attention, mosaic_gpu, triton
 from mlra_jax.ops.decode.cases import Call, Case, abstract_call
 from mlra_jax.ops.tuning import DECODE, Entry, Sizes, read_table, table_path, update, write_table
@@ -69,7 +70,7 @@ class Mosaic:
     attend = staticmethod(mosaic_gpu.decode_attention)
 
     def __init__(self, case: Case, kind: str):
-        processors = mosaic_gpu.find_processors(kind)
+        processors = hopper.find_processors(kind)
         if processors is None:
             raise ValueError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
         self.processors = processors
@@ -95,14 +96,14 @@ class Mosaic:
 
     def tiles(self, row_groups: int) -> int:
         """Tiles of query rows of all heads."""
-        return self.shape.heads * -(-self.shape.rows // (mosaic_gpu.ROWS * row_groups))
+        return self.shape.heads * -(-self.shape.rows // (hopper.ROWS * row_groups))
 
     def neighbours(self, config: mosaic_gpu.Config) -> list[list[mosaic_gpu.Config]]:
         """For each property in turn, configurations that differ from this one in it."""
         one_each = lambda tiles: max(1, self.processors // tiles)
         change = functools.partial(dataclasses.replace, config)
         groups = range(1, 4) if self.shape.value_groups == 1 else (1,)
-        groups = [n for n in groups if n == 1 or (n - 1) * mosaic_gpu.ROWS < self.shape.rows]
+        groups = [n for n in groups if n == 1 or (n - 1) * hopper.ROWS < self.shape.rows]
         grouped = [
             change(row_groups=n, n_splits=1 if config.n_splits == 1 else one_each(self.tiles(n)))
             for n in groups
@@ -345,7 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case is left."""
     argv = sys.argv[1:] if argv is None else argv
     kind = jax.devices()[0].device_kind
-    default = "triton" if mosaic_gpu.find_processors(kind) is None else "mosaic_gpu"
+    default = "triton" if hopper.find_processors(kind) is None else "mosaic_gpu"
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune_decode_attention", description=(__doc__ or "").splitlines()[0]
     )

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mlra_jax.ops import hopper
 from mlra_jax.ops.attention import causal_attention, causal_attention_parts, mosaic_gpu
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
-from mlra_jax.ops.attention.mosaic_gpu import ROWS, TILE, Config, Shape
-from mlra_jax.ops.decode import mosaic_gpu as decode
+from mlra_jax.ops.attention.mosaic_gpu import TILE, Config, Shape
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.topologies import gpu_devices
 
@@ -34,7 +34,7 @@ compiles = pytest.mark.skipif(
 
 
 def on_gpu(test):
-    available = jax.default_backend() == "gpu" and decode.find_processors(jax.devices()[0].device_kind)
+    available = jax.default_backend() == "gpu" and hopper.find_processors(jax.devices()[0].device_kind)
     return pytest.mark.gpu(pytest.mark.skipif(not available, reason="needs a Hopper GPU")(test))
 
 
@@ -118,7 +118,7 @@ def with_gradients(attend, case):
 )
 @newer_jax
 def test_it_says_why_it_declines_a_call(monkeypatch, case, dtype, message):
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
     parts, v, _ = case.abstract(dtype)
     reasons = explain(causal_attention_parts, parts, v, scale=case.scale)["causal_attention"]
     assert re.search(message, reasons["mosaic_gpu"])
@@ -126,23 +126,23 @@ def test_it_says_why_it_declines_a_call(monkeypatch, case, dtype, message):
 
 @pytest.mark.parametrize("device", [("cpu", "cpu"), ("gpu", "NVIDIA A100-SXM4-40GB"), ("gpu", "Tesla T4")])
 def test_it_is_for_hopper_alone(monkeypatch, device):
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: device)
+    monkeypatch.setattr(hopper, "current_device", lambda: device)
     parts, v, _ = PAPER["mlra_4"].abstract()
     reason = explain(causal_attention_parts, parts, v, scale=1.0)["causal_attention"]["mosaic_gpu"]
-    assert reason == f"the Mosaic GPU kernels run on Hopper GPUs; this is a {device[1]}."
+    assert reason == f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {device[1]}."
 
 
 def test_before_jax_0_11_it_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     parts, v, _ = PAPER["gqa"].abstract()
     reason = explain(causal_attention_parts, parts, v, scale=1.0)["causal_attention"]["mosaic_gpu"]
-    assert "need JAX 0.11 or later, which needs Python 3.12" in reason
+    assert "needs JAX 0.11 or later, which needs Python 3.12" in reason
 
 
 def test_asked_for_by_name_it_fails_rather_than_fall_back():
     q, k, v = (jnp.zeros((1, 8, 1, 64), jnp.bfloat16) for _ in range(3))
-    with pytest.raises(NotImplementedError, match="run on Hopper GPUs; this is a cpu"):
+    with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
         causal_attention(q, k, v, scale=1.0, implementation="mosaic_gpu")
 
 
@@ -155,7 +155,7 @@ def test_the_heuristic_gives_every_program_whole_tiles_and_every_share_some(t, m
     padded = -(-t // TILE) * TILE
     shape = Shape(batch, heads, (heads, 1), (heads, 1), (128, 64), 128, True, m, padded, padded)
     config = Config.heuristic(shape, 132)
-    tiles = padded // ROWS * m
+    tiles = padded // hopper.ROWS * m
     assert tiles % config.row_groups == 0
     assert 1 <= config.dk_shares <= tiles
     if config.dk_shares > 1:  # split only as far as the processors would else have no work

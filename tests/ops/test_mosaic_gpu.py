@@ -19,9 +19,10 @@ from jax.sharding import AxisType, Mesh
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.ops import hopper
 from mlra_jax.ops.decode import api, mosaic_gpu
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abridge, abstract_call, make_case
-from mlra_jax.ops.decode.mosaic_gpu import SHARED_MEMORY, Config, Shape
+from mlra_jax.ops.decode.mosaic_gpu import Config, Shape
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from mlra_jax.topologies import gpu_devices
@@ -36,7 +37,7 @@ compiles = pytest.mark.skipif(
 
 
 def on_gpu(test):
-    available = jax.default_backend() == "gpu" and mosaic_gpu.find_processors(jax.devices()[0].device_kind)
+    available = jax.default_backend() == "gpu" and hopper.find_processors(jax.devices()[0].device_kind)
     return pytest.mark.gpu(pytest.mark.skipif(not available, reason="needs a Hopper GPU")(test))
 
 
@@ -79,14 +80,14 @@ def shape_of(case):
 )
 @newer_jax
 def test_it_says_why_it_declines_a_call(monkeypatch, change, dtype, message):
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
     call = abstract_call(dataclasses.replace(SMALL, **change), dtype)
     assert re.search(message, explain(call, *call.args)[call.op.__name__]["mosaic_gpu"])
 
 
 @pytest.mark.parametrize("device", [("cpu", "cpu"), ("gpu", "NVIDIA A100-SXM4-40GB"), ("gpu", "Tesla T4")])
 def test_it_is_for_hopper_alone(monkeypatch, device):
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: device)
+    monkeypatch.setattr(hopper, "current_device", lambda: device)
     call = abstract_call(SMALL)
     reason = explain(call, *call.args)[call.op.__name__]["mosaic_gpu"]
     assert reason == f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {device[1]}."
@@ -106,7 +107,7 @@ def test_the_heuristic_fits_shared_memory_and_keeps_the_processors_at_work(name)
     shape = shape_of(BENCHMARKS[name])
     config = Config.heuristic(shape, 132)
     assert config.stages >= 2
-    assert config.shared_bytes(shape) <= SHARED_MEMORY
+    assert config.shared_bytes(shape) <= hopper.SHARED_MEMORY
     programs = shape.heads * -(-shape.rows // (64 * config.row_groups))
     programs *= shape.batch if config.n_splits == 1 else config.n_splits
     assert programs >= 0.9 * 132

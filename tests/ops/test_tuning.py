@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mlra_jax.ops import tuning
+from mlra_jax.ops import hopper, tuning
 from mlra_jax.ops.decode import mosaic_gpu, triton
 from mlra_jax.ops.decode.cases import Case, make_case
 from mlra_jax.ops.tuning import Entry, Sizes, find, read_table, table_path, update, write_table
@@ -209,7 +209,7 @@ def test_mosaic_runs_what_the_table_says_unless_its_caller_names_a_configuration
 
     tuned, named = mosaic_gpu.Config(7, 64, 2), mosaic_gpu.Config(9, 64, 3)
     table(entry(dataclasses.asdict(tuned), rows=16, batch=2, capacity=128))
-    monkeypatch.setattr(mosaic_gpu, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
     configs = []
 
     def attend(parts, v, kv_len, *_, config, **__):

@@ -12,13 +12,10 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.ops.attention.parts import Parts, heads_of
-from mlra_jax.ops.decode import mosaic_gpu as decode
-from mlra_jax.ops.device import current_device
+from mlra_jax.ops.hopper import ROWS, check_device
 from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.remat import ATTENTION
 
-ROWS = 64
-"""Queries, or keys, of a warpgroup."""
 TILE = 128
 """Tokens are padded to a multiple of it."""
 
@@ -111,14 +108,7 @@ def causal_attention(
     Raises:
       NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernels take.
     """
-    platform, kind = current_device()
-    processors = 132 if interpret is not None else decode.find_processors(kind)
-    if interpret is None and (platform != "gpu" or processors is None):
-        raise NotImplementedError(f"the Mosaic GPU kernels run on Hopper GPUs; this is a {kind}.")
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"the Mosaic GPU kernels need JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
-        )
+    check_device(interpret)
     arrays = [x for pair in parts for x in pair] + ([] if v is None else [v])
     if not_bf16 := {str(x.dtype) for x in arrays if x.dtype != jnp.bfloat16}:
         raise NotImplementedError(f"the Mosaic GPU kernels take bfloat16; got {', '.join(sorted(not_bf16))}.")
@@ -163,9 +153,8 @@ def _shape(parts: Parts, v: jax.Array | None) -> Shape:
     )
 
 
-def _config(config: Config | None, shape: Shape) -> Config:
-    processors = decode.find_processors(current_device()[1]) or 132
-    return config or Config.heuristic(shape, processors)
+def _config(config: Config | None, shape: Shape, interpret: Any) -> Config:
+    return config or Config.heuristic(shape, check_device(interpret)[1])
 
 
 def _pad(x: jax.Array, axis: int, n: int) -> jax.Array:
@@ -190,7 +179,7 @@ def _forward(
         [_pad(k, 1, shape.tokens) for _, k in parts],
         None if v is None else _pad(v, 1, shape.tokens),
         shape=shape,
-        config=_config(config, shape),
+        config=_config(config, shape, interpret),
         scale=scale,
         interpret=interpret,
     )
@@ -215,7 +204,7 @@ def _backward(
         lse,
         _by_head(d_out, shape),
         shape=shape,
-        config=_config(config, shape),
+        config=_config(config, shape, interpret),
         scale=scale,
         interpret=interpret,
     )

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops.attention.mosaic_gpu import ROWS, Config, Shape
-from mlra_jax.ops.decode.mosaic_gpu_kernel import _MATRIX, _PARAMS, _ROW, LOG2E, LOWEST, _transforms, plgpu
+from mlra_jax.ops.hopper import LOG2E, LOWEST, MATRIX, PARAMS, ROW, plgpu, transforms
 
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 KEY_GROUPS = 2
@@ -61,7 +61,7 @@ def _add_products(
 
 
 def _zeros(*shape: int) -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _MATRIX)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
 
 
 def _spread(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
@@ -170,7 +170,7 @@ def _row_kernel(
         if gradients:
             plgpu.copy_gmem_to_smem(inputs.of_rows(inputs.do_ref, r), do_smem.at[me], q_full.at[me])
             lse, delta = (
-                plgpu.load(inputs.of_rows(ref, r), layout=_ROW, optimized=False)
+                plgpu.load(inputs.of_rows(ref, r), layout=ROW, optimized=False)
                 for ref in (inputs.lse_ref, inputs.delta_ref)
             )
         plgpu.barrier_wait(q_full.at[me])
@@ -186,8 +186,8 @@ def _row_kernel(
             return p_smem[me]
 
         def visible(j: jax.Array) -> jax.Array:
-            row = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + t0
-            token = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + j * block
+            row = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=MATRIX) + t0
+            token = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=MATRIX) + j * block
             return token <= row
 
         def step(j: jax.Array, carry: Any, masked: bool) -> Any:
@@ -215,7 +215,7 @@ def _row_kernel(
             plgpu.barrier_arrive(free.at[slot])
             return carry
 
-        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), _ROW)
+        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
         carry: Any = [_zeros(ROWS, w) for w in shape.widths]
         if not gradients:
             carry = _zeros(ROWS, shape.v_width), vector(LOWEST), vector(0.0)
@@ -297,8 +297,8 @@ def _key_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpre
             )
             p = jnp.exp2(s * (scale * LOG2E) - _spread(lse, size, 1))
             if masked:
-                token = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=_MATRIX) + token0
-                row = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=_MATRIX) + (
+                token = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=MATRIX) + token0
+                row = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=MATRIX) + (
                     inputs.rows(i)[1] + inputs.start
                 )
                 p = jnp.where(token <= row, p, 0.0)
@@ -325,7 +325,7 @@ def _key_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpre
 
 
 def _bf16(*shape: int) -> Any:
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(shape[-1]))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms(shape[-1]))
 
 
 def _run_rows(
@@ -376,7 +376,7 @@ def _run_rows(
         grid_names=("tile", "head", "batch"),
         num_threads=groups + 1,
         thread_name="wg",
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
         interpret=interpret,
         kernel_name="attention_dq" if gradients else "attention",
     )(*arrays)
@@ -493,7 +493,7 @@ def gradients(
         grid_names=("batch", "head", "share", "block"),
         num_threads=KEY_GROUPS + 1,
         thread_name="wg",
-        compiler_params=_PARAMS,
+        compiler_params=PARAMS,
         interpret=interpret,
         kernel_name="attention_dk",
     )(*arrays)

@@ -11,20 +11,9 @@ import jax.numpy as jnp
 
 from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts, Rotary
-from mlra_jax.ops.device import current_device, find_chip
+from mlra_jax.ops.hopper import ROWS, SHARED_MEMORY, check_device
 from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.rotary import turn
-
-ROWS = 64
-"""Query rows of a warpgroup: the height of its matrix products."""
-SHARED_MEMORY = 227 * 1024
-"""Bytes of shared memory that one program may hold on Hopper."""
-
-
-def find_processors(kind: str) -> int | None:
-    """Streaming multiprocessors of the Hopper GPU that a JAX device kind names; None: it is none."""
-    chip = find_chip(kind)
-    return chip.processors if chip is not None and chip.capability == 90 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,23 +164,6 @@ def find_tuned(shape: Shape, kind: str) -> Config | None:
         return config if balanced and config.fits(shape) else None
 
     return tuning.find("mosaic_gpu", sizes, kind, Config, adapt)
-
-
-def check_device(interpret: Any) -> tuple[str, int]:
-    """Kind and streaming multiprocessors of the GPU that is compiled for; 132 where a kernel is interpreted.
-
-    Raises:
-      NotImplementedError: Mosaic GPU kernels do not run there.
-    """
-    platform, kind = current_device()
-    processors = 132 if interpret is not None else find_processors(kind)
-    if processors is None or (interpret is None and platform != "gpu"):
-        raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
-    if jax.__version_info__ < (0, 11):
-        raise NotImplementedError(
-            f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
-        )
-    return kind, processors
 
 
 def decode_attention(

@@ -9,14 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
-from mlra_jax.ops.decode.mosaic_gpu import check_device
+from mlra_jax.ops.hopper import THREADS, check_device, plgpu
 from mlra_jax.ops.manual import unchecked
-
-plgpu: Any = mosaic_gpu  # typed differently in each version of JAX
-THREADS = 128
-"""Of a warpgroup."""
 
 
 def _store(ref: Any, value: jax.Array) -> None:

@@ -12,33 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu
 
-from mlra_jax.ops.decode.mosaic_gpu import ROWS, Config, Shape
+from mlra_jax.ops.decode.mosaic_gpu import Config, Shape
 from mlra_jax.ops.decode.reference import Parts, Rotary
-
-plgpu: Any = mosaic_gpu  # typed differently in each version of JAX
-LOG2E = math.log2(math.e)
-LOWEST = -1e30
-"""Where running maxima start: finite, so that the difference of two is never NaN."""
-
-# Reductions here are along rows, inside a warp: they need next to none of the scratch memory set aside for others.
-_PARAMS = plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=1024)
-_MATRIX = plgpu.Layout.WGMMA
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-
-
-def _transforms(width: int) -> tuple[Any, ...]:
-    """How the tensor cores want a bfloat16 array of so many columns to lie in shared memory."""
-    swizzle = min(64, width)
-    return plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(2 * swizzle)
+from mlra_jax.ops.hopper import LOG2E, LOWEST, MATRIX, PARAMS, ROW, ROWS, plgpu, transforms
 
 
 def _accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
@@ -224,7 +207,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         mine = pl.ds(value_group * columns, columns)
         row0 = (tile * row_groups + row_group) * ROWS
         rows = min(ROWS, q_refs[0].shape[2])
-        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), _ROW)
+        vector = lambda x: plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), ROW)
         if not leads:
             plgpu.barrier_arrive(p_free)
 
@@ -248,8 +231,8 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
                 for r in range(0, block, ROWS):
                     for c in range(0, shape.v_width, 64):
                         ref = v_smem.at[slot, pl.ds(r, ROWS), pl.ds(c, 64)]
-                        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=_MATRIX)
-                        v = plgpu.load(ref, layout=_MATRIX, optimized=False)
+                        token = plgpu.broadcasted_iota(jnp.int32, (ROWS, 64), 0, layout=MATRIX)
+                        v = plgpu.load(ref, layout=MATRIX, optimized=False)
                         ref[...] = jnp.where(token + (j * block + r) < longest, v, jnp.zeros_like(v))
                 plgpu.commit_smem()
                 if row_groups > 1:
@@ -277,7 +260,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
                     plgpu.commit_smem()
                 seen = longest_ref[b]
                 if row_len_ref is not None:
-                    seen = plgpu.load(row_len_ref.at[b, pl.ds(row0, ROWS)], layout=_ROW, optimized=False)
+                    seen = plgpu.load(row_len_ref.at[b, pl.ds(row0, ROWS)], layout=ROW, optimized=False)
                     seen = lax.broadcast_in_dim(seen, (ROWS, block), (0,))
             longest = longest_ref[b]
 
@@ -289,7 +272,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
 
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, block), jnp.float32))
                 if masked:
-                    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=_MATRIX)
+                    token = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=MATRIX)
                     s = jnp.where(token + j * block < seen, s, -jnp.inf)
                 m_new = jnp.maximum(m, s.max(axis=1) * (scale * LOG2E))
                 alpha = jnp.exp2(m - m_new)
@@ -315,7 +298,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
                     m, norm, alpha, p = weights(slot, j, m, norm, masked)
                 else:
                     plgpu.barrier_wait(p_full)
-                    alpha, p = plgpu.load(row_smem, layout=_ROW, optimized=False), p_smem[0]
+                    alpha, p = plgpu.load(row_smem, layout=ROW, optimized=False), p_smem[0]
                 acc = acc * lax.broadcast_in_dim(alpha, acc.shape, (0,))
                 acc = _accumulate(acc, p, v_smem.at[slot, :, mine], interpret)
                 if not leads:
@@ -323,7 +306,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
                 plgpu.barrier_arrive(free.at[slot])
                 return acc, m, norm
 
-            acc = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), _MATRIX)
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), MATRIX)
             carry = acc, vector(LOWEST), vector(0.0)
             clear = jnp.clip(lax.div(fewest(b), block), j0, j1)  # up to here every row sees every token
             carry = lax.fori_loop(j0, clear, functools.partial(step, masked=False), carry)
@@ -338,7 +321,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
                     publish(inverse)
             else:
                 plgpu.barrier_wait(p_full)
-                inverse = plgpu.load(row_smem, layout=_ROW, optimized=False)
+                inverse = plgpu.load(row_smem, layout=ROW, optimized=False)
                 plgpu.barrier_arrive(p_free)
             acc = acc * lax.broadcast_in_dim(inverse, acc.shape, (0,))
             at = b if whole else i + b
@@ -482,7 +465,7 @@ def attend(
     tiles, staged = config.tiles(shape), config.stages_output(shape)
     all_rows = tiles * tile_rows
     q_rows = -(-r // 8) * 8 if r < ROWS else all_rows  # what a copy of a tile of queries needs
-    kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=_PARAMS, interpret=interpret)
+    kernel = functools.partial(plgpu.kernel, thread_name="wg", compiler_params=PARAMS, interpret=interpret)
 
     groups, branches = heads // shape.branches, shape.branches
 
@@ -504,7 +487,7 @@ def attend(
     if page_table is not None:
         scalars.append(page_table.astype(jnp.int32))
 
-    bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=_transforms(s[-1]))
+    bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=transforms(s[-1]))
     warpgroups, block, stages = config.row_groups * shape.value_groups, config.block, config.stages
     interpreted = interpret is not None
     copies = len(parts) + (not shape.latent)

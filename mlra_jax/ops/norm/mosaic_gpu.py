@@ -11,15 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import mosaic_gpu
 
-from mlra_jax.ops.decode.mosaic_gpu import check_device
+from mlra_jax.ops.hopper import THREADS, check_device, plgpu
 from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.remat import RESIDUAL
 
-plgpu: Any = mosaic_gpu  # typed differently in each version of JAX
-THREADS = 128
-"""Of a warpgroup."""
 MAX_WIDTH = 8192
 """A thread has its elements of a row in registers."""
 FORWARD, BACKWARD = 6, 3
