@@ -228,11 +228,11 @@ def test_the_interpreter_sees_a_wait_that_is_left_out(monkeypatch):
         """The library, but for waits on barriers of several stages: those of the ring."""
 
         def __getattr__(self, name):
-            return getattr(mosaic_gpu_kernel.mosaic_gpu, name)
+            return getattr(hopper.plgpu, name)
 
         def barrier_wait(self, barrier):
             if not barrier.transforms or barrier.ref.shape == (1,):
-                mosaic_gpu_kernel.mosaic_gpu.barrier_wait(barrier)
+                hopper.plgpu.barrier_wait(barrier)
 
     monkeypatch.setattr(mosaic_gpu_kernel, "plgpu", Hasty())
     mosaic_gpu_kernel.attend.clear_cache()
