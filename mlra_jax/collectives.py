@@ -52,7 +52,8 @@ def _group_size(line: str) -> int:
         return explicit[1].count(",") + 1
     if iota := re.match(r"\[\d+,(\d+)\]<=", groups[1]):  # [2,2]<=[4]: 2 groups of 2
         return int(iota[1])
-    if mesh := re.match(r"mesh\[(.*?)\] \{(.*?)\}", groups[1]):  # mesh['a'=2,'b'=2] {'b'}
+    # mesh['a'=2,'b'=2] {'b'}, also with device_ids=([2,2]T(1,0)) between
+    if mesh := re.match(r"mesh\[(.*?)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}", groups[1]):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
     raise NotImplementedError(f"These replica groups are not understood: {groups[1][:80]}")

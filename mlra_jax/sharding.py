@@ -150,14 +150,16 @@ class AxisRules:
         """A weight as a product takes it, laid out as `used`, from how it is `stored`, split over more mesh axes.
 
         On an explicit mesh its gradient goes back as one part to each device: summed and scattered over the axes that
-        the storage is split over, then that part summed over the others that tokens are split over. Left to itself,
-        the compiler sums all of it on every device.
+        the storage is split over, then that part summed over the others that tokens are split over; or, where the
+        weight's type says that it is `reduced` over these, left as it is on each device for the caller to sum. Left to
+        itself, the compiler sums all of it on every device.
         """
         mesh = current_mesh()
         own = {axis for name in used for axis in self.mesh_axes(name)}
         summed = {*self.mesh_axes("batch"), *self.mesh_axes("length")} - own
         split = {axis for name in stored for axis in self.mesh_axes(name)} - own
-        if mesh is None or not mesh.are_all_axes_explicit or not split or not split <= summed:
+        explicit = mesh is not None and mesh.are_all_axes_explicit
+        if not explicit or not (split or jax.typeof(x).sharding.spec.reduced) or not split <= summed:
             return self.constrain(x, *used)
         parts = PartitionSpec(*self.spec(*stored), reduced=summed - split)
         whole = PartitionSpec(*self.spec(*used), reduced=summed)

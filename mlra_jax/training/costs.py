@@ -136,7 +136,7 @@ def step_costs(
     latents = width * gathered_values(m, tensor) * micro_batch * length
     links = {
         "fsdp": n_micro * ring(fsdp, gathers),
-        "data": n_micro * 2 * ring(data, width * own),
+        "data": 2 * ring(data, (4 if n_micro > 1 else width) * own),  # once a step
         "tensor": n_micro * m.n_layers * (4 + (again > 0)) * 2 * ring(tensor, exchanged),
         "context": n_micro * m.n_layers * (2 + (remat != "none")) * ring(context, latents),
     }

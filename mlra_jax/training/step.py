@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
 from mlra_jax.models.layers import adding
 from mlra_jax.ops.device import current_device
-from mlra_jax.sharding import on_mesh
+from mlra_jax.sharding import TRAIN_RULES, current_mesh, on_mesh
 from mlra_jax.training.guard import Guard, init_guard, judge
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
@@ -105,6 +105,42 @@ def gpu_options() -> dict[str, Any]:
     }
 
 
+def _apart(path: Any, x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which the gradients of a weight stay each device's own until all micro-batches are done.
+
+    They are those that split tokens and not the weight, of weights that products gather (`AxisRules.gather`).
+    """
+    mesh, name = current_mesh(), path[-1].key
+    if (
+        mesh is None
+        or not mesh.are_all_axes_explicit
+        or not name.startswith("w_")
+        or name in ("w_uk", "w_uv")
+    ):
+        return frozenset()
+    tokens = {*TRAIN_RULES.mesh_axes("batch"), *TRAIN_RULES.mesh_axes("length")}
+    rest = tokens - {axis for entry in jax.typeof(x).sharding.spec for axis in _axes(entry)}
+    return frozenset(rest) if any(mesh.shape[axis] > 1 for axis in rest) else frozenset()
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _laid_out(tree: Any, apart: Any, kind: str | None = None) -> Any:
+    """The arrays with the axes `apart` of each in their type as `reduced` or `unreduced`, or (None) as neither."""
+
+    def one(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+        kinds = {kind: axes} if kind else {}
+        return (
+            jax.sharding.reshard(x, PartitionSpec(*jax.typeof(x).sharding.spec.partitions, **kinds))
+            if axes
+            else x
+        )
+
+    return jax.tree.map(one, tree, apart)
+
+
 def _where(good: jax.Array, new: Any, old: Any) -> Any:
     """`new` or `old`, but the count of the learning rate's schedule is always the new one."""
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
@@ -150,8 +186,13 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         else:
             zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
+            # Devices sum their gradients after the last micro-batch, and not after each one.
+            apart = jax.tree_util.tree_map_with_path(
+                lambda path, w: frozenset() if unrolled else _apart(path, w), weights
+            )
+            weights, zeros = _laid_out(weights, apart, "reduced"), _laid_out(zeros, apart, "unreduced")
             (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
-
+            grads = _laid_out(grads, apart)
         grads = stack_layers(grads) if unrolled else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mlra_jax.cli.configs import load_config
+from mlra_jax.collectives import executed_collectives
 from mlra_jax.config import GroupedAttentionConfig
 from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.models import cast_weights
@@ -70,6 +71,23 @@ def test_accumulation_equals_one_big_batch(config, mesh_of, place):
     for p, q in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected_state.params), strict=True):
         # Adam divides by a small root, which magnifies rounding: a hundredth of one update.
         np.testing.assert_allclose(p, q, atol=1e-2 * config.optim.lr)
+
+
+def test_devices_of_the_data_axis_sum_their_gradients_once_a_step(config, mesh_of, place):
+    model = config.model
+    mesh, accumulation = mesh_of(2, 2, 1, 1), config.data.accumulation(4)
+    assert accumulation > 1
+    with jax.set_mesh(mesh):
+        batch = place(mesh, windows(config, 1)[0], accumulation)
+        compiled = make_train_step(config).lower(init_state(config), batch).compile()
+    shard = (model.d_model // 2, model.d_ff)  # what a device stores of W_gate
+    times = {
+        n: {shape for _, shape in collective.arrays}
+        for collective, n in executed_collectives(compiled.as_text()).items()
+        if collective.kind == "all-reduce" and any(shape[-2:] == shard for _, shape in collective.arrays)
+    }
+    assert times.keys() == {1}
+    assert (model.n_layers, *shard) in times[1]
 
 
 def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_unequally(config, mesh_of, place):
