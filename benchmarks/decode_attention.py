@@ -436,9 +436,14 @@ def run(
     *,
     page: int | None,
     runs: int,
-    each: Callable[..., None],
-) -> None:
-    """Measures cases; after each calls `each(row, None)` or `each(None, (name, why it failed))`."""
+    write: Callable[[list[Row], dict[str, str]], None],
+) -> tuple[list[Row], dict[str, str]]:
+    """Measures cases, and prints each as it comes: the rows, and by name why others failed.
+
+    After each case calls `write` with what there is so far.
+    """
+    rows: list[Row] = []
+    failures: dict[str, str] = {}
     kind = jax.devices()[0].device_kind
     cases = {name: dataclasses.replace(find_case(name), page=page) for name in names}
     memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
@@ -464,9 +469,13 @@ def run(
                 )
                 row = attempt(time_it)
             if isinstance(row, Exception):
-                each(None, (name, f"{type(row).__name__}: {str(row).strip().splitlines()[0]}"))
+                failures[name] = f"{type(row).__name__}: {str(row).strip().splitlines()[0]}"
+                print(f"{name}: not measured. {failures[name]}", flush=True)
             else:
-                each(row, None)
+                rows.append(row)
+                print(format_row(row), flush=True)
+            write(rows, failures)
+    return rows, failures
 
 
 def measure_case(
@@ -509,21 +518,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     suffix = f"_{options.implementation}" if options.implementation else ""
     stem = options.out / f"decode_attention_{slug(setting.device)}{suffix}"
     options.out.mkdir(parents=True, exist_ok=True)
-
-    rows: list[Row] = []
-    failures: dict[str, str] = {}
-
-    def each(row: Row | None, failure: tuple[str, str] | None) -> None:
-        if row is not None:
-            rows.append(row)
-            print(format_row(row), flush=True)
-        if failure is not None:
-            failures[failure[0]] = failure[1]
-            print(f"{failure[0]}: not measured. {failure[1]}", flush=True)
-        write(rows, failures, setting, stem)
-
     print(f"{setting.device}, {setting.versions}\n{HEADER}", flush=True)
-    run(names, implementations, page=options.page, runs=3 if options.quick else 7, each=each)
+    rows, failures = run(
+        names,
+        implementations,
+        page=options.page,
+        runs=3 if options.quick else 7,
+        write=lambda rows, failures: write(rows, failures, setting, stem),
+    )
     if comparison := compare_rows(rows):
         print(comparison)
     print(f"Written to {stem}.md and {stem}.json")

@@ -163,21 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting.here("benchmarks.paper_latency", argv)
     stem = options.out / f"paper_latency_{slug(setting.device)}"
     options.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    failures: dict[str, str] = {}
-
-    def each(row: Row | None, failure: tuple[str, str] | None) -> None:
-        if row is not None:
-            rows.append(row)
-            print(format_row(row), flush=True)
-        if failure is not None:
-            failures[failure[0]] = failure[1]
-            print(f"{failure[0]}: not measured. {failure[1]}", flush=True)
-        write(rows, failures, setting, stem)
-
     names = [f"{v} 1x{show_tokens(tokens)}" for tokens in options.lengths for v in options.cases]
     print(f"{setting.device}, {setting.versions}\n{DETAILS}", flush=True)
-    run(names, implementations, page=options.page or None, runs=options.runs, each=each)
+    rows, failures = run(
+        names,
+        implementations,
+        page=options.page or None,
+        runs=options.runs,
+        write=lambda rows, failures: write(rows, failures, setting, stem),
+    )
     print(*table(as_record(rows, failures, setting)), f"Written to {stem}.md, .json and .png", sep="\n")
     return 1 if failures else 0
 
