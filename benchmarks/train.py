@@ -1,12 +1,15 @@
-"""Tokens per second and MFU of the train step on the GPU at hand, and where its time goes.
+"""Tokens per second and MFU of the train step on the GPUs at hand, and where its time goes.
 
     python -m benchmarks.train                                # mlra_4, mla and gqa: the table of docs/training.md
     python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
+    python -m benchmarks.train --configs mlra_4 --fsdp 2      # or --tensor 2: on two GPUs
 
 The model is the configuration's, in full, with random weights and random tokens; micro-batch and rematerialisation are
 what training would choose, if they are not given. A step has `--accumulation` micro-batches, fewer than the paper's:
 the optimizer, which runs once a step, costs more of it than in a real run. Steps are timed on the host's clock from
 call to result, after two that are not. One more is traced, and its device time shown by what the kernels do.
+
+Tokens/s are those of one device: of all, divided by their number. The profile is that of the first device.
 
 MFU = tokens/s x (6 x parameters + causal attention, forward and backward, per token) / peak FLOP/s; what is recomputed
 does not count (`mlra_jax.training.flops`).
@@ -29,7 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # as train.py
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as train.py
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +53,21 @@ from mlra_jax.training.step import init_state, make_train_step
 RESULTS = pathlib.Path(__file__).parent / "results"
 ATTENTION_WIDTH = 3.0
 """Model FLOPs of attention, forward and backward, over those of the forward pass."""
-PARTS = ("attention forward", "attention backward", "products", "gradient sums", "elementwise", "optimizer")
+PARTS = (
+    "attention forward",
+    "attention backward",
+    "products",
+    "gradient sums",
+    "elementwise",
+    "optimizer",
+    "exchanges",
+)
 
 
 def part_of(kernel: str, op: str) -> str:
     """What a kernel does, by its name and by that of the operation it was made of (empty: unknown)."""
+    if "nccl" in kernel.lower():
+        return "exchanges"  # beside what else runs, where they overlap
     if re.match(r"attention(_mosaic|$)", kernel):
         return "attention forward"
     if re.match(r"attention_d[qk]", kernel):
@@ -114,20 +127,22 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         model = dataclasses.replace(model, n_layers=args.layers)
     if args.remat:
         model = dataclasses.replace(model, remat=args.remat)
-    mesh = make_mesh(MeshConfig())
-    n_devices = mesh.size
+    if args.gather:
+        model = dataclasses.replace(model, gather=args.gather)
+    mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
+    n_data = mesh.size // args.tensor
     # The global batch follows from the micro-batch; to choose one, the planner needs a batch that all sizes divide.
     data = dataclasses.replace(config.data, micro_batch=args.micro_batch)
     config = dataclasses.replace(config, model=model, data=data)
     with jax.set_mesh(mesh):
         config, plan = resolve(config, mesh, device_memory(jax.devices()[0]))
-        sequences = plan.micro_batch * args.accumulation * n_devices
+        sequences = plan.micro_batch * args.accumulation * n_data
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=sequences))
         print(f"{name}: {plan}", flush=True)
         state = init_state(config)
         n_params = sum(x.size for x in jax.tree.leaves(state.params))
         rng = np.random.default_rng(0)
-        shape = (args.accumulation, plan.micro_batch * n_devices, config.data.seq_len)
+        shape = (args.accumulation, plan.micro_batch * n_data, config.data.seq_len)
         ids = lambda: jnp.asarray(rng.integers(0, config.model.vocab_size, shape, dtype=np.int32))
         batch = {"inputs": ids(), "targets": ids()}
         begin = time.perf_counter()
@@ -149,23 +164,25 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             times.append(time.perf_counter() - begin)
         traced = split_time(profile(once), step.as_text() or "") if args.profile else {}
     chip = find_accelerator(jax.devices()[0].device_kind)
-    seconds, tokens = statistics.median(times), sequences * config.data.seq_len
+    seconds, tokens = statistics.median(times), sequences * config.data.seq_len / mesh.size
     flops = train_flops_per_token(config.model, n_params, config.data.seq_len)
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "config": name,
+        "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "layers": config.model.n_layers,
         "parameters": n_params,
         "micro_batch": plan.micro_batch,
         "accumulation": args.accumulation,
         "remat": plan.remat,
+        "gather": plan.gather,
         "compile_s": compile_s,
         "step_s": seconds,
         "spread_s": max(times) - min(times),
         "tokens_per_second": tokens / seconds,
         "flops_per_token": flops,
         "attention_flops_per_token": flops - 6 * n_params,
-        "mfu": tokens / seconds * flops / (n_devices * chip.flops) if chip else None,
+        "mfu": tokens / seconds * flops / chip.flops if chip else None,
         "tokens": tokens,
         "estimated_bytes": plan.total,
         "compiled_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory else None,
@@ -177,14 +194,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown."""
     lines = [
-        "| configuration | micro-batch | remat | tokens/s | MFU | step, s | spread | memory: planned, compiled, GiB |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| configuration | mesh | micro-batch | remat | tokens/s | MFU | step, s | spread | memory: planned, compiled, GiB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     gib = lambda n: "" if n is None else f"{n / GIB:.1f}"
     for r in results:
         mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
+        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
         lines.append(
-            f"| {r['config']} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
+            f"| {r['config']} | {mesh} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
             f"{r['tokens_per_second']:,.0f} | {mfu} | {r['step_s']:.3f} | {r['spread_s']:.3f} | "
             f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])} |"
         )
@@ -204,10 +222,11 @@ def budget(r: Mapping[str, Any]) -> list[str]:
         "products": 6 * r["parameters"] * r["tokens"],
     }
     # Read: parameter, gradient, two moments; written: parameter, two moments; all float32.
-    bytes_moved = {"optimizer": 28 * r["parameters"]}
+    parts_of_state = r["mesh"].get("fsdp", 1) * r["mesh"].get("tensor", 1)
+    bytes_moved = {"optimizer": 28 * r["parameters"] / parts_of_state}
     lines = [
         "",
-        f"{r['config']}, one step of {r['tokens']:,} tokens, device time {p['span_us'] / 1e3:,.1f} ms:",
+        f"{r['config']}, one step of {r['tokens']:,.0f} tokens a device, device time {p['span_us'] / 1e3:,.1f} ms:",
         "",
         "| part | ms | share | us/token | model FLOPs or least bytes | at peak, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -257,6 +276,9 @@ def main() -> int:
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: what fits")
     parser.add_argument("--accumulation", type=int, default=8, help="micro-batches in a step")
     parser.add_argument("--remat", help="see ModelConfig.remat; as the planner chooses if left out")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices of this mesh axis; others are data")
+    parser.add_argument("--tensor", type=int, default=1, help="devices of this mesh axis")
+    parser.add_argument("--gather", help="see ModelConfig.gather; as the planner chooses if left out")
     parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
     parser.add_argument("--steps", type=int, default=4, help="timed")
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")

@@ -243,14 +243,19 @@ class ModelConfig(Validated):
     give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
     nothing (full). auto: training takes what fits; full where memory is unknown."""
 
+    unroll_layers: Literal["auto", "no", "yes"] = "auto"
+    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
+    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
+    for it."""
+    gather: Literal["auto", "layer", "step"] = "auto"
+    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the least
+    memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of 1.
+    auto: once a step on GPUs, if it fits."""
+
     @property
     def cached_heads(self) -> int:
         """Heads in the KV cache: L latent heads, K KV heads, or all N heads' factors (TPA)."""
         return self.attention.cached_heads(self.n_heads)
-
-    unroll_layers: Literal["auto", "no", "yes"] = "auto"
-    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
-    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless fsdp splits the parameters."""
 
     @property
     def heads_per_latent(self) -> int:

@@ -304,6 +304,11 @@ def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
     faults += _divides("model.vocab_size", m.vocab_size, "tensor", mesh.tensor)
     faults += _divides("model.d_model", m.d_model, "fsdp", mesh.fsdp)
     faults += _divides("data.seq_len", config.data.seq_len, "context", mesh.context)
+    if m.gather == "step" and mesh.tensor * mesh.context > 1:
+        faults.append(
+            f"model.gather=step needs mesh.tensor and mesh.context of 1, not {mesh.tensor} and {mesh.context}; use "
+            "--model.gather layer."
+        )
     try:
         config.data.accumulation(mesh.data * mesh.fsdp)
     except ConfigError as e:

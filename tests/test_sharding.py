@@ -170,6 +170,14 @@ def test_training_layout_is_refused_with_every_size_that_does_not_divide_and_wha
     ]
 
 
+def test_weights_are_not_gathered_once_a_step_where_heads_or_tokens_are_split():
+    once = dataclasses.replace(TRAIN, model=dataclasses.replace(TRAIN.model, gather="step"))
+    check_train_layout(once, MeshConfig(2, 2, 1, 1))
+    assert faults_of(check_train_layout, once, MeshConfig(1, 2, 2, 1)) == [
+        "model.gather=step needs mesh.tensor and mesh.context of 1, not 2 and 1; use --model.gather layer."
+    ]
+
+
 @pytest.mark.parametrize(
     ("model", "tensor", "fits"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -162,7 +163,7 @@ def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, 
 def products(rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Names]) -> list[jax.Array]:
     """`product`s of `x` [..., D] with parameters [D, ...], each with its equation and the axes of the result.
 
-    The gradient of `x` is one product, where the gradients of the parameters are added up at once (`Summed`).
+    On one device the gradient of `x` is one product, where the gradients of the parameters are added up at once (`Summed`).
     """
     if all(_sums(param) for _, param, _ in factors):
         return _summed_products(rules, x, *factors)
@@ -172,7 +173,9 @@ def products(rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Nam
 def _sums(param: nnx.Param) -> bool:
     """Whether a product of `param` adds to its sum of gradients itself."""
     mesh = current_mesh()
-    return isinstance(param.get_value(), Summed) and (mesh is None or mesh.size == 1)
+    # Devices that split tokens sum their gradients first.
+    whole = mesh is None or mesh.size == mesh.shape["tensor"]
+    return isinstance(param.get_value(), Summed) and whole
 
 
 def _summed_products(
@@ -218,12 +221,16 @@ def _summed_backward(
         # GPU compilers let the product itself add to the sum, if it gives the sum's type.
         back, dtype = f"{of_x},{output}->{of_value}", total.dtype
         added.append(total + jnp.einsum(back, x, g, preferred_element_type=dtype, **like(total)))
-    if len(values) > 1:
-        of_x, of_value, output = "BTD", "DF", "BTF"
+    mesh = current_mesh()
+    if len(values) > 1 and (mesh is None or mesh.size == 1):
+        equations = ("BTD,DF->BTF",)
         gradients = [jnp.concatenate([g.reshape(*x.shape[:-1], -1) for g in gradients], axis=-1)]
         values = [jnp.concatenate([w.reshape(x.shape[-1], -1) for w in values], axis=-1)]
-    d_x = jnp.einsum(f"{output},{of_value}->{of_x}", *gradients, values[0].astype(x.dtype), **like(x))
-    return d_x, None, added
+    d_x = []
+    for equation, w, g in zip(equations, values, gradients, strict=True):
+        of_x, of_value, output = equation.replace("->", ",").split(",")
+        d_x.append(jnp.einsum(f"{output},{of_value}->{of_x}", g, w.astype(x.dtype), **like(x)))
+    return functools.reduce(operator.add, d_x), None, added
 
 
 _of_summed.defvjp(_summed_forward, _summed_backward)

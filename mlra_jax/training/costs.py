@@ -95,6 +95,7 @@ def step_costs(
     layer_params: int,
     operands: int,
     kept: int,
+    gather: str = "layer",
 ) -> Costs:
     """Costs of a step on each device of a mesh of these sizes.
 
@@ -107,6 +108,7 @@ def step_costs(
       layer_params: parameters of one layer.
       operands: bytes on a device of what goes through memory in one layer's forward pass of one sequence.
       kept: bytes on a device of what the backward pass of that layer is left.
+      gather: when weights that fsdp splits are gathered, and their gradients summed: `ModelConfig.gather`.
     """
     m = config.model
     data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
@@ -119,10 +121,15 @@ def step_costs(
     own, used = n_params / (fsdp * tensor), n_params / tensor  # parameters stored, computed with
 
     # Weights are read in the forward and the backward pass, and again to recompute; their gradients are written and,
-    # with more than one micro-batch, added up in float32. Operands are written and read, their gradients as well.
+    # with more than one micro-batch, added up in float32.
     passes = 2 + (again > 0)
-    per_micro = passes * width * used + 2 * width * own + (8 * own if n_micro > 1 else 0)
-    per_sequence = m.n_layers * ((5 + 2 * (again > 0)) * operands + 2 * kept)
+    added = used if gather == "step" else own
+    per_micro = passes * width * used + 2 * width * added + (8 * added if n_micro > 1 else 0)
+    # Of what goes through memory in the forward pass: written and read, read in the backward pass, its gradient written
+    # and read; or made again from about as much, written and read. Beyond it, what is kept goes there and back.
+    per_sequence = m.n_layers * (
+        5 * operands + 3 * max(operands - kept, 0) + 2 * max(kept - operands, 0)
+    )
     logits = 4 * length / context * m.vocab_size / tensor * 4
     update = (24 + (4 if n_micro > 1 else width) + 4 + width) * own
 
@@ -134,8 +141,12 @@ def step_costs(
     gathers = 3 * width * (used - table) + (8 + 2 * width) * table
     exchanged = width * tokens * m.d_model
     latents = width * gathered_values(m, tensor) * micro_batch * length
+    if gather == "step":
+        fsdp_bytes = ring(fsdp, width * (used - table) + 4 * table + 4 * used)
+    else:
+        fsdp_bytes = n_micro * ring(fsdp, gathers)
     links = {
-        "fsdp": n_micro * ring(fsdp, gathers),
+        "fsdp": fsdp_bytes,
         "data": 2 * ring(data, (4 if n_micro > 1 else width) * own),  # once a step
         "tensor": n_micro * m.n_layers * (4 + (again > 0)) * 2 * ring(tensor, exchanged),
         "context": n_micro * m.n_layers * (2 + (remat != "none")) * ring(context, latents),

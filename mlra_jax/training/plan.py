@@ -41,6 +41,8 @@ class Plan:
     """Sequences that a data-parallel device processes at a time."""
     accumulation: int
     """Micro-batches in a step."""
+    gather: str
+    """When weights that fsdp splits are gathered (`ModelConfig.gather`)."""
     memory: dict[str, int]
     """Bytes of a device by what they hold."""
     capacity: int | None
@@ -61,8 +63,9 @@ class Plan:
     def __str__(self) -> str:
         of = f" of {_shown(self.capacity)}" if self.capacity else ""
         parts = ", ".join(f"{what} {_shown(size)}" for what, size in self.memory.items() if size)
+        gathered = ", weights gathered once a step" if self.gather == "step" else ""
         return (
-            f"micro-batch {self.micro_batch} (x {self.accumulation}), remat {self.remat}, about "
+            f"micro-batch {self.micro_batch} (x {self.accumulation}), remat {self.remat}{gathered}, about "
             f"{_shown(self.total)}{of} of each device ({parts})"
         )
 
@@ -71,15 +74,17 @@ def _shown(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size > GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _with_remat(model: ModelConfig, remat: Any) -> ModelConfig:
-    return dataclasses.replace(model, remat=remat)
+def _with(model: ModelConfig, **choices: Any) -> ModelConfig:
+    return dataclasses.replace(model, **choices)
 
 
-def device_bytes(tree: Any, mesh: Mesh) -> int:
-    """Bytes on each device of `mesh` of the abstract arrays of `tree`."""
+def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
+    """Bytes on each device of `mesh` of the abstract arrays of `tree`; `gathered`: if fsdp did not split them."""
 
     def one(x: Any) -> int:
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
+        if gathered:
+            spec = PartitionSpec(*(None if entry == "fsdp" else entry for entry in spec))
         return math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
 
     return sum(one(x) for x in jax.tree.leaves(tree))
@@ -141,17 +146,19 @@ class Planner:
         with jax.set_mesh(mesh):
             self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)
 
-    def _bytes(self, tree: Any) -> int:
-        return device_bytes(tree, self.mesh)
+    def _bytes(self, tree: Any, gathered: bool = False) -> int:
+        return device_bytes(tree, self.mesh, gathered)
 
     def kept(self, remat: str) -> int:
         """Bytes that one layer, its input included, keeps for one sequence of each data-parallel device."""
-        return _kept(_with_remat(self.config.model, remat), self.config.data.seq_len, self.mesh)
+        return _kept(_with(self.config.model, remat=remat), self.config.data.seq_len, self.mesh)
 
-    def plan(self, micro_batch: int, remat: str) -> Plan:
+    def plan(self, micro_batch: int, remat: str, gather: str = "layer") -> Plan:
         """What this choice takes; `micro_batch` must divide the sequences of a data-parallel device."""
-        config, model, mesh = self.config, self.config.model, self.mesh
+        config, mesh = self.config, self.mesh
         accumulation = config.data.global_batch // (micro_batch * self.n_data)
+        gather = gather if accumulation > 1 else "layer"
+        model, once = _with(config.model, gather=gather), gather == "step"
         layers = self._weights["layers"]
         # Of layers in a row, each one's gradients are added to the sum when they are there.
         with jax.set_mesh(mesh):
@@ -169,9 +176,9 @@ class Planner:
         memory = {
             "parameters": self._bytes(self._state.params),
             "moments": self._bytes((self._state.opt_state, self._state.step)),
-            f"{model.compute_dtype} weights": self._bytes(cast),
-            "gradients": self._bytes(self._weights["embedding"] if added_at_once else self._weights),
-            "accumulated gradients": self._float32_bytes() if accumulation > 1 else 0,
+            f"{model.compute_dtype} weights": self._bytes(cast, once),
+            "gradients": self._bytes(self._weights["embedding"] if added_at_once else self._weights, once),
+            "accumulated gradients": self._float32_bytes(gathered=once) if accumulation > 1 else 0,
             "activations": micro_batch * model.n_layers * self.kept(remat),
             "working space": max(layer, logits),
         }
@@ -183,20 +190,21 @@ class Planner:
             remat=remat,
             n_params=count(self._weights),
             layer_params=count(layers) // model.n_layers,
-            operands=self.kept("dots"),
+            operands=self.kept("products"),
             kept=self.kept(remat),
+            gather=gather,
         )
-        return Plan(remat, micro_batch, accumulation, memory, self.capacity, costs)
+        return Plan(remat, micro_batch, accumulation, gather, memory, self.capacity, costs)
 
     def _layer_size(self) -> int:
         """Elements of one layer's weights on a device that has gathered them."""
         whole = self.mesh.shape["fsdp"]
         return self._float32_bytes(self._state.params["layers"]) // 4 * whole // self.config.model.n_layers
 
-    def _float32_bytes(self, tree: Any = None) -> int:
+    def _float32_bytes(self, tree: Any = None, gathered: bool = False) -> int:
         tree = self._state.params if tree is None else tree
         as_float32 = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-        return self._bytes(jax.tree.map(as_float32, tree))
+        return self._bytes(jax.tree.map(as_float32, tree), gathered)
 
     def micro_batches(self) -> list[int]:
         """The sizes of micro-batch that divide the global batch."""
@@ -204,9 +212,9 @@ class Planner:
         return [n for n in range(1, sequences + 1) if sequences % n == 0]
 
     def choose(self) -> Plan:
-        """The plan that is asked for, or where `data.micro_batch` is 0 or `model.remat` auto, the fastest that fits.
+        """The plan that is asked for; where micro-batch (0), remat or gather are left open, the fastest that fits.
 
-        Where the memory of the devices is unknown (a CPU), auto is micro-batch 1 and remat full.
+        Where the memory of the devices is unknown (a CPU), these are 1, full and layer.
 
         Raises:
           ConfigError: nothing that is asked for fits; names what takes the memory, and what to change.
@@ -214,14 +222,26 @@ class Planner:
         asked_batch, asked_remat = self.config.data.micro_batch, self.config.model.remat
         batches = [asked_batch] if asked_batch else self.micro_batches()
         remats: Iterable[str] = REMAT_POLICIES if asked_remat == "auto" else [asked_remat]
+        gathers = self._gathers()
         if self.capacity is None:
-            return self.plan(batches[0], "full" if asked_remat == "auto" else asked_remat)
-        plans = [self.plan(b, r) for b in batches for r in remats]
+            return self.plan(batches[0], "full" if asked_remat == "auto" else asked_remat, gathers[0])
+        plans = [self.plan(b, r, g) for b in batches for r in remats for g in gathers]
         if fitting := [p for p in plans if p.fits]:
             assert self._chip is not None
             chip = self._chip
             return min(fitting, key=lambda p: (p.costs.in_sequence(chip), p.total))
         raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
+
+    def _gathers(self) -> list[str]:
+        """The choices of `ModelConfig.gather`, the one with the least memory first."""
+        mesh, asked = self.mesh.shape, self.config.model.gather
+        if asked != "auto":
+            return [asked]
+        alone = mesh["fsdp"] > 1 and mesh["tensor"] == mesh["context"] == 1
+        return ["layer", "step"] if alone and self._on_gpu() else ["layer"]
+
+    def _on_gpu(self) -> bool:
+        return self.mesh.devices.flat[0].platform in ("gpu", "cuda")
 
     def _refusal(self, least: Plan) -> str:
         mesh, changes = self.mesh.shape, []
@@ -229,6 +249,8 @@ class Planner:
             changes.append("--data.micro-batch 0 (what fits)")
         if self.config.model.remat not in ("auto", "full"):
             changes.append("--model.remat auto (what fits)")
+        if least.gather == "step":
+            changes.append("--model.gather auto (what fits)")
         state = sum(v for k, v in least.memory.items() if k not in ("activations", "working space"))
         if state > least.total / 2:
             changes.append(
@@ -245,7 +267,7 @@ class Planner:
 
 
 def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tuple[TrainConfig, Plan]:
-    """The run with its micro-batch and remat policy chosen, and the plan that says what they take.
+    """The run with its micro-batch, remat and gather chosen, and the plan that says what they take.
 
     Args:
       config: the run.
@@ -256,6 +278,6 @@ def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tup
       ConfigError: it does not fit.
     """
     plan = Planner(config, mesh, capacity).choose()
-    model = _with_remat(config.model, plan.remat)
+    model = _with(config.model, remat=plan.remat, gather=plan.gather)
     data = dataclasses.replace(config.data, micro_batch=plan.micro_batch)
     return dataclasses.replace(config, model=model, data=data), plan

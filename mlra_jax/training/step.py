@@ -19,7 +19,7 @@ from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
 from mlra_jax.models.layers import adding
 from mlra_jax.ops.device import current_device
-from mlra_jax.sharding import TRAIN_RULES, current_mesh, on_mesh
+from mlra_jax.sharding import TRAIN_RULES, AxisRules, current_mesh, on_mesh
 from mlra_jax.training.guard import Guard, init_guard, judge
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
@@ -69,18 +69,25 @@ def _loss_sum(
     inputs: jax.Array,
     targets: jax.Array,
     totals: dict[str, Any] | None = None,
+    rules: AxisRules = TRAIN_RULES,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies, and how many; with `totals`, these are differentiated (`Summed`), not `params`."""
     if totals is not None:
         layers, sums = params["layers"], totals["layers"]
         rest = lambda tree: {**tree, "layers": {}}
         params = {**jax.tree.map(adding, rest(params), rest(totals)), "layers": layers}
-    model = from_params(config, params)
+    model = from_params(config, params, rules=rules)
     table = params["embedding"]["table"]
     x_BTD = model.hidden(inputs, None if totals is None else sums)
-    return chunked_cross_entropy(
-        x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=model.rules
-    )
+    return chunked_cross_entropy(x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=rules)
+
+
+def computes_alone(config: ModelConfig) -> bool:
+    """Whether each device of the current mesh has all weights during a step, and exchanges nothing but gradients."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    size = lambda axis: sizes.get(axis, 1)
+    whole = size("tensor") == size("context") == 1
+    return whole and (size("fsdp") == 1 or config.gather == "step")
 
 
 def unrolls_layers(config: ModelConfig) -> bool:
@@ -88,7 +95,7 @@ def unrolls_layers(config: ModelConfig) -> bool:
     if config.unroll_layers != "auto":
         return config.unroll_layers == "yes"
     # A loop keeps one layer's gathered parameters at a time.
-    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1
+    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or computes_alone(config)
     return whole and current_device()[0] == "gpu"
 
 
@@ -141,11 +148,82 @@ def _laid_out(tree: Any, apart: Any, kind: str | None = None) -> Any:
     return jax.tree.map(one, tree, apart)
 
 
+def _split_axes(spec: PartitionSpec) -> list[tuple[int, tuple[str, ...]]]:
+    """Which dimensions of an array laid out as `spec` are in parts, and over which axes of the current mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    axes = [tuple(axis for axis in _axes(entry) if axis and sizes[axis] > 1) for entry in spec]
+    return [(i, over) for i, over in enumerate(axes) if over]
+
+
+def _gathered(w: jax.Array, spec: PartitionSpec) -> jax.Array:
+    """All of a weight, of which each device has the part that `spec` says; inside `shard_map`."""
+    for i, over in _split_axes(spec):
+        w = jax.lax.all_gather(w, over, axis=i, tiled=True)
+    return w
+
+
+def _summed(gradient: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
+    """The sum of the devices' gradients along `axes`, each device keeping its part by `spec`; inside `shard_map`."""
+    for i, over in _split_axes(spec):
+        gradient = jax.lax.psum_scatter(gradient, over, scatter_dimension=i, tiled=True)
+        axes = tuple(axis for axis in axes if axis not in over)
+    return jax.lax.psum(gradient, axes)
+
+
 def _where(good: jax.Array, new: Any, old: Any) -> Any:
     """`new` or `old`, but the count of the learning rate's schedule is always the new one."""
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
     select = lambda a, b: a if is_schedule(a) else jnp.where(good, a, b)
     return jax.tree.map(select, new, old, is_leaf=is_schedule)
+
+
+def _loss_and_grads(
+    config: ModelConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array, rules: AxisRules
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The loss over `n_tokens` of the micro-batches of `batch`, and its float32 gradients, laid out as `weights`."""
+    unrolled = 0 in weights["layers"]
+
+    def share(weights: Any, totals: Any, micro: Batch) -> jax.Array:
+        return _loss_sum(config, weights, **micro, totals=totals, rules=rules)[0] / n_tokens
+
+    if batch["inputs"].shape[0] == 1:
+        loss, grads = jax.value_and_grad(share)(weights, None, jax.tree.map(lambda x: x[0], batch))
+        return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    def add(total: tuple[jax.Array, Any], micro: Batch) -> tuple[tuple[jax.Array, Any], None]:
+        nats, grads = total
+        if unrolled:
+            loss, grads = jax.value_and_grad(share, argnums=1)(weights, grads, micro)
+        else:
+            loss, new = jax.value_and_grad(share)(weights, None, micro)
+            grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
+        return (nats + loss, grads), None
+
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
+    # Devices sum their gradients after the last micro-batch, and not after each one.
+    apart = jax.tree_util.tree_map_with_path(
+        lambda path, w: frozenset() if unrolled else _apart(path, w), weights
+    )
+    weights, zeros = _laid_out(weights, apart, "reduced"), _laid_out(zeros, apart, "unreduced")
+    (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
+    return loss, _laid_out(grads, apart)
+
+
+def _alone(
+    config: ModelConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """`_loss_and_grads` with the weights gathered first, on each device the program that a single device would run."""
+    specs = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
+    tokens = TRAIN_RULES.mesh_axes("batch")
+
+    def on_device(weights: Any, batch: Batch, n_tokens: jax.Array) -> tuple[jax.Array, Any]:
+        weights = jax.tree.map(_gathered, weights, specs)
+        loss, grads = _loss_and_grads(config, weights, batch, n_tokens, AxisRules())
+        return jax.lax.psum(loss, tokens), jax.tree.map(lambda g, spec: _summed(g, spec, tokens), grads, specs)
+
+    # Gradients are taken inside; which values differ between devices need not be known.
+    mapped = jax.shard_map(on_device, out_specs=(PartitionSpec(), specs), check_vma=False)
+    return mapped(weights, batch, n_tokens)
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
@@ -168,31 +246,12 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         weights = cast_weights(config.model, state.params)
         unrolled = unrolls_layers(config.model)
         weights = unstack_layers(config.model, weights) if unrolled else weights
-
-        def share(weights: Any, totals: Any, micro: Batch) -> jax.Array:
-            return _loss_sum(config.model, weights, **micro, totals=totals)[0] / n_tokens
-
-        def add(total: tuple[jax.Array, Any], micro: Batch) -> tuple[tuple[jax.Array, Any], None]:
-            nats, grads = total
-            if unrolled:
-                loss, grads = jax.value_and_grad(share, argnums=1)(weights, grads, micro)
-            else:
-                loss, new = jax.value_and_grad(share)(weights, None, micro)
-                grads = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), grads, new)
-            return (nats + loss, grads), None
-
-        if batch["inputs"].shape[0] == 1:
-            loss, grads = jax.value_and_grad(share)(weights, None, jax.tree.map(lambda x: x[0], batch))
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        mesh = current_mesh()
+        several = mesh is not None and mesh.are_all_axes_explicit and mesh.size > 1
+        if several and batch["inputs"].shape[0] > 1 and computes_alone(config.model):
+            loss, grads = _alone(config.model, weights, batch, n_tokens)
         else:
-            zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
-            # Devices sum their gradients after the last micro-batch, and not after each one.
-            apart = jax.tree_util.tree_map_with_path(
-                lambda path, w: frozenset() if unrolled else _apart(path, w), weights
-            )
-            weights, zeros = _laid_out(weights, apart, "reduced"), _laid_out(zeros, apart, "unreduced")
-            (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
-            grads = _laid_out(grads, apart)
+            loss, grads = _loss_and_grads(config.model, weights, batch, n_tokens, TRAIN_RULES)
         grads = stack_layers(grads) if unrolled else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

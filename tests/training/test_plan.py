@@ -97,7 +97,8 @@ def test_resolving_fills_in_what_was_left_open_and_nothing_else(config):
     mesh = make_mesh(open_config.mesh, jax.devices()[:1])
     resolved, plan = resolve(open_config, mesh, GIB)
     assert (resolved.model.remat, resolved.data.micro_batch) == (plan.remat, plan.micro_batch)
-    model = dataclasses.replace(resolved.model, remat="auto")
+    assert resolved.model.gather == plan.gather
+    model = dataclasses.replace(resolved.model, remat="auto", gather="auto")
     data = dataclasses.replace(resolved.data, micro_batch=0)
     assert dataclasses.replace(resolved, model=model, data=data) == open_config
 
@@ -110,3 +111,26 @@ def test_of_layers_in_a_row_one_has_gradients_beside_the_sum(config, mesh_of):
     assert gradients(in_a_row, 1) == FLOAT * config.model.vocab_size * WIDTH
     assert gradients(in_a_loop, 1) > 2 * gradients(in_a_row, 1)
     assert gradients(in_a_row, 8) == gradients(in_a_loop, 8)  # no sum: one micro-batch is all
+
+
+def test_weights_gathered_once_a_step_are_whole_and_move_once(config, mesh_of):
+    mesh = mesh_of(1, 4, 1, 1)
+    layer, step = (planner(config, mesh).plan(1, "full", gather) for gather in ("layer", "step"))
+    alone = planner(config, mesh_of(1, 1, 1, 1)).plan(1, "full")
+    assert step.memory["accumulated gradients"] == alone.memory["accumulated gradients"]
+    assert layer.memory["accumulated gradients"] < step.memory["accumulated gradients"] / 3
+    assert step.memory["parameters"] == layer.memory["parameters"]
+    assert step.costs.link_bytes["fsdp"] < layer.costs.link_bytes["fsdp"]
+    assert planner(config, mesh).plan(2, "full", "step").gather == "layer"  # one micro-batch: it is the same
+
+
+def test_weights_are_gathered_once_a_step_on_gpus_that_have_room(config, mesh_of, monkeypatch):
+    mesh = mesh_of(1, 4, 1, 1)
+    assert planner(config, mesh, GIB).choose().gather == "layer"  # not on a CPU
+    monkeypatch.setattr(Planner, "_on_gpu", lambda self: True)
+    choose = lambda capacity: planner(config, mesh, capacity, micro_batch=1, remat="full").choose()
+    chosen = choose(GIB)
+    assert (chosen.gather, chosen.accumulation) == ("step", 2)
+    assert "weights gathered once a step" in str(chosen)
+    assert choose(chosen.total).gather == "layer"
+    assert planner(config, mesh_of(1, 2, 2, 1), GIB, micro_batch=1).choose().gather == "layer"

@@ -90,6 +90,35 @@ def test_devices_of_the_data_axis_sum_their_gradients_once_a_step(config, mesh_o
     assert (model.n_layers, *shard) in times[1]
 
 
+@pytest.mark.parametrize(("sizes", "unroll"), [((1, 2, 1, 1), "yes"), ((2, 2, 1, 1), "no")], ids=str)
+def test_weights_gathered_once_a_step_train_as_on_one_device(sizes, unroll, config, mesh_of, place):
+    config = dataclasses.replace(config, out="")
+    model = dataclasses.replace(config.model, gather="step", unroll_layers=unroll)
+    once = dataclasses.replace(config, model=model)
+    _, expected = train(config, mesh_of(1, 1, 1, 1), place, 8)
+    accumulation = 8 // (sizes[0] * sizes[1])
+    state, history = train(once, mesh_of(*sizes), place, accumulation)
+    for metrics, reference in zip(history, expected, strict=True):
+        assert metrics == pytest.approx(reference, rel=1e-5)
+    for x, y in zip(
+        jax.tree.leaves(state), jax.tree.leaves(abstract_state(once, mesh_of(*sizes))), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+def test_weights_gathered_once_a_step_leave_micro_batches_nothing_to_exchange(config, mesh_of, place):
+    def exchanges(gather, accumulation):
+        model = dataclasses.replace(config.model, gather=gather)
+        step, mesh = make_train_step(dataclasses.replace(config, model=model)), mesh_of(2, 2, 1, 1)
+        with jax.set_mesh(mesh):
+            batch = place(mesh, np.tile(windows(config, 1)[0], (2, 1))[: 4 * accumulation], accumulation)
+            compiled = step.lower(abstract_state(config, mesh), batch).compile()
+        return sum(executed_collectives(compiled.as_text()).values())
+
+    assert exchanges("step", 2) == exchanges("step", 4)
+    assert exchanges("layer", 2) < exchanges("layer", 4)
+
+
 def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_unequally(config, mesh_of, place):
     mesh = mesh_of(1, 1, 1, 1)
     tokens = windows(config, 1)[0]
@@ -179,7 +208,9 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
     [
         *((remat, None, 1) for remat in REMAT_POLICIES),
         ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8), 1),
-        ("dots", None, 2),  # where no product adds to the sum of gradients itself
+        ("dots", None, 2),
+        ("products", None, (1, 1, 2, 1)),
+        ("dots", None, (1, 1, 1, 2)),  # where no product adds to the sum of gradients itself
     ],
     ids=str,
 )
@@ -188,8 +219,9 @@ def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, confi
     config = dataclasses.replace(config, model=model, out="")
     in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
     expected, expected_history = train(config, mesh_of(1, 1, 1, 1), place, 8)
+    sizes = (data, 1, 1, 1) if isinstance(data, int) else data
     state, history = train(
-        dataclasses.replace(config, model=in_a_row), mesh_of(data, 1, 1, 1), place, 8 // data
+        dataclasses.replace(config, model=in_a_row), mesh_of(*sizes), place, 8 // sizes[0]
     )
     state, expected = jax.device_get((state, expected))
     for metrics, reference in zip(history, expected_history, strict=True):
@@ -203,15 +235,17 @@ def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, confi
 
 
 def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monkeypatch):
-    def unrolled(*sizes, unroll="auto"):
+    def unrolled(*sizes, unroll="auto", gather="auto"):
         with jax.set_mesh(mesh_of(*sizes)):
-            return step_module.unrolls_layers(dataclasses.replace(config.model, unroll_layers=unroll))
+            model = dataclasses.replace(config.model, unroll_layers=unroll, gather=gather)
+            return step_module.unrolls_layers(model)
 
     assert not unrolled(2, 1, 1, 1)  # on the CPU
     assert unrolled(1, 2, 1, 1, unroll="yes")
     monkeypatch.setattr(step_module, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     assert unrolled(2, 1, 2, 2)
     assert not unrolled(1, 2, 1, 1)
+    assert unrolled(1, 2, 1, 1, gather="step")
     assert not unrolled(1, 1, 1, 1, unroll="no")
 
 
