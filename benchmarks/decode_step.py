@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -50,6 +51,8 @@ from mlra_jax.decoding.cache import Cache
 from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
 from mlra_jax.decoding.sampling import GREEDY
 from mlra_jax.models import Transformer
+from mlra_jax.ops.dispatch import choose
+from mlra_jax.ops.product.api import PRODUCT
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K", "64x128K")
@@ -328,6 +331,13 @@ def main() -> int:
         "--seconds", type=float, default=math.inf, help="start no other measurement after so long"
     )
     parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of XLA's compiler")
+    parser.add_argument(
+        "--products",
+        nargs="*",
+        default=[],
+        choices=PRODUCT,
+        help="back ends of products of few rows, first to last",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
     args = parser.parse_args()
     if not 1 <= args.steps <= STEPS_PER_RUN:
@@ -377,30 +387,32 @@ def main() -> int:
     batches: dict[int, list[int]] = {}
     for batch, context in args.cases:
         batches.setdefault(batch, []).append(context)
-    for batch, contexts in batches.items():
-        fitting = []
-        for context in sorted(contexts):
-            try:
-                engine.check_memory(batch, 1, context + LENGTH_UNIT)
-                fitting.append(context)
-            except ConfigError as e:
-                refused.append(f"Refused: {e}")
-                print(refused[-1], flush=True)
-        if not fitting or time.perf_counter() - begin > args.seconds:
-            continue
-        before = engine.compile_seconds
-        rows = benchmark.rows(batch, round_up(max(fitting), LENGTH_UNIT) + LENGTH_UNIT)
-        for context in fitting:
-            if time.perf_counter() - begin < args.seconds:
-                benchmark.measure(rows, context)
-                save()
-        print(f"batch {batch}: compiled in {engine.compile_seconds - before:.0f} s {clock()}", flush=True)
-        del rows
-        gc.collect()  # the next batch needs its memory
-    if args.prefill and time.perf_counter() - begin < args.seconds:
-        prefill = benchmark.prefill(args.prefill)
-        print(*prefill_lines(prefill), clock(), sep="\n", flush=True)
-        save()
+    names = tuple(dict.fromkeys((*args.products, "reference")))
+    with choose(product=names, swiglu=names) if args.products else contextlib.nullcontext():
+        for batch, contexts in batches.items():
+            fitting = []
+            for context in sorted(contexts):
+                try:
+                    engine.check_memory(batch, 1, context + LENGTH_UNIT)
+                    fitting.append(context)
+                except ConfigError as e:
+                    refused.append(f"Refused: {e}")
+                    print(refused[-1], flush=True)
+            if not fitting or time.perf_counter() - begin > args.seconds:
+                continue
+            before = engine.compile_seconds
+            rows = benchmark.rows(batch, round_up(max(fitting), LENGTH_UNIT) + LENGTH_UNIT)
+            for context in fitting:
+                if time.perf_counter() - begin < args.seconds:
+                    benchmark.measure(rows, context)
+                    save()
+            print(f"batch {batch}: compiled in {engine.compile_seconds - before:.0f} s {clock()}", flush=True)
+            del rows
+            gc.collect()  # the next batch needs its memory
+        if args.prefill and time.perf_counter() - begin < args.seconds:
+            prefill = benchmark.prefill(args.prefill)
+            print(*prefill_lines(prefill), clock(), sep="\n", flush=True)
+            save()
     return 0
 
 

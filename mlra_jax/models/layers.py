@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -15,8 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig
 from mlra_jax.ops.device import current_device
+from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.product import product as rows_product
+from mlra_jax.ops.product import swiglu
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import turn
 from mlra_jax.sharding import AxisRules, Names, current_mesh
@@ -124,30 +128,68 @@ def weight(rules: AxisRules, param: nnx.Param, dtype: jnp.dtype | None = None) -
     return rules.gather(value, names, tuple(None if name in STORAGE_AXES else name for name in names))
 
 
+def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
+    """Whether a GPU has a single row of x [B, T, ...]."""
+    return x.shape[0] * x.shape[1] == rules.size("batch") and current_device()[0] == "gpu"
+
+
+def decode_product(
+    rules: AxisRules,
+    x: jax.Array,
+    w: jax.Array,
+    out: Names,
+    dtype: jnp.dtype | None = None,
+    *,
+    summed: Names = (None,),
+) -> jax.Array:
+    """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
+
+    Where `choose` names implementations of the op `product`, each device runs it on its own part.
+
+    Args:
+      rules: the decoding table.
+      x: in the compute type.
+      w: in the compute type.
+      out: logical axes of the result.
+      dtype: of the result; None: that of `x`.
+      summed: logical axes of K.
+    """
+    dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
+    if chosen("product") is None:
+        k = "KL"[:axes]
+        return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
+    names = [name for name in summed if name is not None]
+    part = jnp.dtype(jnp.float32) if any(rules.size(name) > 1 for name in names) else dtype
+
+    def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
+        flat = lambda a: a.reshape(-1, math.prod(a.shape[-axes:]))
+        y = rows_product(flat(x), flat(w), dtype=part)
+        for name in names:
+            y = rules.psum(y, name)
+        return y.astype(dtype).reshape(*x.shape[:2], *w.shape[:-axes])
+
+    return rules.shard_map(on_device, ((*out[:2], *summed), (*out[2:], *summed)), out)(x, w)
+
+
 def row_product(
     rules: AxisRules,
     x_BTK: jax.Array,
     w: jax.Array,
-    out: tuple[str | None, ...],
+    out: Names,
     dtype: jnp.dtype | None = None,
+    *,
+    summed: str | None = None,
 ) -> jax.Array:
-    """Products of the rows x [B, T, K] with a large matrix of the decode layout, w [..., K]: [B, T, ...].
+    """`decode_product` with a large matrix, w [..., K].
 
     One row on a GPU is multiplied and summed, in float32: XLA then reads an MLP's weights at 2.9 TB/s of an H100's
     memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself.
-
-    Args:
-      rules: the decoding table.
-      x_BTK: in the compute type.
-      w: in the compute type.
-      out: logical axes of the result.
-      dtype: of the result; None: that of `x_BTK`.
     """
     dtype = dtype or x_BTK.dtype
-    if x_BTK.shape[0] * x_BTK.shape[1] == rules.size("batch") and current_device()[0] == "gpu":
+    if _one_row_on_gpu(rules, x_BTK):
         x = jnp.expand_dims(x_BTK.astype(jnp.float32), tuple(range(2, w.ndim + 1)))
         return rules.constrain((x * w.astype(jnp.float32)).sum(axis=-1).astype(dtype), *out)
-    return rules.einsum("BTK,...K->BT...", x_BTK, w, out=out, preferred_element_type=dtype)
+    return decode_product(rules, x_BTK, w, out, dtype, summed=(summed,))
 
 
 def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, out: Names) -> jax.Array:
@@ -369,15 +411,27 @@ class SwiGLU(nnx.Module):
         hidden, out = ("batch", "length", "mlp"), ("batch", "length", None)
         # F is split over `tensor`: the product over it all-reduces.
         if self.layout == "decode":
-            w_in, names = weight(rules, self.w_in, dtype), ("batch", "length", None, "mlp")
-            in_BTGF = row_product(rules, x_BTD, w_in, names)
-            hidden_BTF = jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
-            return row_product(rules, hidden_BTF, weight(rules, self.w_down, dtype), out)
+            hidden_BTF = self._hidden(x_BTD, weight(rules, self.w_in, dtype))
+            return row_product(rules, hidden_BTF, weight(rules, self.w_down, dtype), out, summed="mlp")
         gate_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_gate, out=hidden)
         up_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_up, out=hidden)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, MLP), checkpoint_name(up_BTF, MLP)
         hidden_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, HIDDEN)
         return product(rules, "BTF,FD->BTD", hidden_BTF, self.w_down, out=out)
+
+    def _hidden(self, x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
+        """silu(W_gate x) * (W_up x) [B, T, F] in the decode layout."""
+        rules, row = self.rules, ("batch", "length", None)
+        if chosen("swiglu") is None or _one_row_on_gpu(rules, x_BTD):
+            in_BTGF = row_product(rules, x_BTD, w_GFD, (*row, "mlp"))
+            return jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
+
+        def on_device(x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
+            b, t, d = x_BTD.shape
+            return swiglu(x_BTD.reshape(b * t, d), w_GFD).reshape(b, t, -1)
+
+        mapped = rules.shard_map(on_device, (row, (None, "mlp", None)), ("batch", "length", "mlp"))
+        return mapped(x_BTD, w_GFD)
 
 
 class Embedding(nnx.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,30 @@ _explained: set[tuple[str, str]] = set()
 _asked: contextvars.ContextVar[dict[str, dict[str, str | None]] | None] = contextvars.ContextVar(
     "asked", default=None
 )
+_chosen: contextvars.ContextVar[Mapping[str, str | Sequence[str]] | None] = contextvars.ContextVar(
+    "chosen", default=None
+)
+
+
+@contextlib.contextmanager
+def choose(**implementations: str | Sequence[str]) -> Iterator[None]:
+    """While functions are traced inside, `implementation` of each op named, where it is None.
+
+        with choose(product=("mosaic_gpu", "reference")):
+            engine.run(...)  # what it compiles
+
+    What was compiled before stays as it is.
+    """
+    token = _chosen.set({**(_chosen.get() or {}), **implementations})
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def chosen(op: str) -> str | Sequence[str] | None:
+    """What `choose` says of an op; None: nothing."""
+    return (_chosen.get() or {}).get(op)
 
 
 def dispatch(
@@ -28,8 +53,8 @@ def dispatch(
     Args:
       op: name of the op, for messages.
       implementations: name to function, best first. A function declines by raising `NotImplementedError`.
-      implementation: None tries all in order and logs once why one declined; a name takes that one or fails; a
-        sequence of names is tried in order.
+      implementation: a name takes that one or fails; a sequence of names is tried in order; None is what `choose`
+        says, or else tries all in order and logs once why one declined.
       *args: passed on.
       **kwargs: passed on.
 
@@ -38,6 +63,7 @@ def dispatch(
       NotImplementedError: the one named implementation declines.
       ExceptionGroup: all of several decline; it holds every reason.
     """
+    implementation = chosen(op) if implementation is None else implementation
     if implementation is None:
         names: Sequence[str] = tuple(implementations)
     else:

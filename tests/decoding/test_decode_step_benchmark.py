@@ -37,6 +37,8 @@ def test_it_measures_each_case_and_refuses_what_does_not_fit(decode_step, monkey
         "--prefill",
         "48",
         "--profile",
+        "--products",
+        "mosaic_gpu",
     ]
     cases = ["--cases", "1x256", "2x512", "2x256", "4096x1024K"]
     monkeypatch.setattr(sys, "argv", ["decode_step.py", *options, *cases, "--out", str(tmp_path / "out")])

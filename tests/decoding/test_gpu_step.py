@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from mlra_jax.config import GroupedAttentionConfig, ModelConfig, TiedAttentionConfig
 from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from mlra_jax.topologies import gpu_devices
 
@@ -79,6 +80,17 @@ def test_a_layer_of_mlra_4_takes_few_kernels_on_an_h100(batch):
         compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=MAX_LEN)
         counts.append(len(kernels(compiled.as_text())))
     assert counts[1] - counts[0] <= {1: 13, 8: 17}[batch]
+
+
+def test_products_of_few_rows_go_to_their_kernel_where_it_is_chosen():
+    devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    names = ("mosaic_gpu", "reference")
+    with choose(product=names, swiglu=names):
+        compiled = compile_step(BASE, decode_rules(), mesh, batch=8, max_len=MAX_LEN)
+    hlo = compiled.as_text()
+    assert len(re.findall(r"custom-call\(.*jit\(_run\)/(?:product|swiglu)", hlo)) == 5 * BASE.n_layers + 1
+    assert not {name: size for name, size in moved(hlo).items() if size >= 2 * 3072 * 1024}
 
 
 def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weights():

@@ -21,6 +21,7 @@ from mlra_jax.config import (
 )
 from mlra_jax.decoding.cache import Cache
 from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
 from mlra_jax.training.costs import gathered_values
 from mlra_jax.training.losses import cross_entropy
@@ -164,8 +165,18 @@ def test_context_parallelism_moves_latents_of_all_tokens_and_nothing_larger(on_m
 def test_decoding_in_ragged_chunks_on_a_mesh_gives_the_logits_of_the_full_forward_pass(
     whole, on_mesh, name, sizes, split_heads
 ):
-    params, (_, logits, _) = whole(name)
-    config, rules = MODELS[name], decode_rules(split_heads)
+    check_decoding(*whole(name), on_mesh, MODELS[name], sizes, split_heads)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 4, 1), (2, 1, 2, 2)], ids=str)
+def test_decoding_with_products_made_on_each_device_gives_the_same(whole, on_mesh, sizes):
+    with choose(product="reference", swiglu="reference"):
+        check_decoding(*whole("mlra_4"), on_mesh, MODELS["mlra_4"], sizes, True)
+
+
+def check_decoding(params, expected, on_mesh, config, sizes, split_heads):
+    _, logits, _ = expected
+    rules = decode_rules(split_heads)
     chunk = 6
     padded = np.pad(TOKENS, ((0, 0), (0, chunk)))
     with on_mesh(*sizes):

@@ -10,7 +10,7 @@ import pytest
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
 from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
-from mlra_jax.ops.dispatch import dispatch, explain
+from mlra_jax.ops.dispatch import choose, dispatch, explain
 
 
 def declines(x, *, limit):
@@ -31,6 +31,19 @@ def test_a_name_takes_that_one_or_fails():
     assert dispatch("op", IMPLEMENTATIONS, "plain", 3, limit=1)[0] == "plain"
     with pytest.raises(NotImplementedError, match="takes no more than 1"):
         dispatch("op", IMPLEMENTATIONS, "fast", 3, limit=1)
+
+
+def test_what_is_chosen_stands_for_none_and_ends_with_its_context():
+    take = lambda op, implementation=None: dispatch(op, IMPLEMENTATIONS, implementation, 3, limit=1)[0]
+    with choose(op="plain"):
+        assert take("op") == "plain"
+        with choose(op="fast", other="plain"):
+            assert take("other") == take("op", "plain") == "plain"
+            with pytest.raises(NotImplementedError, match="takes no more than 1"):
+                take("op")
+        assert take("op") == "plain"
+    with pytest.raises(ExceptionGroup):
+        dispatch("op", {"a": declines, "b": declines}, None, 3, limit=1)
 
 
 def test_a_sequence_is_tried_in_order_and_all_reasons_are_given():

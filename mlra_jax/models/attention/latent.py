@@ -27,6 +27,7 @@ from mlra_jax.models.layers import (
     Layout,
     Relayout,
     RMSNorm,
+    decode_product,
     nested,
     normal,
     parameter,
@@ -275,7 +276,7 @@ class LatentAttention(nnx.Module):
         x_BTD = x_BTD.astype(dtype)
         by_slot, row, by_row = ("batch", None, "latent_slots", None), ("batch", None, None), ("batch",)
         with jax.named_scope("latents"):
-            a_BTXE = rules.einsum("BTD,XED->BTXE", x_BTD, weight(rules, self.w_a, dtype), out=by_slot)
+            a_BTXE = decode_product(rules, x_BTD, weight(rules, self.w_a, dtype), by_slot)
         gains = (weight(rules, norm.gain, norm.gain.dtype) for norm in (self.q_norm, self.kv_norm))
 
         def enter(
@@ -306,7 +307,7 @@ class LatentAttention(nnx.Module):
         )
         with jax.named_scope("queries"):
             w_qb, names = weight(rules, self.w_qb, dtype), ("batch", "length", "heads", None)
-            q_BTNE = rules.einsum("BTA,NEA->BTNE", q_BTA, w_qb, out=names)
+            q_BTNE = decode_product(rules, q_BTA, w_qb, names)
 
         def attend(
             cache: LatentCache,

@@ -15,6 +15,7 @@ from mlra_jax.models.layers import (
     DecodeLeaves,
     Layout,
     Relayout,
+    decode_product,
     normal,
     output_init,
     parameter,
@@ -72,9 +73,12 @@ class Output(nnx.Module):
         gate_BTNH = self.gate(x_BTD)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
-        equation = "BTNH,NHD->BTD" if self.layout == "train" else "BTNH,DNH->BTD"
+        out = ("batch", "length", None)
         # N is split over `tensor`: the product over it all-reduces.
-        return product(self.rules, equation, y_BTNH, self.w_o, out=("batch", "length", None))
+        if self.layout == "decode":
+            w_DNH = weight(self.rules, self.w_o, y_BTNH.dtype)
+            return decode_product(self.rules, y_BTNH, w_DNH, out, summed=("heads", None))
+        return product(self.rules, "BTNH,NHD->BTD", y_BTNH, self.w_o, out=out)
 
     def over_slots(
         self,
