@@ -92,12 +92,15 @@ class Config:
       block: tokens that a program takes at a time: 64 or 128; a page holds a whole number of them.
       stages: blocks in flight, 2 or more.
       row_groups: warpgroups of a program, each with 64 query rows of its own, that share its blocks.
+      resident: programs that a processor holds at a time. Of two, each with half of its registers and shared memory and
+        a single computing warpgroup, one reads while the other starts or ends.
     """
 
     n_splits: int
     block: int
     stages: int
     row_groups: int = 1
+    resident: int = 1
 
     def tiles(self, shape: Shape) -> int:
         """Tiles of query rows of a head, one for each program."""
@@ -118,8 +121,15 @@ class Config:
         return queries + self.stages * block + weights + rotation + 2304
 
     def fits(self, shape: Shape) -> bool:
-        """Whether pages hold whole blocks, and shared memory what a program has there."""
-        return shape.page % self.block == 0 and self.shared_bytes(shape) <= SHARED_MEMORY
+        """Whether pages hold whole blocks, and a processor what its programs have there."""
+        warpgroups = self.row_groups * shape.value_groups
+        whole_blocks = shape.page % self.block == 0
+        return whole_blocks and self.shared_bytes(shape) <= self.shared_memory and self.resident * warpgroups <= max(2, warpgroups)
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory that a program may have; the hardware keeps 1 KiB of each for itself."""
+        return (SHARED_MEMORY + 1024) // self.resident - 1024
 
     @classmethod
     def heuristic(cls, shape: Shape, processors: int) -> Config:

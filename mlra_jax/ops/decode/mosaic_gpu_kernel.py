@@ -42,25 +42,37 @@ def _blocks(tokens: jax.Array, block: int) -> jax.Array:
 
 
 def make_table(longest: jax.Array, config: Config) -> jax.Array:
-    """Which sequences each share has, worked out once for all layers with the same lengths.
+    """Which blocks each share has, worked out once for all layers with the same lengths.
 
-    Laid end to end, the blocks of all sequences are cut into equal shares; share i has those from i * `per` on.
+    Laid end to end, the blocks of all sequences are cut into equal shares. Where so many shares of that size do for
+    cutting each sequence on its own, each is: then no share holds parts of two.
 
     Args:
       longest: tokens of each sequence that its longest query sees, [B].
       config: of the kernel.
 
     Returns:
-      int32 [B + 1 + 2 * n_splits]: the first block of each sequence and the number of all; the first sequence of
-      each share; the last one (less than the first where the share is empty).
+      int32 [4 * n_splits + 2 * B]. Of each share: the first sequence, the last one (less than the first where the share
+      is empty), the first block in the first sequence, and the number of blocks. Of each sequence: the slots [first,
+      end) of its parts; share i leaves that of sequence b in slot i + b.
     """
-    ends = jnp.cumsum(_blocks(longest, config.block))
-    per = -(-ends[-1] // config.n_splits)
-    low = jnp.arange(config.n_splits) * per
+    n_splits = config.n_splits
+    blocks = _blocks(longest, config.block)
+    per = -(-jnp.sum(blocks) // n_splits)
+    cuts = -(-blocks // per)
+    room = jnp.where(jnp.sum(cuts) <= n_splits, cuts * per, blocks)  # on the line that is cut every `per` blocks
+    ends = jnp.cumsum(room)
+    begin = ends - room
+    low = jnp.arange(n_splits) * per
     high = jnp.minimum(low + per, ends[-1])
     first = jnp.sum(ends <= low[:, None], axis=1)
     last = jnp.where(low < high, jnp.sum(ends < high[:, None], axis=1), first - 1)
-    return jnp.concatenate([jnp.zeros(1, ends.dtype), ends, first, last]).astype(jnp.int32)
+    inside = lambda x: jnp.clip(x - begin, 0, blocks)  # blocks of each sequence before a place on the line
+    start = jnp.max(jnp.where((begin <= low[:, None]) & (low[:, None] < ends), inside(low[:, None]), 0), axis=1)
+    count = jnp.sum(inside(high[:, None]) - inside(low[:, None]), axis=1)
+    b = jnp.arange(len(longest))
+    parts = begin // per + b, (begin + blocks - 1) // per + b + 1
+    return jnp.concatenate([first, last, start, jnp.maximum(count, 0), *parts]).astype(jnp.int32)
 
 
 def _rotations(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
@@ -72,36 +84,34 @@ def _rotations(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
 
 
 class Schedule:
-    """What a program reads off the table of `make_table`; a single sequence needs none, and is in every share."""
+    """What a program reads off the table of `make_table`; a single sequence needs none."""
 
-    def __init__(self, longest_ref: Any, table_ref: Any, shape: Shape, config: Config):
+    def __init__(self, longest_ref: Any, table_ref: Any, config: Config):
         self.longest_ref, self.table_ref, self.config = longest_ref, table_ref, config
-        self.batch = shape.batch
-        self.total = self.blocks(0) if table_ref is None else table_ref[shape.batch]
-        self.per = lax.div(self.total + (config.n_splits - 1), config.n_splits)
 
     def blocks(self, b: Any) -> jax.Array:
         """Blocks of sequence b."""
         return _blocks(self.longest_ref[b], self.config.block)
 
-    def begin(self, b: Any) -> jax.Array:
-        """The first block of sequence b."""
-        return jnp.int32(0) if self.table_ref is None else self.table_ref[b]
+    def share(self, i: jax.Array) -> list[jax.Array]:
+        """Of share i: the first and the last sequence, the first block in the first one, and the number of blocks."""
+        n_splits = self.config.n_splits
+        if self.table_ref is not None:
+            return [self.table_ref[i + k * n_splits] for k in range(4)]
+        total = self.blocks(0)
+        per = lax.div(total + (n_splits - 1), n_splits)
+        count = jnp.clip(total - i * per, 0, per)
+        return [jnp.int32(0), jnp.minimum(count, 1) - 1, i * per, count]
 
-    def sequences(self, i: jax.Array) -> tuple[Any, Any]:
-        """The first and the last sequence of share i."""
-        if self.table_ref is None:
-            return jnp.int32(0), jnp.int32(0)
-        at = self.batch + 1 + i
-        return self.table_ref[at], self.table_ref[at + self.config.n_splits]
-
-    def parts(self, b: jax.Array) -> tuple[Any, Any]:
-        """The slots [first, end) of the parts of sequence b: share i leaves that of sequence b in slot i + b."""
-        if self.table_ref is None:
-            return jnp.int32(0), jnp.int32(self.config.n_splits)
-        begin = self.begin(b)
-        first = lax.div(begin, self.per) + b
-        return first, lax.div(begin + self.blocks(b) - 1, self.per) + b + 1
+    def parts(self, b: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+        """The slots [first, end) of the parts of sequence b."""
+        n_splits = self.config.n_splits
+        if self.table_ref is not None:
+            at = 4 * n_splits + b
+            return self.table_ref[at], self.table_ref[at + batch]
+        total = self.blocks(0)
+        per = lax.div(total + (n_splits - 1), n_splits)
+        return jnp.int32(0), lax.div(total + (per - 1), per)
 
 
 def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interpret: bool) -> None:
@@ -152,19 +162,17 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         n_blocks = _blocks(most(i), block)
         segments = lambda body: body(i, jnp.int32(0), n_blocks, jnp.int32(0))
     else:
-        schedule = Schedule(longest_ref, table_ref, shape, config)
-        low = i * schedule.per
-        high = jnp.minimum(low + schedule.per, schedule.total)
-        n_blocks = jnp.maximum(high - low, 0)
-        first, last = schedule.sequences(i)
+        schedule = Schedule(longest_ref, table_ref, config)
+        first, last, start, n_blocks = schedule.share(i)
 
         def segments(body: Any) -> None:
-            def one(b: jax.Array, _: None) -> None:
-                begin = schedule.begin(b)
-                stop = jnp.minimum(high - begin, schedule.blocks(b))
-                body(b, jnp.maximum(low - begin, 0), stop, jnp.maximum(begin - low, 0))
+            def one(b: jax.Array, n0: jax.Array) -> jax.Array:
+                j0 = jnp.where(b == first, start, 0)
+                j1 = jnp.minimum(j0 + n_blocks - n0, schedule.blocks(b))
+                body(b, j0, j1, n0)
+                return n0 + j1 - j0
 
-            lax.fori_loop(first, last + 1, one, None)
+            lax.fori_loop(first, last + 1, one, jnp.int32(0))
 
     # `segments(body)` calls `body(b, j0, j1, n0)` for each sequence b of this program, whose blocks j0 to j1 - 1 it
     # has; n0 blocks come before. Each warpgroup walks the same way.
@@ -199,9 +207,11 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         lax.fori_loop(jnp.maximum(n_blocks - stages, 0), n_blocks, drain, None)
 
     def compute(me: int) -> None:
-        # Of the 512 that a program's lanes have between them; more than 232 a thread would not help.
+        # Of the 512 that a program's lanes have between them; more than 232 a thread would not help. A program of two
+        # warpgroups starts with as many for both as one of them has later: that is what two programs must share.
         share = (512 - 40) // (row_groups * value_groups) // 8 * 8
-        plgpu.set_max_registers(min(232, share), action="increase")
+        share = min(232, share) if config.resident == 1 else 512 // 2 // config.resident
+        plgpu.set_max_registers(share, action="increase")
         row_group, value_group = (0, me) if value_groups > 1 else (me, 0)
         leads = value_group == 0
         mine = pl.ds(value_group * columns, columns)
@@ -353,8 +363,8 @@ class MergePlan:
 
     Attributes:
       warpgroups: of a program; they take equal shares of a row's parts.
-      at_once: parts that a warpgroup has in flight.
-      rows: rows of a program, one after the other; one if there are several warpgroups.
+      at_once: parts of a row that a warpgroup has in flight.
+      rows: rows of a program, whose parts are in flight together; one if there are several warpgroups.
     """
 
     warpgroups: int
@@ -366,8 +376,9 @@ class MergePlan:
         """Enough programs to fill the GPU, and all parts of a row of an even batch in flight together."""
         parts = n_splits if shape.batch == 1 else n_splits // shape.batch + 2
         warpgroups = min(4, -(-parts // 33))
-        several = 4 if warpgroups == 1 and rows * shape.heads * shape.batch > 1056 else 1
-        return cls(warpgroups, min(33, -(-parts // warpgroups)), several)
+        at_once = min(33, -(-parts // warpgroups))
+        several = 4 if at_once <= 8 and rows * shape.heads * shape.batch > 1056 else 1
+        return cls(warpgroups, at_once, several)
 
 
 def _merge_kernel(
@@ -387,8 +398,7 @@ def _merge_kernel(
 ) -> None:
     """Merges the parts of some rows."""
     program, head, b, wg = (lax.axis_index(name) for name in ("rows", "head", "batch", "wg"))
-    schedule = Schedule(longest_ref, table_ref if shape.batch > 1 else None, shape, config)
-    first, end = schedule.parts(b)
+    first, end = Schedule(longest_ref, table_ref if shape.batch > 1 else None, config).parts(b, shape.batch)
     share = lax.div(end - first + (plan.warpgroups - 1), plan.warpgroups)
     start = jnp.minimum(first + wg * share, end)
     stop = jnp.minimum(start + share, end)
@@ -397,13 +407,20 @@ def _merge_kernel(
     strided = plgpu.Layout.WG_STRIDED((width,), width // 128)
     spread = lambda x: plgpu.layout_cast(jnp.full((width,), x, jnp.float32), strided)
 
-    def row(r: jax.Array) -> None:
-        def add(n: jax.Array, carry: Any) -> Any:
-            acc, top, total = carry
-            slots = [start + n * plan.at_once + k for k in range(plan.at_once)]
-            there = [jnp.minimum(slot, end - 1) for slot in slots]
-            parts = [plgpu.load(part_ref.at[slot, head, r], layout=strided) for slot in there]
-            lses = [part_lse_ref[slot, head, r] for slot in there]
+    rows = [program * plan.rows + k for k in range(plan.rows)]
+
+    def add(n: jax.Array, carry: Any) -> Any:
+        slots = [start + n * plan.at_once + k for k in range(plan.at_once)]
+        there = [jnp.minimum(slot, end - 1) for slot in slots]
+        loaded = [
+            (
+                [plgpu.load(part_ref.at[slot, head, r], layout=strided) for slot in there],
+                [part_lse_ref[slot, head, r] for slot in there],
+            )
+            for r in rows
+        ]
+        added = []
+        for (acc, top, total), (parts, lses) in zip(carry, loaded, strict=True):
             lses = [jnp.where(slot < stop, lse, -jnp.inf) for slot, lse in zip(slots, lses, strict=True)]
             new = functools.reduce(jnp.maximum, lses, top)
             alpha = jnp.exp2((top - new) * LOG2E)
@@ -411,37 +428,37 @@ def _merge_kernel(
             for part, lse in zip(parts, lses, strict=True):
                 weight = jnp.exp2((lse - new) * LOG2E)
                 acc, total = acc + part * spread(weight), total + weight
-            return acc, new, total
+            added.append((acc, new, total))
+        return added
 
-        rounds = lax.div(stop - start + (plan.at_once - 1), plan.at_once)
-        carry = spread(0.0), jnp.float32(LOWEST), jnp.float32(0)
-        acc, top, total = lax.fori_loop(0, rounds, add, carry)
+    rounds = lax.div(stop - start + (plan.at_once - 1), plan.at_once)
+    nothing = spread(0.0), jnp.float32(LOWEST), jnp.float32(0)
+    merged = lax.fori_loop(0, rounds, add, [nothing for _ in rows])
 
-        def finish(acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
-            out = acc * spread(1.0 / jnp.where(total > 0, total, 1.0))
-            out_ref[b, lax.rem(head, groups), r, lax.div(head, groups), :] = out.astype(out_ref.dtype)
-            lse_ref[b, head, r] = jnp.where(total > 0, top + jnp.log2(total) * (1 / LOG2E), -jnp.inf)
+    def finish(r: jax.Array, acc: jax.Array, top: jax.Array, total: jax.Array) -> None:
+        out = acc * spread(1.0 / jnp.where(total > 0, total, 1.0))
+        out_ref[b, lax.rem(head, groups), r, lax.div(head, groups), :] = out.astype(out_ref.dtype)
+        lse_ref[b, head, r] = jnp.where(total > 0, top + jnp.log2(total) * (1 / LOG2E), -jnp.inf)
 
-        if plan.warpgroups == 1:
-            finish(acc, top, total)
-            return
-        acc_smem[wg, :] = acc
-        stat_smem[0, wg] = top
-        stat_smem[1, wg] = total
-        plgpu.barrier_arrive(done)
-        plgpu.barrier_wait(done)
+    if plan.warpgroups == 1:
+        for r, row in zip(rows, merged, strict=True):
+            finish(r, *row)
+        return
+    [(acc, top, total)] = merged
+    acc_smem[wg, :] = acc
+    stat_smem[0, wg] = top
+    stat_smem[1, wg] = total
+    plgpu.barrier_arrive(done)
+    plgpu.barrier_wait(done)
 
-        @pl.when(wg == 0)
-        def _() -> None:
-            tops = [stat_smem[0, k] for k in range(plan.warpgroups)]
-            top = functools.reduce(jnp.maximum, tops)
-            scales = [jnp.exp2((t - top) * LOG2E) for t in tops]
-            total = functools.reduce(jnp.add, [stat_smem[1, k] * s for k, s in enumerate(scales)])
-            accs = [plgpu.load(acc_smem.at[k], layout=strided) * spread(s) for k, s in enumerate(scales)]
-            finish(functools.reduce(jnp.add, accs), top, total)
-
-    for k in range(plan.rows):
-        row(program * plan.rows + k)
+    @pl.when(wg == 0)
+    def _() -> None:
+        tops = [stat_smem[0, k] for k in range(plan.warpgroups)]
+        top = functools.reduce(jnp.maximum, tops)
+        scales = [jnp.exp2((t - top) * LOG2E) for t in tops]
+        total = functools.reduce(jnp.add, [stat_smem[1, k] * s for k, s in enumerate(scales)])
+        accs = [plgpu.load(acc_smem.at[k], layout=strided) * spread(s) for k, s in enumerate(scales)]
+        finish(rows[0], functools.reduce(jnp.add, accs), top, total)
 
 
 @functools.partial(
