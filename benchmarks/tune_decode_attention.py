@@ -116,6 +116,12 @@ class Mosaic:
         if tiles * self.shape.batch >= 0.5 * self.processors:
             splits.add(1)
         split = [change(n_splits=n) for n in sorted(splits)]
+        # Two programs a processor: as many more shares, of which each has half the room for a ring.
+        other = 3 - config.resident
+        scaled = (
+            config.n_splits if config.n_splits == 1 else max(2, config.n_splits * other // config.resident)
+        )
+        split += [change(n_splits=scaled, resident=other, stages=s) for s in (2, 3, 4)]
         ring = [change(block=b, stages=s) for b, s in itertools.product((64, 128), range(2, 7))]
         return [[c for c in cs if c.fits(self.shape)] for cs in (grouped, split, ring)]
 

@@ -145,6 +145,13 @@ def test_shares_cover_every_block_once_and_hold_no_more_than_equal_ones_would(le
         assert all(first >= last for first, last, *_ in shares)
 
 
+def test_programs_that_share_a_processor_must_fit_it():
+    shape = shape_of(BENCHMARKS["mlra_4 64x4K"])
+    fits = {stages: Config(2, 64, stages, resident=2).fits(shape) for stages in (2, 3, 4)}
+    assert fits == {2: True, 3: True, 4: False}  # of 24 KiB each, beside 24 KiB of queries in 113 KiB
+    assert not Config(2, 64, 2, row_groups=2, resident=2).fits(shape)  # nor registers for two warpgroups
+
+
 # Numbers
 
 
@@ -181,7 +188,7 @@ def interpreted(monkeypatch, call, config, races=True):
     [
         ("nothing", Config(3, 64, 2)),
         ("ragged", Config(5, 64, 2)),
-        ("off by one", Config(1, 64, 2)),
+        ("off by one", Config(1, 64, 2, resident=2)),
         ("several latents", Config(4, 64, 3)),
         ("wide", Config(2, 64, 2)),
         ("wide", Config(1, 64, 2)),
@@ -214,6 +221,20 @@ def test_interpreted_queries_shared_by_heads_and_rotated_in_the_kernel(monkeypat
 def test_interpreted_prefill_shares_blocks_among_warpgroups(monkeypatch):
     call = make_case(Case((190, 70), q_len=40, heads=2, rows=4, width=64, rope=0, slots=256))
     as_exact_as_bfloat16(call, *interpreted(monkeypatch, call, Config(1, 128, 2, 2)))
+
+
+@newer_jax
+def test_interpreted_merge_of_several_rows_in_rounds(monkeypatch):
+    from mlra_jax.ops.decode import mosaic_gpu_kernel
+
+    plan = mosaic_gpu_kernel.MergePlan(warpgroups=1, at_once=2, rows=4)
+    monkeypatch.setattr(mosaic_gpu_kernel.MergePlan, "of", lambda *_: plan)
+    mosaic_gpu_kernel.attend.clear_cache()
+    try:
+        call = make_case(Case((300, 70), rows=16, width=64, slots=320))
+        as_exact_as_bfloat16(call, *interpreted(monkeypatch, call, Config(5, 64, 2)))
+    finally:
+        mosaic_gpu_kernel.attend.clear_cache()
 
 
 @newer_jax

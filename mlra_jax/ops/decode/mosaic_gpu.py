@@ -122,9 +122,9 @@ class Config:
 
     def fits(self, shape: Shape) -> bool:
         """Whether pages hold whole blocks, and a processor what its programs have there."""
-        warpgroups = self.row_groups * shape.value_groups
-        whole_blocks = shape.page % self.block == 0
-        return whole_blocks and self.shared_bytes(shape) <= self.shared_memory and self.resident * warpgroups <= max(2, warpgroups)
+        if self.resident > 1 and self.row_groups * shape.value_groups > 1:
+            return False
+        return shape.page % self.block == 0 and self.shared_bytes(shape) <= self.shared_memory
 
     @property
     def shared_memory(self) -> int:
@@ -228,9 +228,9 @@ def decode_attention(
     if config is None and interpret is None:
         config = find_tuned(shape, kind)
     config = config or Config.heuristic(shape, processors)
-    if (needed := config.shared_bytes(shape)) > SHARED_MEMORY:
+    if (needed := config.shared_bytes(shape)) > (available := config.shared_memory):
         raise NotImplementedError(
-            f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are {SHARED_MEMORY}."
+            f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are {available}."
         )
     from mlra_jax.ops.decode.mosaic_gpu_kernel import attend
 

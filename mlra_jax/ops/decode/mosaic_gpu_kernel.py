@@ -60,7 +60,9 @@ def make_table(longest: jax.Array, config: Config) -> jax.Array:
     blocks = _blocks(longest, config.block)
     per = -(-jnp.sum(blocks) // n_splits)
     cuts = -(-blocks // per)
-    room = jnp.where(jnp.sum(cuts) <= n_splits, cuts * per, blocks)  # on the line that is cut every `per` blocks
+    room = jnp.where(
+        jnp.sum(cuts) <= n_splits, cuts * per, blocks
+    )  # on the line that is cut every `per` blocks
     ends = jnp.cumsum(room)
     begin = ends - room
     low = jnp.arange(n_splits) * per
@@ -68,7 +70,9 @@ def make_table(longest: jax.Array, config: Config) -> jax.Array:
     first = jnp.sum(ends <= low[:, None], axis=1)
     last = jnp.where(low < high, jnp.sum(ends < high[:, None], axis=1), first - 1)
     inside = lambda x: jnp.clip(x - begin, 0, blocks)  # blocks of each sequence before a place on the line
-    start = jnp.max(jnp.where((begin <= low[:, None]) & (low[:, None] < ends), inside(low[:, None]), 0), axis=1)
+    start = jnp.max(
+        jnp.where((begin <= low[:, None]) & (low[:, None] < ends), inside(low[:, None]), 0), axis=1
+    )
     count = jnp.sum(inside(high[:, None]) - inside(low[:, None]), axis=1)
     b = jnp.arange(len(longest))
     parts = begin // per + b, (begin + blocks - 1) // per + b + 1
