@@ -48,7 +48,10 @@ PROGRAM_US = 1500.0
 MOST_LAYERS = 8
 """Of a program: what is smaller than an eighth of the second-level cache is not worth more compiling."""
 
-EXCHANGE = re.compile(r"nccl|all.?reduce|all.?gather|reduce.?scatter|all.?to.?all|collective", re.IGNORECASE)
+EXCHANGE = re.compile(
+    r"nccl|^(?!loop_|input_|wrapped_).*(all.?reduce|psum|all.?gather|reduce.?scatter|all.?to.?all|collective)",
+    re.IGNORECASE,
+)
 """Kernels that exchange something between devices."""
 ATTENTION = re.compile(r"(decode|merge)_attention|/attend/")
 """Kernels of decode attention, by their names or by what XLA says that they are of."""
@@ -201,7 +204,7 @@ def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None,
         return None, None
     named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
     ops = {re.sub(r"\W", "_", name): op for name, op in named}
-    exchanges = {name for name in kernels if EXCHANGE.search(name) and "fusion" not in name}
+    exchanges = {name for name in kernels if EXCHANGE.search(name)}
     attention = {name for name in kernels if ATTENTION.search(name) or ATTENTION.search(ops.get(name, ""))}
     total = lambda names: sum(kernels[name] for name in names)
     return total(attention - exchanges), total(exchanges)

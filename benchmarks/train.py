@@ -35,9 +35,9 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as train.py
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.profiler import ProfileData
+from jax.sharding import NamedSharding
 
 from benchmarks.decode_attention import Setting
 from benchmarks.measure import gpu_events
@@ -45,7 +45,7 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
 from mlra_jax.hardware import GIB, device_memory, find_accelerator
 from mlra_jax.ops.tuning import slug
-from mlra_jax.sharding import make_mesh
+from mlra_jax.sharding import TRAIN_RULES, make_mesh
 from mlra_jax.training.flops import train_flops_per_token
 from mlra_jax.training.plan import resolve
 from mlra_jax.training.step import init_state, make_train_step
@@ -143,7 +143,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         n_params = sum(x.size for x in jax.tree.leaves(state.params))
         rng = np.random.default_rng(0)
         shape = (args.accumulation, plan.micro_batch * n_data, config.data.seq_len)
-        ids = lambda: jnp.asarray(rng.integers(0, config.model.vocab_size, shape, dtype=np.int32))
+        laid_out = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
+        ids = lambda: jax.device_put(rng.integers(0, model.vocab_size, shape, dtype=np.int32), laid_out)
         batch = {"inputs": ids(), "targets": ids()}
         begin = time.perf_counter()
         step = make_train_step(config).lower(state, batch).compile()

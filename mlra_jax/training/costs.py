@@ -127,9 +127,7 @@ def step_costs(
     per_micro = passes * width * used + 2 * width * added + (8 * added if n_micro > 1 else 0)
     # Of what goes through memory in the forward pass: written and read, read in the backward pass, its gradient written
     # and read; or made again from about as much, written and read. Beyond it, what is kept goes there and back.
-    per_sequence = m.n_layers * (
-        5 * operands + 3 * max(operands - kept, 0) + 2 * max(kept - operands, 0)
-    )
+    per_sequence = m.n_layers * (5 * operands + 3 * max(operands - kept, 0) + 2 * max(kept - operands, 0))
     logits = 4 * length / context * m.vocab_size / tensor * 4
     update = (24 + (4 if n_micro > 1 else width) + 4 + width) * own
 

@@ -219,10 +219,13 @@ def _alone(
     def on_device(weights: Any, batch: Batch, n_tokens: jax.Array) -> tuple[jax.Array, Any]:
         weights = jax.tree.map(_gathered, weights, specs)
         loss, grads = _loss_and_grads(config, weights, batch, n_tokens, AxisRules())
-        return jax.lax.psum(loss, tokens), jax.tree.map(lambda g, spec: _summed(g, spec, tokens), grads, specs)
+        return jax.lax.psum(loss, tokens), jax.tree.map(
+            lambda g, spec: _summed(g, spec, tokens), grads, specs
+        )
 
     # Gradients are taken inside; which values differ between devices need not be known.
     mapped = jax.shard_map(on_device, out_specs=(PartitionSpec(), specs), check_vma=False)
+    batch = jax.sharding.reshard(batch, TRAIN_RULES.spec(None, "batch", "length"))
     return mapped(weights, batch, n_tokens)
 
 

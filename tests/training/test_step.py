@@ -106,6 +106,16 @@ def test_weights_gathered_once_a_step_train_as_on_one_device(sizes, unroll, conf
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+def test_a_batch_that_every_device_has_is_split_where_devices_compute_alone(config, mesh_of, place):
+    mesh = mesh_of(2, 1, 1, 1)
+    batch = place(mesh, windows(config, 1)[0], 4)
+    losses = []
+    with jax.set_mesh(mesh):
+        for b in (batch, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), batch)):
+            losses.append(make_train_step(config)(init_state(config), b)[1]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_weights_gathered_once_a_step_leave_micro_batches_nothing_to_exchange(config, mesh_of, place):
     def exchanges(gather, accumulation):
         model = dataclasses.replace(config.model, gather=gather)
@@ -220,9 +230,7 @@ def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, confi
     in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
     expected, expected_history = train(config, mesh_of(1, 1, 1, 1), place, 8)
     sizes = (data, 1, 1, 1) if isinstance(data, int) else data
-    state, history = train(
-        dataclasses.replace(config, model=in_a_row), mesh_of(*sizes), place, 8 // sizes[0]
-    )
+    state, history = train(dataclasses.replace(config, model=in_a_row), mesh_of(*sizes), place, 8 // sizes[0])
     state, expected = jax.device_get((state, expected))
     for metrics, reference in zip(history, expected_history, strict=True):
         assert metrics == pytest.approx(reference, rel=1e-5)
