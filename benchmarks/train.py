@@ -195,7 +195,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown."""
     lines = [
-        "| configuration | mesh | micro-batch | remat | tokens/s | MFU | step, s | spread | memory: planned, compiled, GiB |",
+        "| configuration | mesh | micro-batch | remat | tokens/s | MFU | step, s | spread | "
+        "memory: planned, compiled, GiB |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     gib = lambda n: "" if n is None else f"{n / GIB:.1f}"

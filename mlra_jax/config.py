@@ -248,9 +248,9 @@ class ModelConfig(Validated):
     into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
     for it."""
     gather: Literal["auto", "layer", "step"] = "auto"
-    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the least
-    memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of 1.
-    auto: once a step on GPUs, if it fits."""
+    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
+    least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
+    1. auto: once a step on GPUs, if it fits."""
 
     @property
     def cached_heads(self) -> int:

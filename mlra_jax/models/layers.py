@@ -205,7 +205,8 @@ def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, 
 def products(rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Names]) -> list[jax.Array]:
     """`product`s of `x` [..., D] with parameters [D, ...], each with its equation and the axes of the result.
 
-    On one device the gradient of `x` is one product, where the gradients of the parameters are added up at once (`Summed`).
+    On one device the gradient of `x` is one product, where the gradients of the parameters are added up at once
+    (`Summed`).
     """
     if all(_sums(param) for _, param, _ in factors):
         return _summed_products(rules, x, *factors)
