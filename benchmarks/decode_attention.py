@@ -358,14 +358,15 @@ class Setting:
 
     @classmethod
     def here(cls, module: str, argv: Sequence[str]) -> Setting:
-        """This process."""
+        """This process; the command without `--out`, which says nothing of what is measured."""
         versions = {}
         for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton"):
             try:
                 versions[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        command = shlex.join(["python", "-m", module, *argv])
+        where = {i for i, arg in enumerate(argv) if arg == "--out" or (i and argv[i - 1] == "--out")}
+        command = shlex.join(["python", "-m", module, *(a for i, a in enumerate(argv) if i not in where)])
         return cls(jax.devices()[0].device_kind, versions, datetime.date.today().isoformat(), command)
 
 

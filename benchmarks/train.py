@@ -119,7 +119,7 @@ def profile(once: Callable[[], Any]) -> list[tuple[float, float, str]]:
         return gpu_events(ProfileData.from_file(str(file)))
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Measures a configuration."""
     config: TrainConfig = load_config(name)
     model = config.model
@@ -170,6 +170,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     stats = jax.devices()[0].memory_stats() or {}
     return {
         "config": name,
+        "setting": dataclasses.asdict(setting),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "layers": config.model.n_layers,
         "parameters": n_params,
@@ -202,22 +203,30 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     gib = lambda n: "" if n is None else f"{n / GIB:.1f}"
     for r in results:
         mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
-        mesh = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
         lines.append(
-            f"| {r['config']} | {mesh} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
+            f"| {r['config']} | {on_mesh(r)} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
             f"{r['tokens_per_second']:,.0f} | {mfu} | {r['step_s']:.3f} | {r['spread_s']:.3f} | "
             f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])} |"
         )
-    for r in results:
-        lines += budget(r)
     return lines
+
+
+def on_mesh(r: Mapping[str, Any]) -> str:
+    """The mesh of a result, as far as it is not of one device."""
+    return " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
+
+
+def title(r: Mapping[str, Any]) -> str:
+    """What was measured."""
+    on = f" on {on_mesh(r)}" if r["mesh"] else ""
+    return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}"
 
 
 def budget(r: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: the time of each part, and what it would be at the device's peak; none without a profile."""
     if not (p := r["profile"]):
         return []
-    chip = find_accelerator(jax.devices()[0].device_kind)
+    chip = find_accelerator(r["setting"]["device"])
     flops = {
         "attention forward": r["attention_flops_per_token"] / ATTENTION_WIDTH * r["tokens"],
         "attention backward": r["attention_flops_per_token"] * (1 - 1 / ATTENTION_WIDTH) * r["tokens"],
@@ -228,7 +237,7 @@ def budget(r: Mapping[str, Any]) -> list[str]:
     bytes_moved = {"optimizer": 28 * r["parameters"] / parts_of_state}
     lines = [
         "",
-        f"{r['config']}, one step of {r['tokens']:,.0f} tokens a device, device time {p['span_us'] / 1e3:,.1f} ms:",
+        f"{title(r)}: one step of {r['tokens']:,.0f} tokens a device, device time {p['span_us'] / 1e3:,.1f} ms:",
         "",
         "| part | ms | share | us/token | model FLOPs or least bytes | at peak, ms |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -253,20 +262,31 @@ def budget(r: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write(out: pathlib.Path, setting: Setting, results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `out`.md and `out`.json."""
-    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
-    head = [
-        f"# Training on {jax.device_count()} x {setting.device}",
-        "",
-        f"{setting.date}, {versions}. `{setting.command}`",
-        "",
-    ]
+KEY = "config", "layers", "mesh", "micro_batch", "accumulation", "remat", "gather"
+"""What tells results apart."""
+
+
+def merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """All results, of what was measured twice the new one, in its old place."""
+    key = lambda r: json.dumps([r.get(name) for name in KEY])
+    return list({key(r): r for r in (*old, *new)}.values())
+
+
+def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Writes `out`.md and `out`.json, beside the results that are in them."""
+    path = out.with_suffix(".json")
+    if path.exists():
+        results = merged(json.loads(path.read_text())["results"], results)
+    lines = [f"# Training on {results[0]['setting']['device']}", "", *table(results), "", "Measured by"]
+    for r in results:
+        setting = r["setting"]
+        versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
+        lines += ["", f"- {title(r)}: `{setting['command']}`, {setting['date']}, {versions}"]
+    for r in results:
+        lines += budget(r)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join([*head, *table(results)]) + "\n")
-    out.with_suffix(".json").write_text(
-        json.dumps({**dataclasses.asdict(setting), "results": results}, indent=1) + "\n"
-    )
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    path.write_text(json.dumps({"results": results}, indent=1) + "\n")
 
 
 def main() -> int:
@@ -292,12 +312,12 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     for name in args.configs:
         try:
-            results.append(measure(name, args))
+            results.append(measure(name, args, setting))
         except ConfigError as e:
             print(f"{name}: {e}", file=sys.stderr)
             return 1
-        print("\n".join(table(results[-1:])), flush=True)
-        write(out, setting, results)  # what is measured is kept, whatever becomes of the next
+        print("\n".join([*table(results[-1:]), *budget(results[-1])]), flush=True)
+        write(out, results)  # what is measured is kept, whatever becomes of the next
         jax.clear_caches()
         gc.collect()
     print(f"Written to {out}.md and .json")
