@@ -336,7 +336,7 @@ def main() -> int:
         nargs="*",
         default=[],
         choices=PRODUCT,
-        help="back ends of products of few rows, first to last",
+        help="back ends of products of few rows, first to last; default: as the product chooses",
     )
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
     args = parser.parse_args()

@@ -25,6 +25,7 @@ import gc
 import json
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -429,15 +430,11 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
         if any(line.points for line in lines):
             panels[f"{what.capitalize()}, batch 1, by devices"] = lines
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    draw(
-        path,
-        panels,
-        x_label="cached tokens",
-        y_label="us",
-        note=f"{record['n_devices']} x {record['device']}, {versions}, {record['date']}. {record['command']}\n"
-        "Share: one device of so many, alone, without the exchanges between devices.",
-        log=True,
-    )
+    note = [f"{record['n_devices']} x {record['device']}, {versions}, {record['date']}"]
+    note += textwrap.wrap(record["command"], 150)
+    if any(r["share"] for r in found.values()):
+        note.append("Share: one device of so many, alone, without the exchanges between devices.")
+    draw(path, panels, x_label="cached tokens", y_label="us", note="\n".join(note), log=True)
 
 
 def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:

@@ -21,6 +21,7 @@ from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.product import product as rows_product
 from mlra_jax.ops.product import swiglu
+from mlra_jax.ops.product.mosaic_gpu import takes_rows
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import turn
 from mlra_jax.sharding import AxisRules, Names, current_mesh
@@ -133,6 +134,11 @@ def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
     return x.shape[0] * x.shape[1] == rules.size("batch") and current_device()[0] == "gpu"
 
 
+def _by_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
+    """Whether the rows of x [B, T, ...] are multiplied by `op` on each device, and not by XLA on all."""
+    return chosen(op) is not None or takes_rows(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
+
+
 def decode_product(
     rules: AxisRules,
     x: jax.Array,
@@ -144,7 +150,8 @@ def decode_product(
 ) -> jax.Array:
     """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
 
-    Where `choose` names implementations of the op `product`, each device runs it on its own part.
+    Few rows on a Hopper GPU have a kernel, which each device runs on its own part, and so it is where `choose` names
+    implementations of the op `product`.
 
     Args:
       rules: the decoding table.
@@ -155,7 +162,7 @@ def decode_product(
       summed: logical axes of K.
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
-    if chosen("product") is None:
+    if not _by_op("product", rules, x):
         k = "KL"[:axes]
         return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
     names = [name for name in summed if name is not None]
@@ -423,7 +430,7 @@ class SwiGLU(nnx.Module):
     def _hidden(self, x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
         """silu(W_gate x) * (W_up x) [B, T, F] in the decode layout."""
         rules, row = self.rules, ("batch", "length", None)
-        if chosen("swiglu") is None or _one_row_on_gpu(rules, x_BTD):
+        if not _by_op("swiglu", rules, x_BTD) or _one_row_on_gpu(rules, x_BTD):
             in_BTGF = row_product(rules, x_BTD, w_GFD, (*row, "mlp"))
             return jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
 

@@ -79,18 +79,17 @@ def test_a_layer_of_mlra_4_takes_few_kernels_on_an_h100(batch):
         config = dataclasses.replace(BASE, n_layers=n_layers)
         compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=MAX_LEN)
         counts.append(len(kernels(compiled.as_text())))
-    assert counts[1] - counts[0] <= {1: 13, 8: 17}[batch]
+    assert counts[1] - counts[0] <= 13
 
 
-def test_products_of_few_rows_go_to_their_kernel_where_it_is_chosen():
+def test_products_of_few_rows_go_to_their_kernel_unless_another_is_chosen():
     devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
-    names = ("mosaic_gpu", "reference")
-    with choose(product=names, swiglu=names):
-        compiled = compile_step(BASE, decode_rules(), mesh, batch=8, max_len=MAX_LEN)
-    hlo = compiled.as_text()
-    assert len(re.findall(r"custom-call\(.*jit\(_run\)/(?:product|swiglu)", hlo)) == 5 * BASE.n_layers + 1
-    assert not {name: size for name, size in moved(hlo).items() if size >= 2 * 3072 * 1024}
+    step = lambda: compile_step(BASE, decode_rules(), mesh, batch=8, max_len=MAX_LEN).as_text()
+    count = lambda hlo: len(re.findall(r"custom-call\(.*jit\(_run\)/(?:product|swiglu)", hlo))
+    assert count(step()) == 5 * BASE.n_layers
+    with choose(product="reference", swiglu="reference"):
+        assert count(step()) == 0
 
 
 def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weights():

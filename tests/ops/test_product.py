@@ -29,7 +29,6 @@ MATRICES = {  # of the 2.9 B MLRA-4: F, K, whether gated
     "output": (3072, 3072, False),
     "latents": (1600, 3072, False),
     "queries": (4608, 1024, False),
-    "tokens": (50304, 3072, False),
 }
 newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
 compiles = pytest.mark.skipif(
@@ -75,7 +74,8 @@ def test_the_reference_multiplies_and_gates():
         (65, 3072, 3072, jnp.bfloat16, "2 to 64 rows; got 65"),
         (8, 3072, 3080, jnp.bfloat16, "got 3072 of 3080"),
         (8, 3070, 3072, jnp.bfloat16, "got 3070 of 3072"),
-        (8, 1024, 1024, jnp.bfloat16, "4 MiB at least; got 2097152 bytes"),
+        (8, 1024, 1024, jnp.bfloat16, "4 to 256 MiB; got 2097152 bytes"),
+        (8, 50304, 3072, jnp.bfloat16, "4 to 256 MiB; got 309067776 bytes"),
         (8, 3072, 3072, jnp.bfloat16, None),
     ],
 )
@@ -88,11 +88,20 @@ def test_it_says_why_it_declines_a_call(monkeypatch, rows, f, k, dtype, message)
     assert reason is None if message is None else re.search(message, reason)
 
 
-def test_it_is_for_hopper_alone_and_for_those_who_ask():
+def test_it_is_for_hopper_alone():
     x, w = draw(8, 2048, 2048, False)
     with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
         product(x, w, implementation="mosaic_gpu")
-    assert list(api.PRODUCT) == list(api.SWIGLU) == ["reference", "mosaic_gpu"]
+    assert list(api.PRODUCT) == list(api.SWIGLU) == ["mosaic_gpu", "reference"]
+    assert not mosaic_gpu.takes_rows(8, jnp.dtype("bfloat16"))
+
+
+@newer_jax
+def test_few_rows_of_bfloat16_are_for_it(monkeypatch):
+    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
+    taken = [mosaic_gpu.takes_rows(rows, jnp.dtype("bfloat16")) for rows in (1, 2, 64, 65)]
+    assert taken == [False, True, True, False]
+    assert not mosaic_gpu.takes_rows(8, jnp.dtype("float32"))
 
 
 # How it cuts the work

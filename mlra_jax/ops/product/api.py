@@ -13,12 +13,12 @@ from mlra_jax.ops.dispatch import dispatch
 from mlra_jax.ops.product import mosaic_gpu, reference
 
 PRODUCT: Mapping[str, Callable[..., jax.Array]] = {
-    "reference": reference.product,
     "mosaic_gpu": mosaic_gpu.product,
+    "reference": reference.product,
 }
 SWIGLU: Mapping[str, Callable[..., jax.Array]] = {
-    "reference": reference.swiglu,
     "mosaic_gpu": mosaic_gpu.swiglu,
+    "reference": reference.swiglu,
 }
 """Back ends in the order in which they are tried."""
 

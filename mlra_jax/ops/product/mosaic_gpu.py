@@ -26,10 +26,13 @@ UNIT = 8
 """Rows of x, and columns of the result, come in multiples of this."""
 MIN_BYTES = 4 * 1024**2
 """Of the matrix: smaller ones are read before a kernel of ours is under way."""
+MAX_BYTES = 256 * 1024**2
+"""Larger ones XLA reads as fast, or faster (a token matrix of 309 MB on an H100: 111 us, and 116 by this kernel)."""
 MEMORY, CACHE = 3.0e6, 5.5e6
 """Bytes a microsecond that an H100 reads from memory, and through its second-level cache: for the heuristic."""
 FEW_STAGES = 6
-"""With less than so many blocks in flight they are cut in two."""
+"""With less than so many blocks in flight they are cut in two; of few rows, whose blocks are mostly weights, with less
+than four."""
 PARTS_US = 2.0
 """What summing parts costs at least."""
 
@@ -127,7 +130,7 @@ class Config:
             for tiles in range(1, 9):
                 tile = -(-shape.features // (programs * tiles * UNIT)) * UNIT
                 config = cls(tile, tiles, splits, 128, 0).fill(shape)
-                if shape.depth % 128 or config.stages < FEW_STAGES:
+                if shape.depth % 128 or config.stages < (4 if shape.rows <= 16 else FEW_STAGES):
                     config = dataclasses.replace(config, block=64).fill(shape)
                 if tile * shape.matrices <= 256 and config.fits(shape):
                     configs.append(config)
@@ -265,16 +268,24 @@ def _call(
             "the Mosaic GPU kernel takes matrices of a multiple of 8 rows of a multiple of 64 elements; "
             f"got {w.shape[1]} of {depth}."
         )
-    if config is None and interpret is None and (size := 2 * math.prod(w.shape)) < MIN_BYTES:
-        raise NotImplementedError(
-            f"the Mosaic GPU kernel is for matrices of 4 MiB at least; got {size} bytes."
-        )
+    size = 2 * math.prod(w.shape)
+    if config is None and interpret is None and not MIN_BYTES <= size <= MAX_BYTES:
+        raise NotImplementedError(f"the Mosaic GPU kernel is for matrices of 4 to 256 MiB; got {size} bytes.")
     shape = Shape(-(-rows // UNIT) * UNIT, w.shape[1], depth, gated, dtype.itemsize)
     config = config or Config.heuristic(shape, processors)
     if config is None or not config.fits(shape):
         raise NotImplementedError(f"the Mosaic GPU kernel has no cut for {shape}; got {config}.")
     run = functools.partial(_run, config=config, gated=gated, dtype=dtype, interpret=interpret)
     return unchecked(lambda _, x, w: run(x, w))(None, x, w)
+
+
+def takes_rows(rows: int, dtype: jnp.dtype) -> bool:
+    """Whether the kernel runs on the current device, and multiplies so many rows of this type with a large matrix."""
+    try:
+        check_device(None)
+    except NotImplementedError:
+        return False
+    return 2 <= rows <= ROWS and dtype == jnp.bfloat16
 
 
 def product(
