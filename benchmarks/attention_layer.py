@@ -60,7 +60,7 @@ ATTENTION = re.compile(r"(decode|merge)_attention|/attend/")
 def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
     """The model that is as large as one device's part of `config` split over so many devices.
 
-    Of MLRA the part is that of the layout with whole query heads (`--no-split-heads`): W_qb and W_o are whole on each
+    Of MLRA the part is that of the layout with whole query heads (`--split-heads no`): W_qb and W_o are whole on each
     device, and the one exchange of a layer is the sum of the devices' outputs. Where a device's latent heads serve
     only some of the query heads (MLRA-2 on four), attention counts all of them: it reads no more cache for that.
 

@@ -336,7 +336,7 @@ def main() -> int:
         nargs="*",
         default=[],
         choices=PRODUCT,
-        help="back ends of products of few rows, first to last; default: as the product chooses",
+        help="back ends of products of few rows, first to last; default: the first that takes the call",
     )
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
     args = parser.parse_args()

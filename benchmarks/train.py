@@ -1,6 +1,6 @@
 """Tokens per second and MFU of the train step on the GPUs at hand, and where its time goes.
 
-    python -m benchmarks.train                                # mlra_4, mla and gqa: the table of docs/training.md
+    python -m benchmarks.train                                # mlra_4, mla and gqa
     python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
     python -m benchmarks.train --configs mlra_4 --fsdp 2      # or --tensor 2: on two GPUs
 
@@ -135,9 +135,13 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
     data = dataclasses.replace(config.data, micro_batch=args.micro_batch)
     config = dataclasses.replace(config, model=model, data=data)
     with jax.set_mesh(mesh):
-        config, plan = resolve(config, mesh, device_memory(jax.devices()[0]))
+        capacity = device_memory(jax.devices()[0])
+        plan = resolve(config, mesh, capacity)[1]
+        # The same once more with the batch that is run: with a single micro-batch nothing is gathered once a step.
         sequences = plan.micro_batch * args.accumulation * n_data
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=sequences))
+        data = dataclasses.replace(data, micro_batch=plan.micro_batch, global_batch=sequences)
+        model = dataclasses.replace(model, remat=plan.remat)
+        config, plan = resolve(dataclasses.replace(config, model=model, data=data), mesh, capacity)
         print(f"{name}: {plan}", flush=True)
         state = init_state(config)
         n_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -196,15 +200,16 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
 def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown."""
     lines = [
-        "| configuration | mesh | micro-batch | remat | tokens/s | MFU | step, s | spread | "
+        "| configuration | mesh | micro-batch | remat | gather | tokens/s | MFU | step, s | spread | "
         "memory: planned, compiled, GiB |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     gib = lambda n: "" if n is None else f"{n / GIB:.1f}"
     for r in results:
         mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
         lines.append(
             f"| {r['config']} | {on_mesh(r)} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
+            f"{r['gather'] if 'fsdp' in r['mesh'] else ''} | "
             f"{r['tokens_per_second']:,.0f} | {mfu} | {r['step_s']:.3f} | {r['spread_s']:.3f} | "
             f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])} |"
         )
@@ -219,7 +224,8 @@ def on_mesh(r: Mapping[str, Any]) -> str:
 def title(r: Mapping[str, Any]) -> str:
     """What was measured."""
     on = f" on {on_mesh(r)}" if r["mesh"] else ""
-    return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}"
+    gather = f", gathered each {r['gather']}" if "fsdp" in r["mesh"] else ""
+    return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}{gather}"
 
 
 def budget(r: Mapping[str, Any]) -> list[str]:
@@ -272,11 +278,27 @@ def merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -
     return list({key(r): r for r in (*old, *new)}.values())
 
 
+def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
+    """The results in a file; none where there is none.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    if not path.exists():
+        return []
+    try:
+        results = json.loads(path.read_text())["results"]
+        if all("setting" in r for r in results):
+            return results
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError([f"{path} holds no results of this command; move it, or give another --out."])
+
+
 def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Writes `out`.md and `out`.json, beside the results that are in them."""
     path = out.with_suffix(".json")
-    if path.exists():
-        results = merged(json.loads(path.read_text())["results"], results)
+    results = merged(stored(path), results)
     lines = [f"# Training on {results[0]['setting']['device']}", "", *table(results), "", "Measured by"]
     for r in results:
         setting = r["setting"]
@@ -310,6 +332,10 @@ def main() -> int:
     setting = Setting.here("benchmarks.train", sys.argv[1:])
     out = args.out / f"train_{slug(setting.device)}"
     results: list[dict[str, Any]] = []
+    try:
+        stored(out.with_suffix(".json"))
+    except ConfigError as e:
+        parser.error(str(e))
     for name in args.configs:
         try:
             results.append(measure(name, args, setting))

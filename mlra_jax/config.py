@@ -250,7 +250,7 @@ class ModelConfig(Validated):
     gather: Literal["auto", "layer", "step"] = "auto"
     """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
     least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
-    1. auto: once a step on GPUs, if it fits."""
+    1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
 
     @property
     def cached_heads(self) -> int:

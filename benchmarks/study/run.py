@@ -9,6 +9,7 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
@@ -33,6 +34,8 @@ from mlra_jax.training.metrics import read_metrics
 
 MAX_EPOCHS = 4
 RESULTS = "results.json"
+FREE = re.compile(r"\.model\.(remat|unroll_layers|gather)$")
+"""Fields of the configurations that say how things are computed, and not what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Results:
         if self.path.exists():
             self.content = read_results(self.path)
             stored = self.content["identity"]
-            changed = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k)]
+            changed = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k) and not FREE.search(k)]
             if changed:
                 k = changed[0]
                 raise ConfigError(

@@ -17,7 +17,7 @@ from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator, fit_prompts
-from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype
+from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.distributed import initialize, take_args
 from mlra_jax.training.checkpoints import load_config
 
@@ -43,9 +43,9 @@ class DecodeArgs:
     mesh: MeshConfig = ONE_DEVICE
     """The devices: their number is the product of the sizes. tensor splits the weights and the latent heads of the
     cache, context the tokens of the cache, data the rows."""
-    split_heads: bool = True
-    """Split the query heads of W_qb and W_o over tensor too; without it they are whole on every device, and MLRA-4
-    exchanges once in an attention layer instead of three times."""
+    split_heads: SplitHeads = "auto"
+    """Split the query heads of W_qb and W_o over tensor too; if not, they are whole on every device, and MLRA-4
+    exchanges once in an attention layer instead of three times. auto: what should be faster on the devices."""
     param_dtype: ParamDtype = "auto"
     """Type in which weights are held. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
     tokenizer: str = ""

@@ -24,7 +24,7 @@ from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.engine import PREFILL_BYTES
-from mlra_jax.hardware import GIB, Accelerator, named_accelerator
+from mlra_jax.hardware import GIB, KINDS, Accelerator, named_accelerator
 from mlra_jax.models import Transformer
 from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
 from mlra_jax.training.flops import decode_attention_flops, train_flops_per_token
@@ -114,7 +114,7 @@ def decoding(config: ModelConfig, context: int, chip: Accelerator | None) -> lis
     return rows
 
 
-def training(config: TrainConfig, chip: Accelerator, n_devices: int) -> dict[str, Any]:
+def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]:
     """Bytes of each device by what they hold in training, as the planner of `train.py` estimates them.
 
     Raises:
@@ -124,11 +124,13 @@ def training(config: TrainConfig, chip: Accelerator, n_devices: int) -> dict[str
         raise ConfigError([f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}."])
     sizes = config.mesh.resolve(n_devices)
     mesh = make_mesh(sizes, jax.devices()[:n_devices])
-    plan = Planner(config, mesh, chip.memory).choose()
+    chip, kind = named_accelerator(device), KINDS.get(device.lower(), device)
+    plan = Planner(config, mesh, chip.memory, kind).choose()
     return {
         "mesh": dataclasses.asdict(sizes),
         "micro_batch": plan.micro_batch,
         "remat": plan.remat,
+        "gather": plan.gather,
         "bytes": plan.memory,
         "total_bytes": plan.total,
         "capacity_bytes": chip.memory,
@@ -179,7 +181,7 @@ def describe(config: TrainConfig, *, context: int, device: str = "", n_devices: 
     if chip:
         result["device"] = {"name": device, **dataclasses.asdict(chip), "ridge_flops_per_byte": chip.ridge}
         try:
-            result["training"] = {"devices": n_devices} | training(config, chip, n_devices)
+            result["training"] = {"devices": n_devices} | training(config, device, n_devices)
         except ConfigError as error:
             result["training"] = {"devices": n_devices, "refused": error.faults}
     return result
@@ -278,7 +280,8 @@ def render(d: dict[str, Any]) -> str:
     if "refused" in t:
         return "\n".join([*lines, *t["refused"], ""])
     mesh = ", ".join(f"{axis} {n}" for axis, n in t["mesh"].items() if n > 1) or "one device"
-    lines += [f"Mesh: {mesh}; micro-batch {t['micro_batch']}, remat {t['remat']}.", ""]
+    once = ", weights gathered once a step" if t["gather"] == "step" else ""
+    lines += [f"Mesh: {mesh}; micro-batch {t['micro_batch']}, remat {t['remat']}{once}.", ""]
     held = [(what, _gib(size)) for what, size in t["bytes"].items() if size]
     lines += _table(("on each device", "GiB"), [*held, ("total, estimated", _gib(t["total_bytes"]))])
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import tyro
 from mlra_jax.config import ConfigError, MeshConfig, Validated
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
-from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, load_model
+from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
 from mlra_jax.decoding.sampling import GREEDY, Sampling
 from mlra_jax.decoding.text import FinishReason, RowText
 
@@ -195,7 +195,7 @@ class Generator:
         checkpoint: str,
         *,
         mesh: MeshConfig = ONE_DEVICE,
-        split_heads: bool = True,
+        split_heads: SplitHeads = "auto",
         param_dtype: ParamDtype = "auto",
         step: int | None = None,
         tokenizer: str = "",
@@ -205,7 +205,8 @@ class Generator:
         Args:
           checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
           mesh: sizes of the mesh; their product is the number of devices it takes.
-          split_heads: whether the query heads of W_qb and W_o are split over `tensor` too (docs/decoding.md).
+          split_heads: whether the query heads of W_qb and W_o are split over `tensor` too; see
+            `mlra_jax.decoding.load.splits_heads`.
           param_dtype: type in which weights are held; see `mlra_jax.decoding.load.load_model`.
           step: updates made by the checkpoint; None: the latest.
           tokenizer: see `mlra_jax.data.get_tokenizer`; empty: the one that the run was trained with.

@@ -7,16 +7,18 @@ import math
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.models import Transformer, to_decode
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh
 from mlra_jax.training.checkpoints import load_config, load_params
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
+SplitHeads = Literal["auto", "yes", "no"]
 
 ONE_DEVICE = MeshConfig(data=1)
 
@@ -52,6 +54,29 @@ def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
             ]
         )
     return devices[:n]
+
+
+MORE_BYTES = 32e6
+"""Of W_qb and W_o that a GPU may read more in each layer to spare two exchanges: on two H100s those took about 20 us."""
+
+
+def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform: str) -> bool:
+    """Whether the query heads of W_qb and W_o are split over `tensor` devices (`mlra_jax.sharding.decode_rules`).
+
+    Args:
+      choice: auto: split, but on GPUs whole where query heads read several latent heads and all of W_qb and W_o is soon
+        read (docs/decoding.md).
+      config: of the model.
+      tensor: devices that the latent heads are split over.
+      platform: of the devices, as JAX calls it.
+    """
+    a = config.attention
+    if choice != "auto":
+        return choice == "yes"
+    if platform not in ("gpu", "cuda") or not isinstance(a, LatentAttentionConfig) or a.n_branches == 1:
+        return True
+    values = config.n_heads * (a.q_lora_rank * (a.d_nope + a.d_rope) + a.d_nope * config.d_model)
+    return values * jnp.dtype(config.compute_dtype).itemsize * (1 - 1 / tensor) > MORE_BYTES
 
 
 def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
@@ -95,7 +120,7 @@ def load_model(
     checkpoint: str,
     mesh: MeshConfig,
     *,
-    split_heads: bool = True,
+    split_heads: SplitHeads = "auto",
     param_dtype: ParamDtype = "auto",
     step: int | None = None,
     tokenizer: str = "",
@@ -105,7 +130,7 @@ def load_model(
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
       mesh: sizes; see `decode_devices`.
-      split_heads: see `mlra_jax.sharding.decode_rules`.
+      split_heads: see `splits_heads`.
       param_dtype: type in which weights are held. auto: bfloat16 on accelerators if the model computes in it (its
         products take the weights in that type anyway), else as they are stored.
       step: updates made by the checkpoint; None: the latest.
@@ -120,7 +145,8 @@ def load_model(
     model_config = config.model
     devices = decode_devices(mesh)
     sizes = mesh.resolve(len(devices))
-    check_decode_layout(model_config, sizes, split_heads)
+    split = splits_heads(split_heads, model_config, sizes.tensor, devices[0].platform)
+    check_decode_layout(model_config, sizes, split)
     found = get_tokenizer(tokenizer or config.data.tokenizer)
     if found.n_vocab > model_config.vocab_size:
         raise ConfigError(
@@ -135,7 +161,7 @@ def load_model(
         on_accelerator = devices[0].platform != "cpu"
         param_dtype = "bfloat16" if computes_in_bfloat16 and on_accelerator else model_config.param_dtype
     model_config = dataclasses.replace(model_config, param_dtype=param_dtype)
-    rules = decode_rules(split_heads)
+    rules = decode_rules(split)
     device_mesh = make_mesh(sizes, devices)
     params = load_params(checkpoint, abstract_params(model_config, rules, device_mesh), step)
     with jax.set_mesh(device_mesh):

@@ -134,7 +134,7 @@ def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
     return x.shape[0] * x.shape[1] == rules.size("batch") and current_device()[0] == "gpu"
 
 
-def _by_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
+def _runs_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
     """Whether the rows of x [B, T, ...] are multiplied by `op` on each device, and not by XLA on all."""
     return chosen(op) is not None or takes_rows(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
 
@@ -150,8 +150,8 @@ def decode_product(
 ) -> jax.Array:
     """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
 
-    Few rows on a Hopper GPU have a kernel, which each device runs on its own part, and so it is where `choose` names
-    implementations of the op `product`.
+    For few rows on a Hopper GPU, and where `choose` names implementations of the op `product`, each device multiplies
+    its own part by that op, and parts of sums are added in float32; elsewhere it is one einsum.
 
     Args:
       rules: the decoding table.
@@ -162,7 +162,7 @@ def decode_product(
       summed: logical axes of K.
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
-    if not _by_op("product", rules, x):
+    if not _runs_op("product", rules, x):
         k = "KL"[:axes]
         return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
     names = [name for name in summed if name is not None]
@@ -190,7 +190,8 @@ def row_product(
     """`decode_product` with a large matrix, w [..., K].
 
     One row on a GPU is multiplied and summed, in float32: XLA then reads an MLP's weights at 2.9 TB/s of an H100's
-    memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself.
+    memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself. `choose` does not
+    change it.
     """
     dtype = dtype or x_BTK.dtype
     if _one_row_on_gpu(rules, x_BTK):
@@ -222,10 +223,11 @@ def products(rules: AxisRules, x: jax.Array, *factors: tuple[str, nnx.Param, Nam
 
 def _sums(param: nnx.Param) -> bool:
     """Whether a product of `param` adds to its sum of gradients itself."""
-    mesh = current_mesh()
+    if not isinstance(param.get_value(), Summed):
+        return False
     # Devices that split tokens sum their gradients first.
-    whole = mesh is None or mesh.size == mesh.shape["tensor"]
-    return isinstance(param.get_value(), Summed) and whole
+    mesh = current_mesh()
+    return mesh is None or mesh.size == mesh.shape.get("tensor", 1)
 
 
 def _summed_products(
@@ -430,7 +432,7 @@ class SwiGLU(nnx.Module):
     def _hidden(self, x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
         """silu(W_gate x) * (W_up x) [B, T, F] in the decode layout."""
         rules, row = self.rules, ("batch", "length", None)
-        if not _by_op("swiglu", rules, x_BTD) or _one_row_on_gpu(rules, x_BTD):
+        if not _runs_op("swiglu", rules, x_BTD) or _one_row_on_gpu(rules, x_BTD):
             in_BTGF = row_product(rules, x_BTD, w_GFD, (*row, "mlp"))
             return jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
 

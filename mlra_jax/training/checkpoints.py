@@ -42,7 +42,7 @@ from mlra_jax.training.step import TrainState
 FOLDER = "checkpoints"
 
 # These change neither the parameters nor the function that they define: how it is computed, and memory for time.
-_FREE_MODEL_FIELDS = {"model.remat", "model.attention.form"}
+_FREE_MODEL_FIELDS = {"model.remat", "model.unroll_layers", "model.gather", "model.attention.form"}
 
 
 class CheckpointError(ValueError):

@@ -22,6 +22,7 @@ from mlra_jax.config import ConfigError, ModelConfig, TrainConfig
 from mlra_jax.hardware import GIB, device_memory, find_accelerator
 from mlra_jax.models import Transformer, cast_weights, from_params
 from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
 from mlra_jax.training.costs import Costs, step_costs
 from mlra_jax.training.losses import logit_chunks
@@ -133,15 +134,20 @@ class Planner:
       config: the run; its mesh is not looked at.
       mesh: of devices that are there or only described.
       capacity: bytes of one device; None: as the device or the table of accelerators says, if it does.
+      kind: of devices that those of the mesh stand for, as JAX calls it; None: their own.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, capacity: int | None = None):
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, capacity: int | None = None, kind: str | None = None
+    ):
         self.config, self.mesh = config, mesh
         self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
         device = mesh.devices.flat[0]
+        kind = kind or device.device_kind
+        self._on_gpu = find_chip(kind) is not None or device.platform in ("gpu", "cuda")
         self.capacity = device_memory(device) if capacity is None else capacity
         # To compare choices by: the proportions of an unknown device are taken to be an H100's.
-        self._chip = find_accelerator(device.device_kind) or find_accelerator("H100")
+        self._chip = find_accelerator(kind) or find_accelerator("H100")
         self._state = abstract_state(config, mesh)
         with jax.set_mesh(mesh):
             self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)
@@ -162,7 +168,7 @@ class Planner:
         layers = self._weights["layers"]
         # Of layers in a row, each one's gradients are added to the sum when they are there.
         with jax.set_mesh(mesh):
-            added_at_once = accumulation > 1 and unrolls_layers(model)
+            added_at_once = accumulation > 1 and unrolls_layers(model, accumulation)
         cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
         gathered = 2 * jnp.dtype(model.compute_dtype).itemsize * self._layer_size()  # and their gradients
         tokens = micro_batch * config.data.seq_len // mesh.shape["context"]
@@ -176,7 +182,9 @@ class Planner:
         memory = {
             "parameters": self._bytes(self._state.params),
             "moments": self._bytes((self._state.opt_state, self._state.step)),
-            f"{model.compute_dtype} weights": self._bytes(cast, once),
+            "gathered weights" if once else f"{model.compute_dtype} weights": (
+                self._bytes(self._weights, True) if once else self._bytes(cast)
+            ),
             "gradients": self._bytes(self._weights["embedding"] if added_at_once else self._weights, once),
             "accumulated gradients": self._float32_bytes(gathered=once) if accumulation > 1 else 0,
             "activations": micro_batch * model.n_layers * self.kept(remat),
@@ -238,10 +246,7 @@ class Planner:
         if asked != "auto":
             return [asked]
         alone = mesh["fsdp"] > 1 and mesh["tensor"] == mesh["context"] == 1
-        return ["layer", "step"] if alone and self._on_gpu() else ["layer"]
-
-    def _on_gpu(self) -> bool:
-        return self.mesh.devices.flat[0].platform in ("gpu", "cuda")
+        return ["layer", "step"] if alone and self._on_gpu else ["layer"]
 
     def _refusal(self, least: Plan) -> str:
         mesh, changes = self.mesh.shape, []

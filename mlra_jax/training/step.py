@@ -82,20 +82,24 @@ def _loss_sum(
     return chunked_cross_entropy(x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=rules)
 
 
-def computes_alone(config: ModelConfig) -> bool:
-    """Whether each device of the current mesh has all weights during a step, and exchanges nothing but gradients."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    size = lambda axis: sizes.get(axis, 1)
-    whole = size("tensor") == size("context") == 1
-    return whole and (size("fsdp") == 1 or config.gather == "step")
+def computes_alone(config: ModelConfig, n_micro: int) -> bool:
+    """Whether each of the current mesh's devices has all weights during a step of so many micro-batches.
+
+    Then it exchanges nothing but gradients, after the last one (`config.gather`).
+    """
+    mesh = current_mesh()
+    if mesh is None or not mesh.are_all_axes_explicit or n_micro == 1:
+        return False
+    data, fsdp = (mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
+    return 1 < mesh.size == data * fsdp and (fsdp == 1 or config.gather == "step")
 
 
-def unrolls_layers(config: ModelConfig) -> bool:
-    """Whether a train step on the current mesh has its layers in a row, as `config.unroll_layers` says."""
+def unrolls_layers(config: ModelConfig, n_micro: int) -> bool:
+    """Whether a train step of so many micro-batches has its layers in a row, as `config.unroll_layers` says."""
     if config.unroll_layers != "auto":
         return config.unroll_layers == "yes"
     # A loop keeps one layer's gathered parameters at a time.
-    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or computes_alone(config)
+    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or computes_alone(config, n_micro)
     return whole and current_device()[0] == "gpu"
 
 
@@ -247,11 +251,10 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         weights = cast_weights(config.model, state.params)
-        unrolled = unrolls_layers(config.model)
+        n_micro = batch["inputs"].shape[0]
+        unrolled = unrolls_layers(config.model, n_micro)
         weights = unstack_layers(config.model, weights) if unrolled else weights
-        mesh = current_mesh()
-        several = mesh is not None and mesh.are_all_axes_explicit and mesh.size > 1
-        if several and batch["inputs"].shape[0] > 1 and computes_alone(config.model):
+        if computes_alone(config.model, n_micro):
             loss, grads = _alone(config.model, weights, batch, n_tokens)
         else:
             loss, grads = _loss_and_grads(config.model, weights, batch, n_tokens, TRAIN_RULES)

@@ -40,7 +40,7 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
     sampling = ["--temperature", "0.9", "--top-k", "50", "--top-p", "0.95", "--min-p", "0.01", "--seed", "4"]
     prompts = [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
     options = ["--n", "2", "--max-new-tokens", "6", "--max-len", "64", "--json", *sampling]
-    run("--checkpoint", checkpoint, "--mesh.tensor", "4", "--no-split-heads", *prompts, *options)
+    run("--checkpoint", checkpoint, "--mesh.tensor", "4", "--split-heads", "no", *prompts, *options)
     captured = capsys.readouterr()
     records = [json.loads(line) for line in captured.out.splitlines()]
     assert [(r["prompt_index"], r["sample"]) for r in records] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -56,7 +56,7 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
         assert record["seconds_to_first_token"] > 0
         assert record["tokens_per_second"] > 0
     assert stand_in["mesh"].tensor == 4
-    assert stand_in["split_heads"] is False
+    assert stand_in["split_heads"] == "no"
     assert re.search(r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* KV cache", captured.err)
     assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
 

@@ -1,30 +1,46 @@
 """A checkpoint of any training mesh arrives on any decode mesh bit for bit, and what does not fit is refused first."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding import load
-from mlra_jax.decoding.load import abstract_params, decode_devices, load_model
+from mlra_jax.decoding.load import abstract_params, decode_devices, load_model, splits_heads
 from mlra_jax.models import to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
 from mlra_jax.training.checkpoints import CheckpointError
 
 
 @pytest.mark.parametrize(
-    ("sizes", "split_heads"), [((1, 1, 4, 1), True), ((1, 1, 8, 1), False), ((2, 1, 2, 2), True)]
+    ("sizes", "split_heads"), [((1, 1, 4, 1), "auto"), ((1, 1, 8, 1), "no"), ((2, 1, 2, 2), "yes")]
 )
 def test_loaded_parameters_are_those_saved_laid_out_for_decoding(sizes, split_heads, checkpoint, params_of):
     loaded = load_model(checkpoint, MeshConfig(*sizes), split_heads=split_heads)
     with jax.set_mesh(loaded.mesh):
-        expected = to_decode(loaded.config.model, params_of("mlra_4"), decode_rules(split_heads))
+        expected = to_decode(loaded.config.model, params_of("mlra_4"), decode_rules(split_heads != "no"))
     pairs = list(zip(jax.tree.leaves(loaded.model), jax.tree.leaves(expected), strict=True))
     assert len(pairs) > 20
     for ours, theirs in pairs:
         assert ours.sharding == theirs.sharding
         assert np.array_equal(ours, theirs)
+
+
+def test_heads_are_whole_on_gpus_where_that_spares_exchanges_and_costs_little():
+    auto = lambda name, tensor, platform="gpu": splits_heads("auto", load_config(name).model, tensor, platform)
+    assert not auto("mlra_4", 4)
+    assert not auto("mlra_2", 2)
+    assert auto("mlra_4", 4, "tpu")
+    assert auto("mla", 4)  # nothing to spare: each head reads one latent
+    assert auto("gqa", 4)
+    large = dataclasses.replace(load_config("mlra_4").model, n_heads=128, d_model=7168)
+    assert splits_heads("auto", large, 4, "gpu")
+    assert splits_heads("yes", load_config("mlra_4").model, 4, "gpu")
+    assert not splits_heads("no", large, 4, "tpu")
 
 
 @pytest.mark.parametrize("variant", ["mlra_4", "mlra_2", "gla_2", "mla", "gqa"])

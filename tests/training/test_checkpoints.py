@@ -165,8 +165,13 @@ def test_another_model_is_refused_by_the_names_of_its_fields_and_harmless_change
     assert "remat" not in str(error.value)
     assert "form" not in str(error.value)
 
-    harmless = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"), steps=99)
-    assert checkpoints.check_config(5, harmless) == ["model.remat: none -> full", "steps: 8 -> 99"]
+    model = dataclasses.replace(config.model, remat="full", gather="step")
+    harmless = dataclasses.replace(config, model=model, steps=99)
+    assert checkpoints.check_config(5, harmless) == [
+        "model.remat: none -> full",
+        f"model.gather: {config.model.gather} -> step",
+        "steps: 8 -> 99",
+    ]
     checkpoints.close()
 
 

@@ -15,10 +15,10 @@ LENGTH, HEADS, BRANCHES, LATENT, WIDTH, D_FF, LAYERS = 16, 4, 4, 8, 32, 64, 2  #
 FLOAT = 4
 
 
-def planner(config, mesh, capacity=None, micro_batch=0, remat="auto", **data):
+def planner(config, mesh, capacity=None, micro_batch=0, remat="auto", kind=None, **data):
     data = dataclasses.replace(config.data, micro_batch=micro_batch, **data)
     model = dataclasses.replace(config.model, remat=remat)
-    return Planner(dataclasses.replace(config, model=model, data=data), mesh, capacity)
+    return Planner(dataclasses.replace(config, model=model, data=data), mesh, capacity, kind)
 
 
 def test_each_policy_keeps_what_it_says_of_a_layer(config, mesh_of):
@@ -120,17 +120,26 @@ def test_weights_gathered_once_a_step_are_whole_and_move_once(config, mesh_of):
     assert step.memory["accumulated gradients"] == alone.memory["accumulated gradients"]
     assert layer.memory["accumulated gradients"] < step.memory["accumulated gradients"] / 3
     assert step.memory["parameters"] == layer.memory["parameters"]
+    assert step.memory["gathered weights"] == alone.memory["parameters"]  # which are float32 here, as products are
     assert step.costs.link_bytes["fsdp"] < layer.costs.link_bytes["fsdp"]
     assert planner(config, mesh).plan(2, "full", "step").gather == "layer"  # one micro-batch: it is the same
 
 
-def test_weights_are_gathered_once_a_step_on_gpus_that_have_room(config, mesh_of, monkeypatch):
+def test_weights_are_gathered_once_a_step_on_gpus_that_have_room(config, mesh_of):
     mesh = mesh_of(1, 4, 1, 1)
     assert planner(config, mesh, GIB).choose().gather == "layer"  # not on a CPU
-    monkeypatch.setattr(Planner, "_on_gpu", lambda self: True)
-    choose = lambda capacity: planner(config, mesh, capacity, micro_batch=1, remat="full").choose()
+    gpu = {"micro_batch": 1, "kind": "NVIDIA H100 80GB HBM3"}
+    choose = lambda capacity: planner(config, mesh, capacity, remat="full", **gpu).choose()
     chosen = choose(GIB)
     assert (chosen.gather, chosen.accumulation) == ("step", 2)
     assert "weights gathered once a step" in str(chosen)
     assert choose(chosen.total).gather == "layer"
-    assert planner(config, mesh_of(1, 2, 2, 1), GIB, micro_batch=1).choose().gather == "layer"
+    assert planner(config, mesh_of(1, 2, 2, 1), GIB, **gpu).choose().gather == "layer"
+
+
+def test_products_are_kept_where_there_is_room_for_them(config, mesh_of):
+    mesh = mesh_of(1, 1, 1, 1)
+    costs = {remat: planner(config, mesh).plan(1, remat).costs for remat in ("products", "dots", "none")}
+    assert costs["products"].memory_bytes < costs["dots"].memory_bytes
+    assert costs["products"].memory_bytes <= costs["none"].memory_bytes
+    assert costs["products"].recomputed_flops == costs["dots"].recomputed_flops == 0

@@ -117,16 +117,25 @@ def test_a_batch_that_every_device_has_is_split_where_devices_compute_alone(conf
 
 
 def test_weights_gathered_once_a_step_leave_micro_batches_nothing_to_exchange(config, mesh_of, place):
-    def exchanges(gather, accumulation):
-        model = dataclasses.replace(config.model, gather=gather)
-        step, mesh = make_train_step(dataclasses.replace(config, model=model)), mesh_of(2, 2, 1, 1)
-        with jax.set_mesh(mesh):
+    once = dataclasses.replace(config, model=dataclasses.replace(config.model, gather="step"))
+    step, mesh, counts = make_train_step(once), mesh_of(2, 2, 1, 1), []
+    with jax.set_mesh(mesh):
+        for accumulation in (2, 4):
             batch = place(mesh, np.tile(windows(config, 1)[0], (2, 1))[: 4 * accumulation], accumulation)
             compiled = step.lower(abstract_state(config, mesh), batch).compile()
-        return sum(executed_collectives(compiled.as_text()).values())
+            counts.append(sum(executed_collectives(compiled.as_text()).values()))
+    assert counts[0] == counts[1] > 0
 
-    assert exchanges("step", 2) == exchanges("step", 4)
-    assert exchanges("layer", 2) < exchanges("layer", 4)
+
+def test_a_batch_that_every_device_has_is_split_where_devices_compute_alone(config, mesh_of, place):
+    config, mesh = dataclasses.replace(config, out=""), mesh_of(2, 1, 1, 1)
+    _, expected = train(config, mesh_of(1, 1, 1, 1), place, 8)
+    batch = place(mesh, windows(config, 1)[0], 4)
+    with jax.set_mesh(mesh):
+        whole = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), batch)
+        metrics = make_train_step(config)(init_state(config), whole)[1]
+    assert float(metrics["loss"]) == pytest.approx(expected[0]["loss"], rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
 
 
 def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_unequally(config, mesh_of, place):
@@ -214,22 +223,20 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
 
 
 @pytest.mark.parametrize(
-    ("remat", "attention", "data"),
+    ("remat", "attention", "sizes"),
     [
-        *((remat, None, 1) for remat in REMAT_POLICIES),
-        ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8), 1),
-        ("dots", None, 2),
+        *((remat, None, (1, 1, 1, 1)) for remat in REMAT_POLICIES),
+        ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8), (1, 1, 1, 1)),
         ("products", None, (1, 1, 2, 1)),
         ("dots", None, (1, 1, 1, 2)),  # where no product adds to the sum of gradients itself
     ],
     ids=str,
 )
-def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, config, mesh_of, place):
+def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, sizes, config, mesh_of, place):
     model = dataclasses.replace(config.model, attention=attention or config.model.attention)
     config = dataclasses.replace(config, model=model, out="")
     in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
     expected, expected_history = train(config, mesh_of(1, 1, 1, 1), place, 8)
-    sizes = (data, 1, 1, 1) if isinstance(data, int) else data
     state, history = train(dataclasses.replace(config, model=in_a_row), mesh_of(*sizes), place, 8 // sizes[0])
     state, expected = jax.device_get((state, expected))
     for metrics, reference in zip(history, expected_history, strict=True):
@@ -243,10 +250,10 @@ def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, data, confi
 
 
 def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monkeypatch):
-    def unrolled(*sizes, unroll="auto", gather="auto"):
+    def unrolled(*sizes, unroll="auto", gather="auto", n_micro=2):
         with jax.set_mesh(mesh_of(*sizes)):
             model = dataclasses.replace(config.model, unroll_layers=unroll, gather=gather)
-            return step_module.unrolls_layers(model)
+            return step_module.unrolls_layers(model, n_micro)
 
     assert not unrolled(2, 1, 1, 1)  # on the CPU
     assert unrolled(1, 2, 1, 1, unroll="yes")
@@ -254,6 +261,7 @@ def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monke
     assert unrolled(2, 1, 2, 2)
     assert not unrolled(1, 2, 1, 1)
     assert unrolled(1, 2, 1, 1, gather="step")
+    assert not unrolled(1, 2, 1, 1, gather="step", n_micro=1)
     assert not unrolled(1, 1, 1, 1, unroll="no")
 
 

@@ -228,6 +228,10 @@ def decode_attention(
     if config is None and interpret is None:
         config = find_tuned(shape, kind)
     config = config or Config.heuristic(shape, processors)
+    if config.resident > 1 and (config.resident > 2 or config.row_groups * shape.value_groups > 1):
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel's programs share a processor by two, and with one warpgroup each; got {config}."
+        )
     if (needed := config.shared_bytes(shape)) > (available := config.shared_memory):
         raise NotImplementedError(
             f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are {available}."

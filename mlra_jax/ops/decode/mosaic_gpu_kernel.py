@@ -60,9 +60,8 @@ def make_table(longest: jax.Array, config: Config) -> jax.Array:
     blocks = _blocks(longest, config.block)
     per = -(-jnp.sum(blocks) // n_splits)
     cuts = -(-blocks // per)
-    room = jnp.where(
-        jnp.sum(cuts) <= n_splits, cuts * per, blocks
-    )  # on the line that is cut every `per` blocks
+    # On the line that is cut every `per` blocks.
+    room = jnp.where(jnp.sum(cuts) <= n_splits, cuts * per, blocks)
     ends = jnp.cumsum(room)
     begin = ends - room
     low = jnp.arange(n_splits) * per
@@ -211,8 +210,8 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         lax.fori_loop(jnp.maximum(n_blocks - stages, 0), n_blocks, drain, None)
 
     def compute(me: int) -> None:
-        # Of the 512 that a program's lanes have between them; more than 232 a thread would not help. A program of two
-        # warpgroups starts with as many for both as one of them has later: that is what two programs must share.
+        # Of the 512 that a program's lanes have between them; more than 232 a thread would not help. Of two resident
+        # programs each has half of the registers: 128 a thread for its two warpgroups.
         share = (512 - 40) // (row_groups * value_groups) // 8 * 8
         share = min(232, share) if config.resident == 1 else 512 // 2 // config.resident
         plgpu.set_max_registers(share, action="increase")
@@ -361,6 +360,10 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         pl.when(wg == me)(functools.partial(compute, me))
 
 
+MANY_ROWS = 8 * 132
+"""To merge: more rows than an H100's processors hold programs of the merge at a time."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
     """How parts are merged.
@@ -381,7 +384,7 @@ class MergePlan:
         parts = n_splits if shape.batch == 1 else n_splits // shape.batch + 2
         warpgroups = min(4, -(-parts // 33))
         at_once = min(33, -(-parts // warpgroups))
-        several = 4 if at_once <= 8 and rows * shape.heads * shape.batch > 1056 else 1
+        several = 4 if at_once <= 8 and rows * shape.heads * shape.batch > MANY_ROWS else 1
         return cls(warpgroups, at_once, several)
 
 

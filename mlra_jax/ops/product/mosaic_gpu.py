@@ -1,10 +1,10 @@
 """Products of few rows with a large matrix on Hopper GPUs: a Pallas Mosaic GPU kernel that reads the matrix once.
 
 A program makes some columns of the result. One warpgroup issues the copies of blocks of the matrix, with the rows'
-part that belongs to them, into a ring in shared memory; the other multiplies. The rows are the 64 of the tensor cores'
-product, however few there are, and what a program has of the matrix its columns, which may be any multiple of 8: so all
-processors get the same share of almost any matrix. With many rows these take more of the second-level cache's bandwidth
-than the matrix does: then what is summed over is split as well, and parts are summed after, in a fixed order.
+part that belongs to them, into a ring in shared memory; the other multiplies. The tensor cores' product always has 64
+rows, used or not; its columns are a program's columns of the result, in any multiple of 8: so all processors get the
+same share of almost any matrix. Many rows take more of the second-level cache's bandwidth than the matrix does: then
+what is summed over is split as well, and parts are summed after, in a fixed order.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ MAX_BYTES = 256 * 1024**2
 MEMORY, CACHE = 3.0e6, 5.5e6
 """Bytes a microsecond that an H100 reads from memory, and through its second-level cache: for the heuristic."""
 FEW_STAGES = 6
-"""With less than so many blocks in flight they are cut in two; of few rows, whose blocks are mostly weights, with less
-than four."""
+"""With fewer blocks in flight (with fewer than 4, for up to 16 rows) blocks are cut in two."""
 PARTS_US = 2.0
 """What summing parts costs at least."""
 
