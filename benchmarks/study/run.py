@@ -116,7 +116,9 @@ class Results:
         if self.path.exists():
             self.content = read_results(self.path)
             stored = self.content["identity"]
-            changed = [k for k in {**stored, **identity} if stored.get(k) != identity.get(k) and not FREE.search(k)]
+            changed = [
+                k for k in {**stored, **identity} if stored.get(k) != identity.get(k) and not FREE.search(k)
+            ]
             if changed:
                 k = changed[0]
                 raise ConfigError(

@@ -57,7 +57,7 @@ def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
 
 
 MORE_BYTES = 32e6
-"""Of W_qb and W_o that a GPU may read more in each layer to spare two exchanges: on two H100s those took about 20 us."""
+"""Of W_qb and W_o that a GPU may read more in each layer to spare two exchanges: on two H100s those took some 20 us."""
 
 
 def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform: str) -> bool:

@@ -190,8 +190,8 @@ def row_product(
     """`decode_product` with a large matrix, w [..., K].
 
     One row on a GPU is multiplied and summed, in float32: XLA then reads an MLP's weights at 2.9 TB/s of an H100's
-    memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself. `choose` does not
-    change it.
+    memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself. `choose`
+    does not change it.
     """
     dtype = dtype or x_BTK.dtype
     if _one_row_on_gpu(rules, x_BTK):

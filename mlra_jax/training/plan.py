@@ -137,9 +137,7 @@ class Planner:
       kind: of devices that those of the mesh stand for, as JAX calls it; None: their own.
     """
 
-    def __init__(
-        self, config: TrainConfig, mesh: Mesh, capacity: int | None = None, kind: str | None = None
-    ):
+    def __init__(self, config: TrainConfig, mesh: Mesh, capacity: int | None = None, kind: str | None = None):
         self.config, self.mesh = config, mesh
         self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
         device = mesh.devices.flat[0]

@@ -257,6 +257,11 @@ def test_results_of_other_runs_are_refused(data, tmp_path, trained):
     with pytest.raises(ConfigError, match="begun with data=abc, this command has def"):
         Results(plan(dataclasses.replace(data, digest="def"), tmp_path))
     Results(plan(data, tmp_path, work=tmp_path / "elsewhere", seeds=(5,)))
+    path = plan(data, tmp_path).out / "results.json"
+    content = json.loads(path.read_text())
+    del content["identity"]["mha.model.gather"]  # as of an earlier version: how it is computed may differ
+    path.write_text(json.dumps(content))
+    Results(plan(data, tmp_path))
 
 
 def test_more_than_four_passes_and_less_than_a_step_are_refused(data, tmp_path):

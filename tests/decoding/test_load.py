@@ -31,7 +31,9 @@ def test_loaded_parameters_are_those_saved_laid_out_for_decoding(sizes, split_he
 
 
 def test_heads_are_whole_on_gpus_where_that_spares_exchanges_and_costs_little():
-    auto = lambda name, tensor, platform="gpu": splits_heads("auto", load_config(name).model, tensor, platform)
+    auto = lambda name, tensor, platform="gpu": splits_heads(
+        "auto", load_config(name).model, tensor, platform
+    )
     assert not auto("mlra_4", 4)
     assert not auto("mlra_2", 2)
     assert auto("mlra_4", 4, "tpu")

@@ -90,7 +90,9 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(uninterrupted):
     assert "mfu" not in records[7], "the CPU's peak is not known"
     assert records[8]["eval_loss"] == result.eval_loss
     assert find_step(config.out).name == "8"
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, gather="layer"))  # as planned
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, gather="layer")
+    )  # as planned
     assert load_config(config.out) == config
     with open(f"{config.out}/config.json") as file:
         assert json.load(file) == json.loads(json.dumps(to_dict(config)))

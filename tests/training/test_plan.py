@@ -120,7 +120,9 @@ def test_weights_gathered_once_a_step_are_whole_and_move_once(config, mesh_of):
     assert step.memory["accumulated gradients"] == alone.memory["accumulated gradients"]
     assert layer.memory["accumulated gradients"] < step.memory["accumulated gradients"] / 3
     assert step.memory["parameters"] == layer.memory["parameters"]
-    assert step.memory["gathered weights"] == alone.memory["parameters"]  # which are float32 here, as products are
+    assert (
+        step.memory["gathered weights"] == alone.memory["parameters"]
+    )  # which are float32 here, as products are
     assert step.costs.link_bytes["fsdp"] < layer.costs.link_bytes["fsdp"]
     assert planner(config, mesh).plan(2, "full", "step").gather == "layer"  # one micro-batch: it is the same
 

@@ -106,16 +106,6 @@ def test_weights_gathered_once_a_step_train_as_on_one_device(sizes, unroll, conf
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
-def test_a_batch_that_every_device_has_is_split_where_devices_compute_alone(config, mesh_of, place):
-    mesh = mesh_of(2, 1, 1, 1)
-    batch = place(mesh, windows(config, 1)[0], 4)
-    losses = []
-    with jax.set_mesh(mesh):
-        for b in (batch, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), batch)):
-            losses.append(make_train_step(config)(init_state(config), b)[1]["loss"])
-    assert losses[0] == losses[1]
-
-
 def test_weights_gathered_once_a_step_leave_micro_batches_nothing_to_exchange(config, mesh_of, place):
     once = dataclasses.replace(config, model=dataclasses.replace(config.model, gather="step"))
     step, mesh, counts = make_train_step(once), mesh_of(2, 2, 1, 1), []

@@ -104,6 +104,7 @@ class Config:
             and self.block % 64 == 0
             and self.tile % UNIT == 0
             and self.tile <= shape.features
+            and not (shape.gated and self.splits > 1)  # the gate needs whole sums
             and self.splits <= shape.depth // self.block
             and self.stages >= 2
             and shape.rows % (UNIT * self.cluster) == 0

@@ -1,0 +1,29 @@
+"""The benchmark of products of few rows, in tiny sizes."""
+
+import json
+
+import jax
+import pytest
+
+from benchmarks import product
+from mlra_jax.ops.product.mosaic_gpu import Config
+
+
+def test_cuts_are_read_and_others_refused_with_an_example(capsys):
+    assert product.parse_cut("48x1x2x128x2") == Config(48, 1, 2, 128, 0, 2)
+    with pytest.raises(SystemExit):
+        product.main(["--cuts", "48x1"])
+    assert "such as 48x1x2x128x2" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of GPU kernels needs JAX 0.11")
+def test_it_measures_both_and_their_errors(tmp_path):
+    assert (
+        product.main(["--interpret", "--rows", "8", "--only", "down", "--runs", "1", "--out", str(tmp_path)])
+        == 0
+    )
+    [path] = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert [r["cut"].split("=")[0] for r in results] == ["xla", "tile"]
+    assert all(r["us"] > 0 and r["error"] < 1e-2 for r in results)
+    assert "| down |" in path.with_suffix(".md").read_text()
