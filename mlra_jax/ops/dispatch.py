@@ -27,7 +27,7 @@ def choose(**implementations: str | Sequence[str]) -> Iterator[None]:
         with choose(product=("mosaic_gpu", "reference")):
             engine.run(...)  # what it compiles
 
-    What was compiled before stays as it is.
+    What was compiled before stays as it is. A name that no op has changes nothing.
     """
     token = _chosen.set({**(_chosen.get() or {}), **implementations})
     try:

@@ -177,12 +177,14 @@ class Planner:
         layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) + gathered
         # Logits, their gradient, and the token matrix: cast, and its gradient.
         logits = (4 + width) * size * vocab + (4 + width) * vocab * model.d_model
+        if once:
+            weights = {"gathered weights": self._bytes(self._weights, True)}
+        else:
+            weights = {f"{model.compute_dtype} weights": self._bytes(cast)}
         memory = {
             "parameters": self._bytes(self._state.params),
             "moments": self._bytes((self._state.opt_state, self._state.step)),
-            "gathered weights" if once else f"{model.compute_dtype} weights": (
-                self._bytes(self._weights, True) if once else self._bytes(cast)
-            ),
+            **weights,
             "gradients": self._bytes(self._weights["embedding"] if added_at_once else self._weights, once),
             "accumulated gradients": self._float32_bytes(gathered=once) if accumulation > 1 else 0,
             "activations": micro_batch * model.n_layers * self.kept(remat),
