@@ -29,18 +29,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.decode_step import describe, filled, random_values
 from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, measure, rotation, together
-from mlra_jax.config import (
-    AttentionSizes,
-    ConfigError,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    MeshConfig,
-    ModelConfig,
-)
-from mlra_jax.decoding.cache import Cache
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
 from mlra_jax.hardware import find_accelerator
-from mlra_jax.models.attention import attention_class
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
 
 PROGRAM_US = 1500.0
@@ -67,7 +59,7 @@ def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
     Raises:
       ConfigError: a size does not divide.
     """
-    a: Any = config.attention
+    a = config.attention
     faults = [
         f"{name}={size} cannot be cut into {tensor} shares."
         for name, size in (
@@ -83,20 +75,9 @@ def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
     if faults:
         raise ConfigError(faults)
     held = max(held, 1)
-    attention: AttentionSizes
-    match a:
-        case LatentAttentionConfig():
-            branches = max(1, held // a.n_groups) if a.n_branches > 1 else 1
-            attention = dataclasses.replace(
-                a, n_latent_heads=held, n_branches=branches, kv_lora_rank=held * a.d_latent
-            )
-        case GroupedAttentionConfig():
-            attention = dataclasses.replace(a, n_kv_heads=held)
-        case _:
-            raise ConfigError([f"Shares of {type(a).__name__} are not known."])
     return dataclasses.replace(
         config,
-        attention=attention,
+        attention=a.share(held),
         n_heads=config.n_heads if a.n_branches > 1 else config.n_heads // tensor,
         d_ff=config.d_ff // tensor,
         vocab_size=config.vocab_size // tensor,
@@ -238,7 +219,7 @@ class Layers:
         def abstract(n: int) -> tuple[Any, Cache, Any]:
             """`n` layers, their caches, and what goes into the first."""
             sizes = dataclasses.replace(config, n_layers=n)
-            new = lambda: attention_class(config)(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
+            new = lambda: config.attention.module()(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
             cache = jax.eval_shape(functools.partial(Cache.create, sizes, rules, batch, capacity))
             zeros = lambda: jnp.zeros((batch, 1, config.d_model), config.compute_dtype)
             x = jax.eval_shape(lambda: rules.constrain(zeros(), "batch", None, None))

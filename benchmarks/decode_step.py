@@ -45,12 +45,12 @@ from flax import nnx
 from jax.profiler import ProfileData
 
 from benchmarks.measure import gpu_events
+from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
-from mlra_jax.decoding.cache import Cache
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
 from mlra_jax.decoding.sampling import GREEDY
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.ops.product.api import PRODUCT
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh

@@ -36,7 +36,9 @@ from benchmarks.decode_attention import RESULTS, Setting
 from benchmarks.figures import draw, show_tokens
 from benchmarks.paper_latency import describe, parse_length
 from benchmarks.tensor_parallel import LAYER_HEAD, layer_line, number, tiny
-from mlra_jax.config import AttentionConfig, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import AttentionConfig, ModelConfig
 from mlra_jax.ops.tuning import slug
 
 BATCH = 128

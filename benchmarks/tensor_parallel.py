@@ -37,12 +37,14 @@ from benchmarks import decode_step, paper
 from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_layers, places
 from benchmarks.decode_attention import RESULTS, Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
 from mlra_jax.decoding.load import abstract_params
 from mlra_jax.hardware import find_accelerator
-from mlra_jax.models import to_decode
+from mlra_jax.model import to_decode
 from mlra_jax.ops.tuning import slug
 
 VARIANTS = ("mlra_4", "mlra_2", "gla_2", "mla", "gqa")

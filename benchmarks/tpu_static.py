@@ -33,9 +33,8 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import LatentAttentionConfig
-from mlra_jax.models.attention.latent import LatentAttention
 from mlra_jax.ops.decode import mosaic_tpu
 from mlra_jax.ops.decode.cases import Case, abstract_call
 

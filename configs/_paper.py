@@ -7,11 +7,11 @@ order in which the official code's eight processes read it. `mlra-prepare` write
 import dataclasses
 from typing import Any
 
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
-    LatentAttentionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,

@@ -8,7 +8,8 @@ Wall time   not run
 Result      perplexity 9.307 on FineWeb-Edu, 13.815 mean of seven corpora; 58.19 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.config import LatentAttentionConfig, TrainConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import TrainConfig
 
 from ._paper import paper_config
 

@@ -8,7 +8,8 @@ Wall time   not run
 Result      perplexity 9.346 on FineWeb-Edu, 13.972 mean of seven corpora; 57.80 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.config import TiedAttentionConfig, TrainConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import TrainConfig
 
 from ._paper import paper_config
 

@@ -8,7 +8,8 @@ Wall time   not run
 Result      perplexity 9.506 on FineWeb-Edu, 14.315 mean of seven corpora; 58.53 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.config import GroupedAttentionConfig, TrainConfig
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.config import TrainConfig
 
 from ._paper import paper_config
 

@@ -8,7 +8,8 @@ Wall time   not run
 Result      perplexity 9.434 on FineWeb-Edu, 13.860 mean of seven corpora; 57.81 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.config import GroupedAttentionConfig, TrainConfig
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.config import TrainConfig
 
 from ._paper import paper_config
 

@@ -10,15 +10,8 @@ Wall time   not run
 Result      not run
 """
 
-from mlra_jax.config import (
-    CheckpointConfig,
-    DataConfig,
-    LatentAttentionConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def get_config() -> TrainConfig:

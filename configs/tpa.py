@@ -8,7 +8,8 @@ Wall time   not run
 Result      perplexity 9.333 on FineWeb-Edu, 13.985 mean of seven corpora; 57.87 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.config import TensorProductAttentionConfig, TrainConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.config import TrainConfig
 
 from ._paper import paper_config
 

@@ -11,12 +11,16 @@ J `n_branches`, G = L / J.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
-from tyro.conf import AvoidSubcommands, arg
+from tyro.conf import arg
+
+if TYPE_CHECKING:
+    from mlra_jax.attention.base import Attention
 
 
 class ConfigError(ValueError):
@@ -28,7 +32,7 @@ class ConfigError(ValueError):
         super().__init__(many + "\n  - ".join(faults))
 
 
-def _positive(config: Any, where: str, *names: str) -> list[str]:
+def at_least_one(config: Any, where: str, *names: str) -> list[str]:
     return [
         f"{where}{name}={getattr(config, name)} must be at least 1."
         for name in names
@@ -49,162 +53,78 @@ class Validated:
             raise ConfigError(faults)
 
 
-class AttentionSizes(Validated):
-    """What every attention's configuration says of the cache."""
+class CacheArray(NamedTuple):
+    """One array of an attention layer's cache."""
+
+    width: int
+    """Values of a token, for each head or for all."""
+    by_head: bool = True
+    """Whether each cached head has values of its own, [B, heads, S, width]; else all share them, [B, S, width]."""
+
+
+class AttentionConfig(Validated):
+    """Sizes of one attention family, and what they cost: base class of the frozen dataclasses in `mlra_jax.attention`.
+
+    Counts are of one layer. `n_heads` is N, the model's query heads.
+    """
 
     n_branches: int = 1
     """J: cached heads that each query head reads and sums."""
     cached_heads_field: ClassVar[str] = "attention.n_kv_heads"
     """The field of the model's configuration that `cached_heads` is."""
 
-    def cached_heads(self, n_heads: int) -> int:
-        """Heads in the KV cache of a model with so many query heads: what tensor parallelism splits when decoding."""
+    @classmethod
+    def module(cls) -> type[Attention]:
+        """The layer that a configuration of this class describes."""
         raise NotImplementedError
 
-
-@dataclasses.dataclass(frozen=True)
-class LatentAttentionConfig(AttentionSizes):
-    """MLA, GLA and MLRA: attention over `n_latent_heads` low-rank latent heads (paper, section 3).
-
-    MLA is (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4) as (n_latent_heads, n_branches).
-    """
-
-    n_latent_heads: int = 4
-    """L: latent heads in the KV cache; the axis that tensor parallelism splits when decoding."""
-    n_branches: int = 4
-    """J: latent heads that each query head reads and sums; the number in MLRA-2 and MLRA-4."""
-    q_lora_rank: int = 1024
-    """A: width of the compressed query."""
-    kv_lora_rank: int = 512
-    """Width of all latent heads together, L * C."""
-    d_nope: int = 128
-    """H: per-head width of the position-free part of query and key, and of the value."""
-    d_rope: int = 64
-    """R: width of the rotary part of the query, and of the one rotary key shared by all heads."""
-    scale_latents: bool = True
-    """Variance-preserving scales: sqrt(D/A) on the query, sqrt(D/C) on the latents, 1/sqrt(J) on the branch sum.
-    False is the paper's "no scaling" ablation: all three are 1."""
-    form: Literal["auto", "expanded", "absorbed"] = "auto"
-    """How full-sequence attention is computed: per-head keys and values (expanded), or queries moved into the latent
-    space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
-
-    cached_heads_field: ClassVar[str] = "attention.n_latent_heads"
-
     def cached_heads(self, n_heads: int) -> int:
-        return self.n_latent_heads
+        """Heads in the KV cache: what tensor parallelism splits when decoding."""
+        raise NotImplementedError
 
-    @property
-    def d_latent(self) -> int:
-        """C: width of one latent head."""
-        return self.kv_lora_rank // self.n_latent_heads
+    def cache_arrays(self) -> dict[str, CacheArray]:
+        """The arrays of the cache, by name."""
+        raise NotImplementedError
 
-    @property
-    def n_groups(self) -> int:
-        """G: contiguous groups of query heads; group g reads the latent heads l with l mod G == g."""
-        return self.n_latent_heads // self.n_branches
+    def train_flops(self, n_heads: int, keys: float) -> float:
+        """FLOPs of the forward pass of one query token that sees `keys` keys, weights' products left out.
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = _positive(self, at, "n_latent_heads", "n_branches", "q_lora_rank", "kv_lora_rank", "d_nope")
-        if faults:
-            return faults
-        if self.n_latent_heads % self.n_branches:
-            faults.append(
-                f"{at}n_branches={self.n_branches} does not divide n_latent_heads={self.n_latent_heads}; "
-                "each query head must read the same number of latent heads."
-            )
-        if self.kv_lora_rank % self.n_latent_heads:
-            faults.append(
-                f"{at}kv_lora_rank={self.kv_lora_rank} is not divisible by n_latent_heads={self.n_latent_heads}; "
-                "the latent is cut into heads of equal width."
-            )
-        if self.d_rope < 0 or self.d_rope % 2:
-            faults.append(
-                f"{at}d_rope={self.d_rope} must be even and not negative; rotary elements come in pairs."
-            )
-        return faults
+        Counted as the attention is defined, whatever form or kernel computes it.
+        """
+        raise NotImplementedError
 
+    def decode_flops(self, n_heads: int) -> int:
+        """FLOPs of one query token for each token in the cache, as decoding computes them."""
+        raise NotImplementedError
 
-@dataclasses.dataclass(frozen=True)
-class GroupedAttentionConfig(AttentionSizes):
-    """MHA (n_kv_heads = n_heads), GQA, MQA (n_kv_heads = 1), and MFA (n_kv_heads = 1, wide, with a low-rank query)."""
+    def activation_bytes(self, n_heads: int, itemsize: int) -> int:
+        """Bytes of queries and outputs that one token takes in prefill, with elements of `itemsize` bytes."""
+        raise NotImplementedError
 
-    n_kv_heads: int = 24
-    """K: key-value heads; KV head k serves the contiguous query heads k*N/n_kv_heads onwards."""
-    d_head: int = 128
-    """H: width of a query, key and value head; all of it is rotary."""
-    q_lora_rank: int = 0
-    """A: width of the compressed, normalised query that MFA makes queries from; 0: they are made from the input."""
+    def gathered_values(self, n_heads: int, tensor: int) -> int:
+        """Values of a token that context parallelism gathers, with `tensor` devices splitting heads that they divide.
 
-    def cached_heads(self, n_heads: int) -> int:
-        return self.n_kv_heads
+        By default those that are cached.
+        """
+        heads = self.cached_heads(n_heads)
+        held = heads // tensor if heads % tensor == 0 else heads
+        return sum(width * (held if by_head else 1) for width, by_head in self.cache_arrays().values())
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = _positive(self, at, "n_kv_heads", "d_head")
-        if self.q_lora_rank < 0:
-            faults.append(f"{at}q_lora_rank={self.q_lora_rank} must not be negative; 0 is none.")
-        if not faults and self.d_head % 2:
-            faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
-        return faults
+    def share(self, cached_heads: int) -> Self:
+        """The sizes of one device's share that holds `cached_heads` heads of the cache.
 
+        Raises:
+          ConfigError: the family has no shares that run alone.
+        """
+        raise ConfigError([f"Shares of {type(self).__name__} are not known."])
 
-@dataclasses.dataclass(frozen=True)
-class TiedAttentionConfig(AttentionSizes):
-    """GTA: the first half of a KV head is key and value at once; the rotary half of the key is shared by all heads."""
+    def split(self, n_latent_heads: int, n_branches: int) -> Self:
+        """The sizes with each latent head cut into several (`mlra-convert split-latents`).
 
-    n_tied_heads: int = 6
-    """K: key-value heads; head k serves the contiguous query heads k*N/n_tied_heads onwards."""
-    d_head: int = 128
-    """H: width of a query, key and value head; the second half of query and key is rotary."""
-
-    cached_heads_field: ClassVar[str] = "attention.n_tied_heads"
-
-    @property
-    def d_rope(self) -> int:
-        """R: width of the rotary half."""
-        return self.d_head // 2
-
-    def cached_heads(self, n_heads: int) -> int:
-        return self.n_tied_heads
-
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = _positive(self, at, "n_tied_heads", "d_head")
-        if not faults and self.d_head % 4:
-            faults.append(
-                f"{at}d_head={self.d_head} must be a multiple of 4; rotary elements come in pairs, in half of it."
-            )
-        return faults
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorProductAttentionConfig(AttentionSizes):
-    """TPA: the queries, keys and values of all heads are sums of few products of a head factor and a width factor."""
-
-    rank: int = 2
-    """Products that make keys, and that make values; their factors are what is cached."""
-    q_rank: int = 6
-    """Products that make queries."""
-    d_head: int = 128
-    """H: width of a query, key and value head; all of it is rotary."""
-
-    cached_heads_field: ClassVar[str] = "n_heads"
-
-    def cached_heads(self, n_heads: int) -> int:
-        return n_heads
-
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = _positive(self, at, "rank", "q_rank", "d_head")
-        if not faults and self.d_head % 2:
-            faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
-        return faults
-
-
-AttentionConfig = (
-    LatentAttentionConfig | GroupedAttentionConfig | TiedAttentionConfig | TensorProductAttentionConfig
-)
+        Raises:
+          ConfigError: there is no latent, or it cannot be cut so.
+        """
+        raise ConfigError(["Only latent attention (MLA, GLA, MLRA) has a latent that can be split."])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +141,7 @@ class ModelConfig(Validated):
     """N: query heads."""
     d_ff: int = 9880
     """F: hidden width of the SwiGLU MLP."""
-    attention: AvoidSubcommands[AttentionConfig] = LatentAttentionConfig()
+    attention: AttentionConfig = dataclasses.field(default_factory=lambda: attention_type("latent")())
     """Which attention, and its sizes."""
     gated_attention: bool = False
     """Multiply the heads' output by sigmoid(W_g x) before the output projection."""
@@ -237,20 +157,6 @@ class ModelConfig(Validated):
     """Type of matrix products and attention; the residual stream, norms and softmax are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters are stored: float32 for training; decoding may hold bfloat16."""
-    remat: Literal["auto", "none", "products", "dots", "mlp", "attention", "full"] = "auto"
-    """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
-    everything (none); all that products give and take, and attention's output (products); what products with weights
-    give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
-    nothing (full). auto: training takes what fits; full where memory is unknown."""
-
-    unroll_layers: Literal["auto", "no", "yes"] = "auto"
-    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
-    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
-    for it."""
-    gather: Literal["auto", "layer", "step"] = "auto"
-    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
-    least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
-    1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
 
     @property
     def cached_heads(self) -> int:
@@ -264,7 +170,7 @@ class ModelConfig(Validated):
 
     def faults(self) -> list[str]:
         at = "model."
-        faults = _positive(self, at, "vocab_size", "n_layers", "d_model", "n_heads", "d_ff")
+        faults = at_least_one(self, at, "vocab_size", "n_layers", "d_model", "n_heads", "d_ff")
         a = self.attention
         inner = a.faults()
         if not faults and not inner:
@@ -281,6 +187,33 @@ class ModelConfig(Validated):
             if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{at}{name}={getattr(self, name)} must be positive and finite.")
         return faults
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig(Validated):
+    """How a model's whole sequences are computed on the devices at hand. It defines no numbers, so it is chosen afresh
+    wherever a checkpoint is read (by the planner, where it is left open)."""
+
+    attention_form: Literal["auto", "expanded", "absorbed"] = "auto"
+    """How latent attention computes whole sequences: per-head keys and values (expanded), or queries moved into the
+    latent space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
+    remat: Literal["auto", "none", "products", "dots", "mlp", "attention", "full"] = "auto"
+    """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
+    everything (none); all that products give and take, and attention's output (products); what products with weights
+    give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
+    nothing (full). auto: training takes what fits; full where memory is unknown."""
+
+    unroll_layers: Literal["auto", "no", "yes"] = "auto"
+    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
+    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
+    for it."""
+    gather: Literal["auto", "layer", "step"] = "auto"
+    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
+    least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
+    1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
+
+    def faults(self) -> list[str]:
+        return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +291,7 @@ class DataConfig(Validated):
 
     def faults(self) -> list[str]:
         at = "data."
-        faults = _positive(
+        faults = at_least_one(
             self,
             at,
             "seq_len",
@@ -468,7 +401,7 @@ class CheckpointConfig(Validated):
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "checkpoint.", "every", "keep")
+        faults = at_least_one(self, "checkpoint.", "every", "keep")
         if self.keep_every < 0:
             faults.append(f"checkpoint.keep_every={self.keep_every} must not be negative.")
         return faults
@@ -494,7 +427,7 @@ class LogConfig(Validated):
     """Steps that the profiler records into the run's `profile` folder; 0: off."""
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "log.", "every", "eval_every", "eval_sequences")
+        faults = at_least_one(self, "log.", "every", "eval_every", "eval_sequences")
         if self.profile_start < 0 or self.profile_steps < 0:
             faults.append("log.profile_start and log.profile_steps must not be negative.")
         return faults
@@ -508,8 +441,10 @@ class TrainConfig(Validated):
     """Name of the run; its folder is `runs/NAME` unless `out` is given."""
     out: str = ""
     """Folder or bucket URL of the run (checkpoints, metrics); empty: `runs/NAME`."""
-    model: ModelConfig = ModelConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
+    execution: ExecutionConfig = ExecutionConfig()
+    """How a train step runs."""
     data: DataConfig = DataConfig()
     """The tokens."""
     optim: OptimConfig = OptimConfig()
@@ -533,11 +468,12 @@ class TrainConfig(Validated):
         return os.path.expanduser(self.out) or f"runs/{self.name}"
 
     def faults(self) -> list[str]:
-        faults = _positive(self, "", "steps")
+        faults = at_least_one(self, "", "steps")
         if not 0 <= self.seed < 2**32:
             faults.append(f"seed={self.seed} must be at least 0 and less than 2**32.")
         for part in (
             self.model,
+            self.execution,
             self.data,
             self.optim,
             self.mesh,
@@ -548,55 +484,113 @@ class TrainConfig(Validated):
         return faults
 
 
+def attention_type(name: str) -> type[AttentionConfig]:
+    """See `mlra_jax.attention.registry`, which is imported late: families derive from this module's classes."""
+    from mlra_jax.attention import registry
+
+    return registry.attention_type(name)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON-able nested dictionaries; `from_dict` is its inverse."""
-    return dataclasses.asdict(config)
+    """The configuration as JSON-able nested dictionaries; `from_dict` is its inverse.
 
-
-def attention_from_dict(d: dict[str, Any]) -> AttentionConfig:
-    """The attention configuration whose fields `d` holds.
-
-    Raises:
-      ConfigError: no attention has exactly these fields.
+    The attention's name is its `type`.
     """
-    for cls in get_args(AttentionConfig):
-        if set(d) <= {f.name for f in dataclasses.fields(cls)}:
-            return cls(**d)
-    raise ConfigError([f"No attention configuration has the fields {sorted(d)}."])
+    from mlra_jax.attention.registry import attention_name
+
+    def one(value: Any) -> Any:
+        if not dataclasses.is_dataclass(value):
+            return value
+        fields = {f.name: one(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return (
+            {"type": attention_name(type(value)), **fields} if isinstance(value, AttentionConfig) else fields
+        )
+
+    return one(config)
+
+
+_MOVED = {
+    "model.remat": "execution.remat",
+    "model.unroll_layers": "execution.unroll_layers",
+    "model.gather": "execution.gather",
+    "model.attention.form": "execution.attention_form",
+}
+"""Where fields of earlier versions are now."""
+
+_FIELDS_BEFORE_TYPES = {
+    "n_latent_heads": "latent",
+    "n_kv_heads": "grouped",
+    "n_tied_heads": "tied",
+    "rank": "tensor_product",
+}
+"""By which field of an attention without a `type`, as earlier versions wrote it, its family is known."""
+
+
+def upgraded(d: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier version's `to_dict` wrote, as this one's would write it."""
+    d = copy.deepcopy(d)
+    for old, new in _MOVED.items():
+        *path, name = old.split(".")
+        place: Any = d
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            section, field = new.split(".")
+            d.setdefault(section, {}).setdefault(field, place.pop(name))
+    attention = d["model"].get("attention") if isinstance(d.get("model"), dict) else None
+    if isinstance(attention, dict) and "type" not in attention:
+        known = [family for field, family in _FIELDS_BEFORE_TYPES.items() if field in attention]
+        d["model"]["attention"] = {"type": known[0] if known else "latent", **attention}
+    return d
 
 
 def from_dict(d: dict[str, Any]) -> TrainConfig:
-    """The `TrainConfig` that `to_dict` wrote; fields it lacks take their defaults.
+    """The `TrainConfig` that `to_dict` wrote, in this version or an earlier one; fields it lacks take their defaults.
 
     Raises:
       ConfigError: a field is unknown, all of them listed.
     """
-
     faults: list[str] = []
 
     def build(cls: type, values: dict[str, Any], where: str) -> Any:
-        parts = {
-            "model": ModelConfig,
-            "data": DataConfig,
-            "optim": OptimConfig,
-            "mesh": MeshConfig,
-            "checkpoint": CheckpointConfig,
-            "log": LogConfig,
-        }
-        known = {f.name for f in dataclasses.fields(cls)}
+        parts = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         kwargs = {}
         for name, value in values.items():
-            if name not in known:
+            if name not in parts:
                 faults.append(f"Unknown field {where}{name} in the stored configuration.")
             elif name == "attention":
-                kwargs[name] = attention_from_dict(value)
-            elif name in parts and isinstance(value, dict):
-                kwargs[name] = build(parts[name], value, f"{where}{name}.")
+                family = attention_type(value["type"])
+                kwargs[name] = build(
+                    family, {k: v for k, v in value.items() if k != "type"}, f"{where}{name}."
+                )
+            elif isinstance(value, dict):
+                kwargs[name] = build(_PARTS[name], value, f"{where}{name}.")
             else:
                 kwargs[name] = value
         return cls(**kwargs)
 
-    config = build(TrainConfig, d, "")
+    config = build(TrainConfig, upgraded(d), "")
     if faults:
         raise ConfigError(faults)
     return config
+
+
+_PARTS: dict[str, type] = {
+    "model": ModelConfig,
+    "execution": ExecutionConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "mesh": MeshConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The families' configurations, which earlier versions had here."""
+    from mlra_jax.attention import registry
+
+    for place in registry.BUILT_IN.values():
+        if place.endswith(f":{name}"):
+            return attention_type(place)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

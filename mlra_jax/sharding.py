@@ -1,6 +1,6 @@
 """The device mesh, and the tables that map logical axis names to its axes.
 
-Parameters and activations are described by logical names ("batch", "heads", "latent_slots"...). An `AxisRules` table
+Parameters and activations are described by logical names ("batch", "heads", "kv_head_shards"...). An `AxisRules` table
 says which mesh axes each name is split over. Training and decoding run the same modules under two tables: training
 splits the query heads, decoding the latent heads (docs/sharding.md).
 
@@ -22,12 +22,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import (
-    ConfigError,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.ops.manual import varying
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
@@ -279,7 +274,7 @@ def decode_rules(split_heads: bool = True) -> AxisRules:
         mlp="tensor",
         vocab="tensor",
         heads="tensor" if split_heads else None,
-        latent_slots="tensor",
+        kv_head_shards="tensor",
     )
 
 
@@ -304,10 +299,10 @@ def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
     faults += _divides("model.vocab_size", m.vocab_size, "tensor", mesh.tensor)
     faults += _divides("model.d_model", m.d_model, "fsdp", mesh.fsdp)
     faults += _divides("data.seq_len", config.data.seq_len, "context", mesh.context)
-    if m.gather == "step" and mesh.tensor * mesh.context > 1:
+    if config.execution.gather == "step" and mesh.tensor * mesh.context > 1:
         faults.append(
-            f"model.gather=step needs mesh.tensor and mesh.context of 1, not {mesh.tensor} and {mesh.context}; use "
-            "--model.gather layer."
+            f"execution.gather=step needs mesh.tensor and mesh.context of 1, not {mesh.tensor} and {mesh.context}; use "
+            "--execution.gather layer."
         )
     try:
         config.data.accumulation(mesh.data * mesh.fsdp)

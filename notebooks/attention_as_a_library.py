@@ -23,9 +23,9 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mlra_jax.config import LatentAttentionConfig, ModelConfig
-from mlra_jax.models import LatentAttention
-from mlra_jax.models.layers import rotate
+from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
+from mlra_jax.config import ModelConfig
+from mlra_jax.model.layers import rotate
 from mlra_jax.ops import explain
 from mlra_jax.ops.decode import latent_decode_attention
 
@@ -229,6 +229,6 @@ for name, reason in reasons["latent_decode_attention"].items():
     print(f"{name:12} {reason or 'takes it'}")
 
 # %% [markdown]
-# `mlra_jax.models.Transformer`, `to_decode` and `mlra_jax.decoding.cache` do all this for the whole model,
+# `mlra_jax.model.Transformer`, `to_decode` and `mlra_jax.attention.kv_cache` do all this for the whole model,
 # for every attention of the paper, and with pages, ragged batches and a split along the tokens:
 # [docs/sharding.md](../docs/sharding.md), [docs/decoding.md](../docs/decoding.md).

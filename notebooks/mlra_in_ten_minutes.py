@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.plot import draw_run
 from mlra_jax.config import MeshConfig
-from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.generator import Delta, Generator
 from mlra_jax.decoding.sampling import Sampling
-from mlra_jax.models import from_params, unstack_layers
-from mlra_jax.models.layers import rotate
+from mlra_jax.model import from_params, unstack_layers
+from mlra_jax.model.layers import rotate
 from mlra_jax.training.loop import train
 
 QUICK = False  # True: a few steps only, to see that everything runs

@@ -17,8 +17,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mlra_jax.attention.kv_cache import values_per_token
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.convert import FromOfficialArgs, from_official
-from mlra_jax.config import LatentAttentionConfig, MeshConfig, ModelConfig
+from mlra_jax.config import MeshConfig, ModelConfig
 from mlra_jax.convert import (
     model_config_from_official,
     official_from_model_config,
@@ -26,9 +28,8 @@ from mlra_jax.convert import (
     open_weights,
     write_safetensors,
 )
-from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.generator import Delta, Generator
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 from mlra_jax.training.checkpoints import lazy_params
 
 QUICK = False  # True: a small stand-in with random weights, without the internet

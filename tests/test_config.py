@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
     TrainConfig,
     from_dict,
     to_dict,

@@ -12,16 +12,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mlra_jax import topologies
-from mlra_jax.config import (
-    ConfigError,
-    DataConfig,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    MeshConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TrainConfig,
-)
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.sharding import (
     TRAIN_RULES,
     AxisRules,
@@ -228,6 +222,6 @@ def test_whole_query_heads_need_not_divide():
 
 def test_the_two_tables_split_query_heads_in_training_and_latent_heads_in_decoding():
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 8, 1), jax.devices()[:8])):
-        assert TRAIN_RULES.spec("heads", "latent_slots") == P("tensor", None)
-        assert decode_rules().spec("heads", "latent_slots") == P("tensor", "tensor")
-        assert decode_rules(split_heads=False).spec("heads", "latent_slots") == P(None, "tensor")
+        assert TRAIN_RULES.spec("heads", "kv_head_shards") == P("tensor", None)
+        assert decode_rules().spec("heads", "kv_head_shards") == P("tensor", "tensor")
+        assert decode_rules(split_heads=False).spec("heads", "kv_head_shards") == P(None, "tensor")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     AttentionConfig,
     CheckpointConfig,
     DataConfig,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,

@@ -25,10 +25,10 @@ import numpy as np
 from benchmarks.decode_attention import Setting
 from benchmarks.study.models import GLOBAL_BATCH, LAYERS, SEQ_LEN, VARIANTS, VOCAB, study_config
 from benchmarks.study.prepare import Data
+from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.cli.describe import parameters
 from mlra_jax.config import ConfigError, TrainConfig, to_dict
 from mlra_jax.data.pipeline import open_windows
-from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.training.loop import DivergedError, train
 from mlra_jax.training.metrics import read_metrics
 

@@ -19,15 +19,15 @@ import jax.numpy as jnp
 import tyro
 from flax import nnx
 
+from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.cli import command
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
-from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.engine import PREFILL_BYTES
 from mlra_jax.hardware import GIB, KINDS, Accelerator, named_accelerator
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
-from mlra_jax.training.flops import decode_attention_flops, train_flops_per_token
+from mlra_jax.training.flops import train_flops_per_token
 from mlra_jax.training.plan import HEADROOM, Planner
 
 TENSOR = (1, 2, 4, 8)
@@ -101,7 +101,7 @@ def decoding(config: ModelConfig, context: int, chip: Accelerator | None) -> lis
             "values_per_token_and_layer": values,
             "bytes_per_token": size * config.n_layers,
             # Each device does its part of the query heads' work and reads all that it caches.
-            "flops_per_cache_byte": decode_attention_flops(config, 1) / tensor / size,
+            "flops_per_cache_byte": config.attention.decode_flops(config.n_heads) / tensor / size,
             "weight_bytes": weights,
         }
         if chip:
@@ -160,7 +160,7 @@ def describe(config: TrainConfig, *, context: int, device: str = "", n_devices: 
     for name, n in each.items():
         parts[_part(name)] = parts.get(_part(name), 0) + n
     train_flops = train_flops_per_token(model, total, config.data.seq_len)
-    attention = model.n_layers * decode_attention_flops(model, context)
+    attention = model.n_layers * model.attention.decode_flops(model.n_heads) * context
     result: dict[str, Any] = {
         "name": config.name,
         "parameters": {"total": total, **parts},

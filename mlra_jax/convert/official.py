@@ -19,15 +19,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlra_jax.config import (
-    AttentionConfig,
-    ConfigError,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
 from mlra_jax.lazy import LazyStack, LazyTensor, Tensor
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from mlra_jax.config import ConfigError, LatentAttentionConfig, ModelConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.lazy import LazyStack, LazyTensor
 
 _AT = "layers.attention."

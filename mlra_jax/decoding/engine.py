@@ -20,17 +20,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import (
-    ConfigError,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
-from mlra_jax.decoding.cache import Cache, repeat_rows
+from mlra_jax.attention.kv_cache import Cache, repeat_rows
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh
 
@@ -86,19 +79,8 @@ def activation_bytes(config: ModelConfig) -> int:
     The residual stream and its norm are there all the time; beside them either the MLP's products or attention's
     queries and outputs, the latter in float32 too.
     """
-    n, width = config.n_heads, jnp.dtype(config.compute_dtype).itemsize
-    match config.attention:
-        case LatentAttentionConfig() as a:
-            rows = n * a.n_branches
-            attention = width * (rows * (2 * a.d_latent + a.d_rope) + n * (2 * a.d_nope + a.d_rope))
-            attention += 4 * n * a.d_nope
-        case TiedAttentionConfig() as a:
-            attention = width * n * (3 * a.d_head + a.d_rope)
-        case GroupedAttentionConfig() as a:
-            attention = width * (3 * n * a.d_head + a.q_lora_rank)
-        case TensorProductAttentionConfig() as a:
-            factors = a.q_rank + 2 * a.rank
-            attention = width * (3 * n * a.d_head + factors * (n + a.d_head))
+    width = jnp.dtype(config.compute_dtype).itemsize
+    attention = config.attention.activation_bytes(config.n_heads, width)
     return 2 * 4 * config.d_model + max(3 * width * config.d_ff, attention)
 
 
@@ -262,7 +244,7 @@ class Engine:
     """Compiled generation with one model on one mesh.
 
     Args:
-      model: in the decode layout (`mlra_jax.models.to_decode`), on `mesh`.
+      model: in the decode layout (`mlra_jax.model.to_decode`), on `mesh`.
       mesh: with explicit axes.
       n_vocab: ids that the tokenizer knows; the rows of the embedding after them are padding and never generated.
     """

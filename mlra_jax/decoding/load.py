@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
-from mlra_jax.models import Transformer, to_decode
+from mlra_jax.model import Transformer, to_decode
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh
 from mlra_jax.training.checkpoints import load_config, load_params
 
@@ -70,28 +70,31 @@ def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform:
       tensor: devices that the latent heads are split over.
       platform: of the devices, as JAX calls it.
     """
-    a = config.attention
     if choice != "auto":
         return choice == "yes"
-    if platform not in ("gpu", "cuda") or not isinstance(a, LatentAttentionConfig) or a.n_branches == 1:
+    if platform not in ("gpu", "cuda") or config.attention.n_branches == 1:
         return True
-    values = config.n_heads * (a.q_lora_rank * (a.d_nope + a.d_rope) + a.d_nope * config.d_model)
+    make = lambda: config.attention.module()(config, rngs=nnx.Rngs(0), layout="decode")
+    params = nnx.to_flat_state(nnx.state(nnx.eval_shape(make), nnx.Param))
+    by_head = [x for _, x in params if "heads" in x.get_metadata("out_sharding")]
+    values = sum(math.prod(x.get_value().shape) for x in by_head)
     return values * jnp.dtype(config.compute_dtype).itemsize * (1 - 1 / tensor) > MORE_BYTES
 
 
 def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
     """Shapes of the stored parameters (the training layout), and how they are split over `mesh` while they are read.
 
-    What the decoding table does not split yet, because it becomes slots only afterwards, is split over the same mesh
-    axes along its longest axis that divides: no device reads more than its share. Norm gains stay float32.
+    What the decoding table does not split yet, because it becomes KV-head shards only afterwards, is split over the
+    same mesh axes along its longest axis that divides: no device reads more than its share. Norm gains stay float32.
     """
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
-        axes, parts = rules.mesh_axes("latent_slots"), rules.size("latent_slots")
+        axes, parts = rules.mesh_axes("kv_head_shards"), rules.size("kv_head_shards")
 
     def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name, spec = path[-1].key, x.sharding.spec
-        by_branch = name in ("w_uk", "w_uv")  # [layers, J, N, C, H]: J and N are regrouped into slots
+        # [layers, J, N, C, H]: J and N are regrouped into KV-head shards.
+        by_branch = name in config.attention.module().branch_weights
         fitting = [i for i in range(3 if by_branch else 0, x.ndim) if x.shape[i] % parts == 0]
         if by_branch or all(axis is None for axis in spec):
             longest = max(fitting, key=lambda i: x.shape[i], default=None)

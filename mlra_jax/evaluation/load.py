@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
+from mlra_jax.config import ConfigError, ExecutionConfig, MeshConfig, TrainConfig
 from mlra_jax.decoding.load import decode_devices
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.checkpoints import find_step, load_config, load_params
@@ -112,6 +112,7 @@ def plan_evaluation(
         micro_batch=batch_size,
         global_batch=batch_size * sizes.data * sizes.fsdp,
     )
-    config = dataclasses.replace(config, data=data)
+    # How the run computed its steps is no business of this mesh.
+    config = dataclasses.replace(config, data=data, execution=ExecutionConfig())
     check_train_layout(config, sizes)
     return EvaluationPlan(folder, config, sizes, devices, batch_size)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mlra_jax.data.pipeline import IGNORED, Placement
 from mlra_jax.evaluation.load import Evaluated
-from mlra_jax.models import from_params
+from mlra_jax.model import from_params
 from mlra_jax.training.losses import token_scores
 
 SHORTEST = 64

@@ -41,9 +41,6 @@ from mlra_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 
-# These change neither the parameters nor the function that they define: how it is computed, and memory for time.
-_FREE_MODEL_FIELDS = {"model.remat", "model.unroll_layers", "model.gather", "model.attention.form"}
-
 
 class CheckpointError(ValueError):
     """A checkpoint is absent or damaged, or does not fit what it is wanted for."""
@@ -397,9 +394,7 @@ class Checkpoints:
           CheckpointError: the model is another one; every field that differs is named.
         """
         differences = config_differences(load_config(self.directory, step), config)
-        refused = [
-            d for d in differences if d.startswith("model.") and d.split(":")[0] not in _FREE_MODEL_FIELDS
-        ]
+        refused = [d for d in differences if d.startswith("model.")]
         if refused:
             raise CheckpointError(
                 f"{self.directory} holds a run of another model; give this one another --name or --out, or take back:"

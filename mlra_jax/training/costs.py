@@ -9,13 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from mlra_jax.config import (
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-    TrainConfig,
-)
+from mlra_jax.config import ModelConfig, TrainConfig
 from mlra_jax.hardware import Accelerator
 from mlra_jax.training.flops import train_flops_per_token
 
@@ -49,25 +43,6 @@ class Costs:
     def in_sequence(self, chip: Accelerator) -> float:
         """Seconds if nothing overlaps, at peak rates; to compare choices by."""
         return sum(self.parts(chip).values())
-
-
-def gathered_values(config: ModelConfig, tensor: int = 1) -> int:
-    """Values of a token that context parallelism gathers in each layer: latents, factors, or keys and values.
-
-    Args:
-      config: the model.
-      tensor: devices over which heads are split, where they divide them.
-    """
-    split = lambda heads: heads // tensor if heads % tensor == 0 else heads
-    match config.attention:
-        case LatentAttentionConfig() as a:
-            return a.kv_lora_rank + a.d_rope
-        case TiedAttentionConfig() as a:
-            return split(a.n_tied_heads) * a.d_head + a.d_rope
-        case TensorProductAttentionConfig() as a:
-            return 2 * a.rank * (split(config.n_heads) + a.d_head)
-        case a:
-            return 2 * a.d_head * split(a.n_kv_heads)
 
 
 def recomputed_flops(config: ModelConfig, layer_params: int, seq_len: int, remat: str) -> float:
@@ -108,7 +83,7 @@ def step_costs(
       layer_params: parameters of one layer.
       operands: bytes on a device of what goes through memory in one layer's forward pass of one sequence.
       kept: bytes on a device of what the backward pass of that layer is left.
-      gather: when weights that fsdp splits are gathered, and their gradients summed: `ModelConfig.gather`.
+      gather: when weights that fsdp splits are gathered, and their gradients summed: `ExecutionConfig.gather`.
     """
     m = config.model
     data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
@@ -138,7 +113,7 @@ def step_costs(
     table = m.vocab_size * m.d_model / tensor
     gathers = 3 * width * (used - table) + (8 + 2 * width) * table
     exchanged = width * tokens * m.d_model
-    latents = width * gathered_values(m, tensor) * micro_batch * length
+    latents = width * m.attention.gathered_values(m.n_heads, tensor) * micro_batch * length
     if gather == "step":
         fsdp_bytes = ring(fsdp, width * (used - table) + 4 * table + 4 * used)
     else:

@@ -5,12 +5,7 @@ Model FLOPs utilisation is `tokens_per_second * train_flops_per_token(...) / (de
 
 from __future__ import annotations
 
-from mlra_jax.config import (
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
+from mlra_jax.config import ModelConfig
 from mlra_jax.hardware import find_accelerator
 
 
@@ -28,38 +23,8 @@ def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> f
       n_params: number of parameters, the tied embedding once.
       seq_len: T, tokens in a training sequence.
     """
-    keys_seen = (seq_len + 1) / 2
-    match config.attention:
-        case LatentAttentionConfig() as a:
-            per_head = 2 * a.n_branches * (a.d_nope + a.d_rope + a.d_nope) * keys_seen
-        case TensorProductAttentionConfig() as a:
-            per_head = 2 * 2 * a.d_head * keys_seen + 2 * (a.q_rank + 2 * a.rank) * a.d_head
-        case a:
-            per_head = 2 * 2 * a.d_head * keys_seen
-    return 6 * n_params + 3 * config.n_layers * config.n_heads * per_head
-
-
-def decode_attention_flops(config: ModelConfig, tokens: int) -> int:
-    """FLOPs of one query's attention over `tokens` cached tokens in one layer, as decoding computes it.
-
-    Two products, with keys and values, as wide as what is cached, 2 FLOPs for each element. For each query head:
-    MLA, GLA, MLRA 2 * J * (C + R + C) (absorbed); MHA, MQA, GQA, MFA 2 * (H + H); GTA 2 * (H + R + H); TPA
-    2 * 2 * rank * (H + 1).
-
-    Args:
-      config: the model.
-      tokens: S, tokens in the cache.
-    """
-    match config.attention:
-        case LatentAttentionConfig() as a:
-            per_head = a.n_branches * (2 * a.d_latent + a.d_rope)
-        case TensorProductAttentionConfig() as a:
-            per_head = 2 * a.rank * (a.d_head + 1)
-        case TiedAttentionConfig() as a:
-            per_head = 2 * a.d_head + a.d_rope
-        case a:
-            per_head = 2 * a.d_head
-    return 2 * config.n_heads * per_head * tokens
+    attention = config.attention.train_flops(config.n_heads, keys=(seq_len + 1) / 2)
+    return 6 * n_params + 3 * config.n_layers * attention
 
 
 def peak_flops(device_kind: str) -> float | None:

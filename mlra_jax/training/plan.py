@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, ExecutionConfig, ModelConfig, TrainConfig
 from mlra_jax.hardware import GIB, device_memory, find_accelerator
-from mlra_jax.models import Transformer, cast_weights, from_params
-from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.model import Transformer, cast_weights, from_params
+from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
 from mlra_jax.training.costs import Costs, step_costs
@@ -37,13 +37,13 @@ class Plan:
     """One way to run a train step, with its estimated memory and time on each device."""
 
     remat: str
-    """What layers keep (`ModelConfig.remat`)."""
+    """What layers keep (`ExecutionConfig.remat`)."""
     micro_batch: int
     """Sequences that a data-parallel device processes at a time."""
     accumulation: int
     """Micro-batches in a step."""
     gather: str
-    """When weights that fsdp splits are gathered (`ModelConfig.gather`)."""
+    """When weights that fsdp splits are gathered (`ExecutionConfig.gather`)."""
     memory: dict[str, int]
     """Bytes of a device by what they hold."""
     capacity: int | None
@@ -75,10 +75,6 @@ def _shown(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size > GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def _with(model: ModelConfig, **choices: Any) -> ModelConfig:
-    return dataclasses.replace(model, **choices)
-
-
 def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
     """Bytes on each device of `mesh` of the abstract arrays of `tree`; `gathered`: if fsdp did not split them."""
 
@@ -92,7 +88,7 @@ def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(model: ModelConfig, seq_len: int, mesh: Mesh) -> int:
+def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: Mesh) -> int:
     """See `Planner.kept`; read off the traced program of one layer."""
     with jax.set_mesh(mesh):
         new = lambda: nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
@@ -104,7 +100,8 @@ def _kept(model: ModelConfig, seq_len: int, mesh: Mesh) -> int:
         x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
         def pullback(x: jax.Array, state: Any) -> Any:
-            return jax.vjp(from_params(model, weights).scanned_layer()[0], x, state)[1]
+            layer = from_params(model, weights, execution=execution).scanned_layer()[0]
+            return jax.vjp(layer, x, state)[1]
 
         jaxpr = jax.make_jaxpr(pullback)(x, state).jaxpr
     saved = {v for v in jaxpr.outvars if not hasattr(v, "val")} - {*jaxpr.invars, *jaxpr.constvars}
@@ -155,18 +152,20 @@ class Planner:
 
     def kept(self, remat: str) -> int:
         """Bytes that one layer, its input included, keeps for one sequence of each data-parallel device."""
-        return _kept(_with(self.config.model, remat=remat), self.config.data.seq_len, self.mesh)
+        execution = dataclasses.replace(self.config.execution, remat=remat)
+        return _kept(self.config.model, execution, self.config.data.seq_len, self.mesh)
 
     def plan(self, micro_batch: int, remat: str, gather: str = "layer") -> Plan:
         """What this choice takes; `micro_batch` must divide the sequences of a data-parallel device."""
         config, mesh = self.config, self.mesh
         accumulation = config.data.global_batch // (micro_batch * self.n_data)
         gather = gather if accumulation > 1 else "layer"
-        model, once = _with(config.model, gather=gather), gather == "step"
+        model, once = config.model, gather == "step"
+        execution = dataclasses.replace(config.execution, gather=gather)
         layers = self._weights["layers"]
         # Of layers in a row, each one's gradients are added to the sum when they are there.
         with jax.set_mesh(mesh):
-            added_at_once = accumulation > 1 and unrolls_layers(model, accumulation)
+            added_at_once = accumulation > 1 and unrolls_layers(execution, accumulation)
         cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
         gathered = 2 * jnp.dtype(model.compute_dtype).itemsize * self._layer_size()  # and their gradients
         tokens = micro_batch * config.data.seq_len // mesh.shape["context"]
@@ -227,7 +226,7 @@ class Planner:
         Raises:
           ConfigError: nothing that is asked for fits; names what takes the memory, and what to change.
         """
-        asked_batch, asked_remat = self.config.data.micro_batch, self.config.model.remat
+        asked_batch, asked_remat = self.config.data.micro_batch, self.config.execution.remat
         batches = [asked_batch] if asked_batch else self.micro_batches()
         remats: Iterable[str] = REMAT_POLICIES if asked_remat == "auto" else [asked_remat]
         gathers = self._gathers()
@@ -241,8 +240,8 @@ class Planner:
         raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
 
     def _gathers(self) -> list[str]:
-        """The choices of `ModelConfig.gather`, the one with the least memory first."""
-        mesh, asked = self.mesh.shape, self.config.model.gather
+        """The choices of `ExecutionConfig.gather`, the one with the least memory first."""
+        mesh, asked = self.mesh.shape, self.config.execution.gather
         if asked != "auto":
             return [asked]
         alone = mesh["fsdp"] > 1 and mesh["tensor"] == mesh["context"] == 1
@@ -252,10 +251,10 @@ class Planner:
         mesh, changes = self.mesh.shape, []
         if self.config.data.micro_batch > 1:
             changes.append("--data.micro-batch 0 (what fits)")
-        if self.config.model.remat not in ("auto", "full"):
-            changes.append("--model.remat auto (what fits)")
+        if self.config.execution.remat not in ("auto", "full"):
+            changes.append("--execution.remat auto (what fits)")
         if least.gather == "step":
-            changes.append("--model.gather auto (what fits)")
+            changes.append("--execution.gather auto (what fits)")
         state = sum(v for k, v in least.memory.items() if k not in ("activations", "working space"))
         if state > least.total / 2:
             changes.append(
@@ -283,6 +282,6 @@ def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tup
       ConfigError: it does not fit.
     """
     plan = Planner(config, mesh, capacity).choose()
-    model = _with(config.model, remat=plan.remat, gather=plan.gather)
+    execution = dataclasses.replace(config.execution, remat=plan.remat, gather=plan.gather)
     data = dataclasses.replace(config.data, micro_batch=plan.micro_batch)
-    return dataclasses.replace(config, model=model, data=data), plan
+    return dataclasses.replace(config, execution=execution, data=data), plan

@@ -14,10 +14,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from mlra_jax.config import ModelConfig, TrainConfig
+from mlra_jax.config import ExecutionConfig, ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
-from mlra_jax.models import Transformer, cast_weights, from_params, stack_layers, unstack_layers
-from mlra_jax.models.layers import adding
+from mlra_jax.model import Transformer, cast_weights, from_params, stack_layers, unstack_layers
+from mlra_jax.model.layers import adding
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, current_mesh, on_mesh
 from mlra_jax.training.guard import Guard, init_guard, judge
@@ -64,7 +64,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def _loss_sum(
-    config: ModelConfig,
+    config: TrainConfig,
     params: dict[str, Any],
     inputs: jax.Array,
     targets: jax.Array,
@@ -76,30 +76,30 @@ def _loss_sum(
         layers, sums = params["layers"], totals["layers"]
         rest = lambda tree: {**tree, "layers": {}}
         params = {**jax.tree.map(adding, rest(params), rest(totals)), "layers": layers}
-    model = from_params(config, params, rules=rules)
+    model = from_params(config.model, params, rules=rules, execution=config.execution)
     table = params["embedding"]["table"]
     x_BTD = model.hidden(inputs, None if totals is None else sums)
     return chunked_cross_entropy(x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=rules)
 
 
-def computes_alone(config: ModelConfig, n_micro: int) -> bool:
+def computes_alone(execution: ExecutionConfig, n_micro: int) -> bool:
     """Whether each of the current mesh's devices has all weights during a step of so many micro-batches.
 
-    Then it exchanges nothing but gradients, after the last one (`config.gather`).
+    Then it exchanges nothing but gradients, after the last one (`execution.gather`).
     """
     mesh = current_mesh()
     if mesh is None or not mesh.are_all_axes_explicit or n_micro == 1:
         return False
     data, fsdp = (mesh.shape.get(axis, 1) for axis in ("data", "fsdp"))
-    return 1 < mesh.size == data * fsdp and (fsdp == 1 or config.gather == "step")
+    return 1 < mesh.size == data * fsdp and (fsdp == 1 or execution.gather == "step")
 
 
-def unrolls_layers(config: ModelConfig, n_micro: int) -> bool:
-    """Whether a train step of so many micro-batches has its layers in a row, as `config.unroll_layers` says."""
-    if config.unroll_layers != "auto":
-        return config.unroll_layers == "yes"
+def unrolls_layers(execution: ExecutionConfig, n_micro: int) -> bool:
+    """Whether a train step of so many micro-batches has its layers in a row, as `execution.unroll_layers` says."""
+    if execution.unroll_layers != "auto":
+        return execution.unroll_layers == "yes"
     # A loop keeps one layer's gathered parameters at a time.
-    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or computes_alone(config, n_micro)
+    whole = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1 or computes_alone(execution, n_micro)
     return whole and current_device()[0] == "gpu"
 
 
@@ -108,15 +108,15 @@ def gpu_options() -> dict[str, Any]:
     if current_device()[0] != "gpu":
         return {}
     return {
-        # `config.model.remat` says what is recomputed; XLA's own pass would repeat products many times over. Products
-        # with one operand in common are not made one, whose result would have to be cut up.
+        # `config.execution.remat` says what is recomputed; XLA's own pass would repeat products many times over.
+        # Products with one operand in common are not made one, whose result would have to be cut up.
         "xla_disable_hlo_passes": "rematerialization,dot-merger",
         # Of cuBLAS and XLA's own products, cuBLAS alone adds to the sum of gradients (`Summed`).
         "xla_gpu_enable_triton_gemm": False,
     }
 
 
-def _apart(path: Any, x: jax.Array) -> frozenset[str]:
+def _apart(config: ModelConfig, path: Any, x: jax.Array) -> frozenset[str]:
     """Mesh axes over which the gradients of a weight stay each device's own until all micro-batches are done.
 
     They are those that split tokens and not the weight, of weights that products gather (`AxisRules.gather`).
@@ -126,7 +126,7 @@ def _apart(path: Any, x: jax.Array) -> frozenset[str]:
         mesh is None
         or not mesh.are_all_axes_explicit
         or not name.startswith("w_")
-        or name in ("w_uk", "w_uv")
+        or name in config.attention.module().branch_weights
     ):
         return frozenset()
     tokens = {*TRAIN_RULES.mesh_axes("batch"), *TRAIN_RULES.mesh_axes("length")}
@@ -182,7 +182,7 @@ def _where(good: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _loss_and_grads(
-    config: ModelConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array, rules: AxisRules
+    config: TrainConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array, rules: AxisRules
 ) -> tuple[jax.Array, dict[str, Any]]:
     """The loss over `n_tokens` of the micro-batches of `batch`, and its float32 gradients, laid out as `weights`."""
     unrolled = 0 in weights["layers"]
@@ -206,7 +206,7 @@ def _loss_and_grads(
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
     # Devices sum their gradients after the last micro-batch, and not after each one.
     apart = jax.tree_util.tree_map_with_path(
-        lambda path, w: frozenset() if unrolled else _apart(path, w), weights
+        lambda path, w: frozenset() if unrolled else _apart(config.model, path, w), weights
     )
     weights, zeros = _laid_out(weights, apart, "reduced"), _laid_out(zeros, apart, "unreduced")
     (loss, grads), _ = jax.lax.scan(add, (jnp.zeros(()), zeros), batch)
@@ -214,7 +214,7 @@ def _loss_and_grads(
 
 
 def _alone(
-    config: ModelConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array
+    config: TrainConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
     """`_loss_and_grads` with the weights gathered first, on each device the program that a single device would run."""
     specs = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
@@ -252,12 +252,12 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
 
         weights = cast_weights(config.model, state.params)
         n_micro = batch["inputs"].shape[0]
-        unrolled = unrolls_layers(config.model, n_micro)
+        unrolled = unrolls_layers(config.execution, n_micro)
         weights = unstack_layers(config.model, weights) if unrolled else weights
-        if computes_alone(config.model, n_micro):
-            loss, grads = _alone(config.model, weights, batch, n_tokens)
+        if computes_alone(config.execution, n_micro):
+            loss, grads = _alone(config, weights, batch, n_tokens)
         else:
-            loss, grads = _loss_and_grads(config.model, weights, batch, n_tokens, TRAIN_RULES)
+            loss, grads = _loss_and_grads(config, weights, batch, n_tokens, TRAIN_RULES)
         grads = stack_layers(grads) if unrolled else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -289,7 +289,7 @@ def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
 
     def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
         def add(carry: tuple[jax.Array, jax.Array], micro: Batch) -> tuple[tuple[jax.Array, jax.Array], None]:
-            nats, count = _loss_sum(config.model, params, micro["inputs"], micro["targets"])
+            nats, count = _loss_sum(config, params, micro["inputs"], micro["targets"])
             return (carry[0] + nats, carry[1] + count), None
 
         return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)[0]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.cli import command
 from mlra_jax.cli.configs import config_folders, config_names, load_config, parse_train_args
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, TrainConfig, from_dict, to_dict
+from mlra_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 
 PAPER = [name for name in config_names() if name not in ("small", "tiny")]
 MINIMAL = "from mlra_jax.config import *\ndef get_config(): return TrainConfig(name='mine')\n"

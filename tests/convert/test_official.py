@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import (
-    ConfigError,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import (
     ConvertError,
     lazy_params_from_official,
@@ -26,7 +23,7 @@ from mlra_jax.convert import (
     open_safetensors,
     params_from_official,
 )
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 
 VARIANTS = ("mlra_4", "mlra_2", "mla", "gqa", "mha", "mlra_4_gated")
 LATENT = {

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import LazyStack, split_config, split_latents
-from mlra_jax.models import Transformer, from_params
+from mlra_jax.model import Transformer, from_params
 
 MLA = LatentAttentionConfig(1, 1, q_lora_rank=12, kv_lora_rank=16, d_nope=4, d_rope=2)
 

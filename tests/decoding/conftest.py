@@ -8,18 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import (
-    DataConfig,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    MeshConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.decoding.engine import NO_TOKEN, Engine, Rows
 from mlra_jax.decoding.generator import Generator
-from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
 from mlra_jax.training.checkpoints import Checkpoints
 from mlra_jax.training.step import TrainState, abstract_state
@@ -50,7 +45,6 @@ def model_config(variant: str) -> ModelConfig:
         output_init="normal",
         init_std=0.4,
         compute_dtype="float32",
-        remat="none",
     )
 
 

@@ -5,9 +5,11 @@ import re
 
 import pytest
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import values_per_token
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import ConfigError, GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
-from mlra_jax.decoding.cache import values_per_token
+from mlra_jax.config import ConfigError, ModelConfig
 
 D_HEAD = 128
 PAPER = ModelConfig(n_heads=64)  # the sizes of the paper's table of cached values: 64 query heads, 128 wide

@@ -10,14 +10,14 @@ import pytest
 import tyro
 from flax import nnx
 
+from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.collectives import CollectivesArgs
 from mlra_jax.cli.configs import load_config
 from mlra_jax.collectives import Collective, parse_collectives
 from mlra_jax.config import MeshConfig, ModelConfig
-from mlra_jax.decoding.cache import Cache
 from mlra_jax.decoding.collectives import step_collectives, table
 from mlra_jax.decoding.sampling import GREEDY, Sampling
-from mlra_jax.models import Transformer
+from mlra_jax.model import Transformer
 from mlra_jax.sharding import decode_rules, make_mesh
 
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from mlra_jax.config import GroupedAttentionConfig, LatentAttentionConfig, ModelConfig
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ModelConfig
 
 PATH = pathlib.Path(__file__).parents[2] / "benchmarks" / "decode_step.py"
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from mlra_jax.config import ConfigError, LatentAttentionConfig, MeshConfig, ModelConfig
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding import engine as engine_module
-from mlra_jax.decoding.cache import Cache
 from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
 from mlra_jax.decoding.sampling import GREEDY, Sampling
 from mlra_jax.sharding import decode_rules, make_mesh

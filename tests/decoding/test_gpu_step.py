@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from mlra_jax.config import GroupedAttentionConfig, ModelConfig, TiedAttentionConfig
-from mlra_jax.decoding.cache import values_per_token
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import values_per_token
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.decoding.engine import compile_step
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import MESH_AXES, decode_rules

@@ -11,7 +11,7 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding import load
 from mlra_jax.decoding.load import abstract_params, decode_devices, load_model, splits_heads
-from mlra_jax.models import to_decode
+from mlra_jax.model import to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
 from mlra_jax.training.checkpoints import CheckpointError
 

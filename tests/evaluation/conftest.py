@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import DataConfig, LatentAttentionConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.evaluation.load import Evaluated
-from mlra_jax.models import Transformer, from_params
+from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
 from mlra_jax.training.checkpoints import Checkpoints
 from mlra_jax.training.step import TrainState, abstract_state
@@ -27,7 +28,6 @@ CONFIG = TrainConfig(
         output_init="normal",
         init_std=0.3,
         compute_dtype="float32",
-        remat="none",
     ),
     data=DataConfig(seq_len=SEQ_LEN),
     compilation_cache="",

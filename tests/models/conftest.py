@@ -36,7 +36,7 @@ def parity(repository) -> Callable[[str], Parity]:
         folder = repository / "tests" / "parity"
         official = json.loads((folder / f"{variant}.json").read_text())
         config = model_config_from_official(official["config"], official["official_module"])
-        config = dataclasses.replace(config, compute_dtype="float32", remat="none")
+        config = dataclasses.replace(config, compute_dtype="float32")
         params = params_from_official(open_safetensors(folder / f"{variant}.safetensors"), config)
         return Parity(variant, config, params, dict(np.load(folder / f"{variant}.npz")))
 

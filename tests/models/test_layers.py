@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlra_jax.config import MeshConfig
-from mlra_jax.models import layers
+from mlra_jax.model import layers
 from mlra_jax.sharding import decode_rules, make_mesh
 
 X = np.random.default_rng(0).normal(size=(4, 2, 32)).astype(np.float32)

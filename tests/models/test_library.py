@@ -11,15 +11,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from mlra_jax.config import (
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
-from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import ModelConfig
+from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
 
 LATENT = ModelConfig(
@@ -32,7 +30,6 @@ LATENT = ModelConfig(
     output_init="normal",
     init_std=0.3,
     compute_dtype="float32",
-    remat="none",
 )
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 8), dtype=np.int32)
 
@@ -42,7 +39,7 @@ OTHER = AxisRules.of(
 OTHER_DECODE = AxisRules.of(
     batch="rows",
     heads="columns",
-    latent_slots="columns",
+    kv_head_shards="columns",
     mlp="columns",
     vocab="columns",
     cache_length="depth",

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.convert import official_from_params
-from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import from_params, to_decode
+from mlra_jax.model import from_params, to_decode
 from mlra_jax.sharding import decode_rules
 from mlra_jax.training.losses import cross_entropy
 

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.config import (
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.convert import params_from_official
-from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
 from mlra_jax.training.losses import cross_entropy
 
@@ -138,7 +136,7 @@ def case_of(parity):
     def make(variant):
         if variant not in OTHERS:
             return official(parity(variant))
-        config = ModelConfig(257, 1, 48, 4, 80, OTHERS[variant], compute_dtype="float32", remat="none")
+        config = ModelConfig(257, 1, 48, 4, 80, OTHERS[variant], compute_dtype="float32")
         rng = np.random.default_rng(0)
         state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
         mean = lambda path: np.float32(path[-1].key == "gain")

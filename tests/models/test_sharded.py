@@ -11,16 +11,14 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.collectives import executed_collectives
-from mlra_jax.config import (
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
-from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import Transformer, from_params, to_decode
+from mlra_jax.config import ModelConfig
+from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
 from mlra_jax.training.costs import gathered_values

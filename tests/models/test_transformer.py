@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.kv_cache import Cache, values_per_token
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import (
-    ConfigError,
-    GroupedAttentionConfig,
-    LatentAttentionConfig,
-    ModelConfig,
-    TensorProductAttentionConfig,
-    TiedAttentionConfig,
-)
+from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.convert import model_config_from_official, official_from_model_config
-from mlra_jax.decoding.cache import Cache, values_per_token
-from mlra_jax.models import Transformer, from_params, to_decode
-from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU, rotate
+from mlra_jax.model import Transformer, from_params, to_decode
+from mlra_jax.model.layers import Embedding, RMSNorm, SwiGLU, rotate
 from mlra_jax.sharding import AxisRules
 
 TINY = ModelConfig(
@@ -33,7 +30,6 @@ TINY = ModelConfig(
     d_ff=24,
     attention=LatentAttentionConfig(2, 1, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4),
     compute_dtype="float32",
-    remat="none",
 )
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 8), dtype=np.int32)
 

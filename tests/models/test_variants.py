@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.convert import (
     model_config_from_official,
     official_from_params,
     open_safetensors,
     params_from_official,
 )
-from mlra_jax.decoding.cache import Cache
-from mlra_jax.models import from_params, to_decode
+from mlra_jax.model import from_params, to_decode
 from mlra_jax.sharding import decode_rules
 from mlra_jax.training.losses import cross_entropy
 
@@ -227,7 +227,7 @@ def official_shapes(c, kind):
 def test_logits_gradients_and_cached_decoding_are_those_of_the_formulas(variant):
     official, rng = {**SIZES, **VARIANTS[variant]}, np.random.default_rng(0)
     config = model_config_from_official(official, variant)
-    config = dataclasses.replace(config, compute_dtype="float32", remat="none")
+    config = dataclasses.replace(config, compute_dtype="float32")
     tensors = {
         name: rng.standard_normal(shape) * (0.3 if "norm" in name else 0.25) + ("norm" in name)
         for name, shape in official_shapes(official, variant).items()

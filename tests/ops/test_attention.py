@@ -13,7 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import TypeCheckError
 
-from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 from mlra_jax.ops.attention.parts import joined

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlra_jax.config import ModelConfig
-from mlra_jax.models.layers import rotary_tables, rotate
+from mlra_jax.model.layers import rotary_tables, rotate
 from mlra_jax.ops.norm.reference import rms_norm
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")

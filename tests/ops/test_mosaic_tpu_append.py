@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import MeshConfig
 from mlra_jax.decoding.engine import compile_step
-from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.sharding import decode_rules
 from mlra_jax.topologies import topology_mesh
 

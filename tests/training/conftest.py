@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     CheckpointConfig,
     DataConfig,
-    LatentAttentionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,

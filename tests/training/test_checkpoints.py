@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 
-from mlra_jax.config import CheckpointConfig, GroupedAttentionConfig, TrainConfig, to_dict
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.config import CheckpointConfig, TrainConfig, to_dict
 from mlra_jax.data.pipeline import TrainBatches
 from mlra_jax.lazy import LazyStack, LazyTensor
 from mlra_jax.sharding import TRAIN_RULES

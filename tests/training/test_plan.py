@@ -7,7 +7,7 @@ import pytest
 
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.hardware import GIB
-from mlra_jax.models.transformer import REMAT_POLICIES
+from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.sharding import make_mesh
 from mlra_jax.training.plan import Planner, resolve
 

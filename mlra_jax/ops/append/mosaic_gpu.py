@@ -23,7 +23,7 @@ def _store(ref: Any, value: jax.Array) -> None:
 
 
 def _kernel(
-    slot_ref: Any,  # int32 [B]
+    position_ref: Any,  # int32 [B]
     a_ref: Any,  # [B, A + U*C + R]
     q_gain_ref: Any,  # [A]
     kv_gain_ref: Any,  # [U, C]
@@ -40,10 +40,10 @@ def _kernel(
 ) -> None:
     """Program (b, 0) has row b's query, (b, 1 + u) its latent u, (b, 1 + U) its rotary key."""
     b, part = lax.axis_index("row"), lax.axis_index("part")
-    heads, slots, width = kv_latent_ref.shape[1:]
+    heads, capacity, width = kv_latent_ref.shape[1:]
     rank, rotary = q_ref.shape[1], k_rope_ref.shape[2]
-    slot = slot_ref[b]
-    there = slot < slots
+    position = position_ref[b]
+    there = position < capacity
 
     def norm(start: Any, gain_ref: Any, scale: float) -> jax.Array:
         n = gain_ref.shape[0]
@@ -60,7 +60,7 @@ def _kernel(
     @pl.when((part > 0) & (part <= heads) & there)
     def _() -> None:
         u = part - 1
-        _store(kv_latent_ref.at[b, u, slot], norm(rank + u * width, kv_gain_ref.at[u], kv_scale))
+        _store(kv_latent_ref.at[b, u, position], norm(rank + u * width, kv_gain_ref.at[u], kv_scale))
 
     @pl.when((part > heads) & there)
     def _() -> None:
@@ -72,72 +72,65 @@ def _kernel(
         plgpu.commit_smem()
         partner = read(twice_smem.at[pl.ds(rotary // 2, rotary)])
         rotated = x * read(cos_ref.at[b]) + partner * read(sin_ref.at[b])
-        _store(k_rope_ref.at[b, slot], rotated.astype(a_ref.dtype))
+        _store(k_rope_ref.at[b, position], rotated.astype(a_ref.dtype))
 
 
-def append_latents(
-    a_BE: jax.Array,
+def normalize_and_append(
+    a_BTE: jax.Array,
     q_gain_A: jax.Array,
     kv_gain_UC: jax.Array,
-    cos_BR: jax.Array,
-    sin_BR: jax.Array,
-    slot_B: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    position_BT: jax.Array,
     kv_latent: jax.Array,
     k_rope: jax.Array,
     *,
     eps: float,
     q_scale: float,
     kv_scale: float,
+    layout: str,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises a token's query and latents, rotates its key, and writes latents and key into the cache in place.
-
-    Args:
-      a_BE: products of the token with W_qa, W_kva and W_kr, side by side: [B, A + U*C + R], bfloat16.
-      q_gain_A: of the query's norm.
-      kv_gain_UC: of the latents' norms.
-      cos_BR: cosines of each row's position, those of R/2 frequencies twice.
-      sin_BR: sines, those for the first half of the elements negative.
-      slot_B: int32; dropped where there is no such slot.
-      kv_latent: token-major cache [B, U, S, C]; donate it.
-      k_rope: token-major cache [B, S, R]; donate it.
-      eps: of the norms.
-      q_scale: multiplies the normalised query.
-      kv_scale: multiplies the normalised latents.
-      interpret: `plgpu.InterpretGPUParams` run the kernel on the CPU.
-
-    Returns:
-      The normalised, scaled query [B, A], and the two caches.
+    """See `mlra_jax.ops.append.normalize_and_append`; one token of each row, bfloat16, on Hopper GPUs.
 
     Raises:
       NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernel takes.
     """
     check_device(interpret)
     b, heads, _, width = kv_latent.shape
-    rank, rotary = q_gain_A.shape[0], k_rope.shape[2]
-    if {x.dtype for x in (a_BE, kv_latent, k_rope)} != {jnp.dtype(jnp.bfloat16)}:
-        raise NotImplementedError("the kernel that appends latents takes bfloat16.")
-    if rank % (4 * THREADS) or width % THREADS or rotary % 64 or not rotary:
+    t, rank, rotary_width = a_BTE.shape[1], q_gain_A.shape[0], k_rope.shape[2]
+    if t != 1 or layout != "token_major":
         raise NotImplementedError(
-            "the kernel that appends latents takes a query of a multiple of 512 elements, latents of a multiple of 128 "
-            f"and rotary keys of a multiple of 64; got {rank}, {width} and {rotary}."
+            f"it takes one token of each row and a token-major cache; got {t} and {layout}."
         )
+    if {x.dtype for x in (a_BTE, kv_latent, k_rope)} != {jnp.dtype(jnp.bfloat16)}:
+        raise NotImplementedError("it takes bfloat16.")
+    if rank % (4 * THREADS) or width % THREADS or rotary_width % 64 or not rotary_width:
+        raise NotImplementedError(
+            "it takes a query of a multiple of 512 elements, latents of a multiple of 128 and rotary keys of a "
+            f"multiple of 64; got {rank}, {width} and {rotary_width}."
+        )
+    cos_BR, sin_BR = (x[:, 0].astype(a_BTE.dtype) for x in rotary)
+    # For both halves of the elements.
+    cos_BR = jnp.concatenate([cos_BR, cos_BR], axis=1)
+    sin_BR = jnp.concatenate([-sin_BR, sin_BR], axis=1)
 
     def run(_: None, *args: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         *given, kv_latent, k_rope = args
         caches = jax.new_ref(kv_latent), jax.new_ref(k_rope)  # changed in place: no copy of a donated cache
         q_BA = plgpu.kernel(
             functools.partial(_kernel, eps=eps, q_scale=q_scale, kv_scale=kv_scale),
-            out_type=jax.ShapeDtypeStruct((b, rank), a_BE.dtype),
-            scratch_types=[plgpu.SMEM((2 * rotary,), a_BE.dtype)],
+            out_type=jax.ShapeDtypeStruct((b, rank), a_BTE.dtype),
+            scratch_types=[plgpu.SMEM((2 * rotary_width,), a_BTE.dtype)],
             grid=(b, heads + 2),
             grid_names=("row", "part"),
             num_threads=1,
             thread_name="wg",
             compiler_params=plgpu.CompilerParams(),
             interpret=interpret,
-            kernel_name="append_latents",
+            kernel_name="normalize_and_append",
         )(*given, *caches)
         return q_BA, *(jax.freeze(cache) for cache in caches)
 
-    return unchecked(run)(None, slot_B, a_BE, q_gain_A, kv_gain_UC, cos_BR, sin_BR, kv_latent, k_rope)
+    given = (position_BT[:, 0], a_BTE[:, 0], q_gain_A, kv_gain_UC, cos_BR, sin_BR)
+    q_BA, kv_latent, k_rope = unchecked(run)(None, *given, kv_latent, k_rope)
+    return q_BA[:, None], kv_latent, k_rope

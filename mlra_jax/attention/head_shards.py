@@ -1,8 +1,9 @@
 """How query heads meet the cached heads when decoding is split over devices.
 
-A *slot* is what one device needs one cached head for. With no more devices than cached heads (L), slots are the heads.
-With r times as many, every head is held r times, and each copy serves an r-th of its M query heads. Slot
-u = (j*G + g)*r + i holds head j*G + g and serves the query heads gM + i*M/r onwards, M/r of them.
+A *KV-head shard* is a cached head on one device, with the query heads that it serves there. With no more devices than
+cached heads (L), the shards are the heads. With r times as many, every head is held r times, and each copy serves an
+r-th of its M query heads. Shard u = (j*G + g)*r + i holds head j*G + g and serves the query heads gM + i*M/r onwards,
+M/r of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mlra_jax.sharding import AxisRules, current_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Slots:
+class HeadShards:
     """The assignment of N query heads to L cached heads of J branches, under a decoding table."""
 
     rules: AxisRules
@@ -27,18 +28,18 @@ class Slots:
     n_branches: int
 
     @classmethod
-    def of(cls, config: ModelConfig, rules: AxisRules) -> Slots:
+    def of(cls, config: ModelConfig, rules: AxisRules) -> HeadShards:
         """Those of a model."""
         return cls(rules, config.n_heads, config.cached_heads, config.attention.n_branches)
 
     @property
     def copies(self) -> int:
         """r: devices that hold the same cached head."""
-        return max(1, self.rules.size("latent_slots") // self.n_cached)
+        return max(1, self.rules.size("kv_head_shards") // self.n_cached)
 
     @property
     def count(self) -> int:
-        """U = L * r: slots over all devices."""
+        """U = L * r: shards over all devices."""
         return self.n_cached * self.copies
 
     @property
@@ -47,14 +48,16 @@ class Slots:
         return self.n_heads * self.n_branches // self.n_cached
 
     @property
-    def heads_per_slot(self) -> int:
-        """M / r: query heads that one slot serves."""
+    def heads_per_shard(self) -> int:
+        """M / r: query heads that one shard serves."""
         return self.heads_per_latent // self.copies
 
     @property
     def aligned(self) -> bool:
-        """Whether a device's own part of the split query heads is just what its slots serve, so nothing moves."""
-        return self.n_branches == 1 and self.rules.mesh_axes("heads") == self.rules.mesh_axes("latent_slots")
+        """Whether a device's own part of the split query heads is just what its shards serve, so nothing moves."""
+        return self.n_branches == 1 and self.rules.mesh_axes("heads") == self.rules.mesh_axes(
+            "kv_head_shards"
+        )
 
     @property
     def query_axis(self) -> str | None:
@@ -66,13 +69,13 @@ class Slots:
         """Whether the output projection is applied to each device's summands, before they are summed."""
         return not self.aligned and not self.rules.mesh_axes("heads")
 
-    def to_slots(self, w_LX: jax.Array, axis: int) -> jax.Array:
+    def to_shards(self, w_LX: jax.Array, axis: int) -> jax.Array:
         """Repeats the L cached heads along `axis` for each copy: [..., L, ...] to [..., U, ...]."""
         return jnp.repeat(w_LX, self.copies, axis=axis) if self.copies > 1 else w_LX
 
-    def heads_to_slots(self, w_JNX: jax.Array) -> jax.Array:
-        """Lays per-head weights of each branch out by slot: [J, N, ...] to [U, M / r, ...]."""
-        shape = (self.count, self.heads_per_slot, *w_JNX.shape[2:])
+    def heads_to_shards(self, w_JNX: jax.Array) -> jax.Array:
+        """Lays per-head weights of each branch out by shard: [J, N, ...] to [U, M / r, ...]."""
+        shape = (self.count, self.heads_per_shard, *w_JNX.shape[2:])
         mesh = current_mesh()
         if mesh is None or not mesh.are_all_axes_explicit:
             return w_JNX.reshape(shape)
@@ -81,39 +84,39 @@ class Slots:
 
     @property
     def local_branches(self) -> int:
-        """Slots of one device that serve the same query heads: J where the device holds all cached heads."""
-        n_local, groups = self.count // self.rules.size("latent_slots"), self.n_cached // self.n_branches
+        """Shards of one device that serve the same query heads: J where the device holds all cached heads."""
+        n_local, groups = self.count // self.rules.size("kv_head_shards"), self.n_cached // self.n_branches
         return n_local // groups if n_local % groups == 0 else 1
 
     def join_branches(self, w_UMXY: jax.Array, axis: int) -> jax.Array:
-        """Puts the slots of a device that serve the same query heads side by side: from [U, M / r, ...].
+        """Puts the shards of a device that serve the same query heads side by side: from [U, M / r, ...].
 
-        To [X, U', M / r, ...] with J' inserted before `axis`: X are the devices over which slots are split, J' the
+        To [X, U', M / r, ...] with J' inserted before `axis`: X are the devices over which shards are split, J' the
         `local_branches`, and U' = U / (X J').
         """
-        parts, branches = self.rules.size("latent_slots"), self.local_branches
+        parts, branches = self.rules.size("kv_head_shards"), self.local_branches
         shape = (parts, branches, self.count // (parts * branches), *w_UMXY.shape[1:])
         return jnp.moveaxis(w_UMXY.reshape(shape), 1, axis)
 
     # Inside `shard_map`:
 
     def _first_heads(self, n_local: int) -> list[jax.Array | int]:
-        """The first query head of each local slot, counted in the heads that this device sees."""
+        """The first query head of each local shard, counted in the heads that this device sees."""
         if self.aligned:
-            return [k * self.heads_per_slot for k in range(n_local)]
-        first_slot = self.rules.axis_index("latent_slots") * n_local
+            return [k * self.heads_per_shard for k in range(n_local)]
+        first_shard = self.rules.axis_index("kv_head_shards") * n_local
         groups = self.n_cached // self.n_branches
-        slots = [first_slot + k for k in range(n_local)]
+        shards = [first_shard + k for k in range(n_local)]
         return [
-            u // self.copies % groups * self.heads_per_latent + u % self.copies * self.heads_per_slot
-            for u in slots
+            u // self.copies % groups * self.heads_per_latent + u % self.copies * self.heads_per_shard
+            for u in shards
         ]
 
     def gather(self, q_BTNH: jax.Array, n_local: int) -> jax.Array:
-        """The queries that each local slot serves: [B, T, N, H] to [B, T, U, M / r, H]."""
+        """The queries that each local shard serves: [B, T, N, H] to [B, T, U, M / r, H]."""
         b, t, n, h = q_BTNH.shape
-        rows = self.heads_per_slot
-        if self.n_branches == 1:  # then slots serve heads in order
+        rows = self.heads_per_shard
+        if self.n_branches == 1:  # then shards serve heads in order
             first, *_ = self._first_heads(n_local)
             mine = jax.lax.dynamic_slice_in_dim(q_BTNH, first, n_local * rows, axis=2)
             return mine.reshape(b, t, n_local, rows, h)
@@ -125,9 +128,9 @@ class Slots:
         return jnp.stack(parts, axis=2)
 
     def scatter(self, y_BTUMH: jax.Array) -> jax.Array:
-        """Sums the outputs of the local slots by query head: [B, T, U, M / r, H] to [B, T, N, H], or N's own part.
+        """Sums the outputs of the local shards by query head: [B, T, U, M / r, H] to [B, T, N, H], or N's own part.
 
-        Slots that serve the same heads may be summed before (`join_branches`).
+        Shards that serve the same heads may be summed before (`join_branches`).
         """
         b, t, n_local, rows, h = y_BTUMH.shape
         if self.aligned:

@@ -1,4 +1,4 @@
-"""The layers around attention: parameters, RMSNorm, SwiGLU, rotary positions, the tied embedding."""
+"""The layers around attention: parameters, RMSNorm, SwiGLU, rotary frequencies, the tied embedding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mlra_jax.ops.product import product as rows_product
 from mlra_jax.ops.product import swiglu
 from mlra_jax.ops.product.mosaic_gpu import takes_rows
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
-from mlra_jax.ops.rotary import turn
+from mlra_jax.ops.rotary import Frequencies, frequencies
 from mlra_jax.sharding import AxisRules, Names, current_mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -58,19 +58,53 @@ def nested(name: str, leaves: DecodeLeaves) -> DecodeLeaves:
     return {prefix(k): Relayout(tuple(map(prefix, v.sources)), v.make) for k, v in leaves.items()}
 
 
-def require_layout(layout: Layout, needed: Layout) -> None:
-    """Refuses a call that a module in `layout` cannot serve.
+class WithLayout(nnx.Module):
+    """A module whose parameters have a layout: for whole sequences, or for cached decoding."""
 
-    Raises:
-      NotImplementedError: `layout` is not `needed`; says what to do.
+    layout: Layout
+
+    def require_layout(self, needed: Layout) -> None:
+        """Refuses a call that the module cannot serve, because of its layout or of its parameters'.
+
+        Raises:
+          NotImplementedError: `layout` is not `needed`; says what to do.
+          ValueError: a parameter was given a value of the other layout since the module was made.
+        """
+        if self.layout != needed:
+            raise NotImplementedError(
+                "A module in the decode layout runs `decode`; build one with layout='train'."
+                if needed == "train"
+                else "A module in the training layout cannot decode; convert it with `to_decode`."
+            )
+        for name, param in vars(self).items():
+            if isinstance(param, nnx.Param) and (stored(param).shape, needed) != param.get_metadata(
+                "made", None
+            ):
+                raise ValueError(
+                    f"{type(self).__name__}.{name} holds a parameter of another layout, {stored(param).shape}: this "
+                    f"module is in the {needed} layout; convert a model or layer with `to_decode`."
+                )
+
+
+def lay_out_for_decoding(
+    rules: AxisRules, abstract: nnx.State, given: Mapping[tuple[str, ...], jax.Array], relayouts: DecodeLeaves
+) -> dict[tuple[Any, ...], jax.Array]:
+    """The parameters of one module in the decode layout, by path.
+
+    Args:
+      rules: the decoding table.
+      abstract: state of the module in the decode layout.
+      given: parameters of the training layout, by path.
+      relayouts: the module's `decode_leaves`.
     """
-    if layout == needed:
-        return
-    if needed == "train":
-        raise NotImplementedError(
-            "A model in the decode layout runs `decode`; build one with layout='train'."
-        )
-    raise NotImplementedError("A model in the training layout cannot decode; convert it with `to_decode`.")
+    leaves = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        name = ".".join(path)
+        sources, make = relayouts.get(name, Relayout((name,), lambda value: value))
+        names = variable.get_metadata("out_sharding")
+        lay_out = lambda *values, make=make, names=names: rules.constrain(make(*values), *names)
+        leaves[path] = jax.jit(lay_out)(*(given[tuple(source.split("."))] for source in sources))
+    return leaves
 
 
 def parameter(
@@ -80,6 +114,7 @@ def parameter(
     names: tuple[str | None, ...],
     init: Initializer,
     dtype: str,
+    layout: Layout | None = None,
 ) -> nnx.Param:
     """A parameter with logical axis names, born split over the current mesh, if there is one.
 
@@ -87,7 +122,7 @@ def parameter(
     work without a mesh.
     """
     value = rules.constrain(init(rngs.params(), shape, jnp.dtype(dtype)), *names)
-    return nnx.Param(value, out_sharding=names, eager_sharding=False)
+    return nnx.Param(value, out_sharding=names, eager_sharding=False, made=(shape, layout))
 
 
 @jax.tree_util.register_dataclass
@@ -322,34 +357,9 @@ class RMSNorm(nnx.Module):
         return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
 
 
-def rotary_tables(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Float32 cosines and sines of `positions` (integers) at frequencies base**(-2i/R): [*positions.shape, R/2].
-
-    Args:
-      positions: integers.
-      width: R.
-      base: of the frequencies.
-    """
-    half = width // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split: element i pairs with i + R/2 at frequency base**(-2i/R).
-
-    Args:
-      x: [B, T, ..., R].
-      positions: [B, T] or [T], integers.
-      base: of the frequencies.
-
-    Returns:
-      The rotated array in the type of `x`; the tables are computed in float32 and rounded to it.
-    """
-    positions = positions[None] if positions.ndim == 1 else positions
-    tables = rotary_tables(positions, x.shape[-1], base)  # [(B or 1,) T, R/2]
-    return turn(x, *(jnp.expand_dims(table, range(2, x.ndim - 1)) for table in tables))
+def rotary_frequencies(config: ModelConfig, width: int) -> Frequencies:
+    """Of a rotary vector R wide: all that a configuration says of how positions rotate."""
+    return frequencies(width, config.rope_base)
 
 
 def normal(config: ModelConfig) -> Initializer:
@@ -373,7 +383,7 @@ MLP_UNIT = 128
 over it into parts, and would copy the weights at every step to pad them."""
 
 
-class SwiGLU(nnx.Module):
+class SwiGLU(WithLayout):
     """W_down (silu(W_gate x) * (W_up x)).
 
     Args:
@@ -389,14 +399,16 @@ class SwiGLU(nnx.Module):
         self.rules, self.layout = rules, layout
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         if layout == "train":
-            self.w_gate = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
-            self.w_up = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype)
-            self.w_down = parameter(rngs, rules, (f, d), ("mlp", "embed"), output_init(config), dtype)
+            self.w_gate = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype, layout)
+            self.w_up = parameter(rngs, rules, (d, f), ("embed", "mlp"), normal(config), dtype, layout)
+            self.w_down = parameter(rngs, rules, (f, d), ("mlp", "embed"), output_init(config), dtype, layout)
         else:
             unit = MLP_UNIT * rules.size("mlp")
             f = -(-f // unit) * unit
-            self.w_in = parameter(rngs, rules, (2, f, d), (None, "mlp", "embed"), normal(config), dtype)
-            self.w_down = parameter(rngs, rules, (d, f), ("embed", "mlp"), output_init(config), dtype)
+            self.w_in = parameter(
+                rngs, rules, (2, f, d), (None, "mlp", "embed"), normal(config), dtype, layout
+            )
+            self.w_down = parameter(rngs, rules, (d, f), ("embed", "mlp"), output_init(config), dtype, layout)
 
     @staticmethod
     def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
@@ -416,6 +428,7 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D] in the compute type."""
+        self.require_layout(self.layout)
         rules, dtype = self.rules, self.compute_dtype
         x_BTD = x_BTD.astype(dtype)
         hidden, out = ("batch", "length", "mlp"), ("batch", "length", None)

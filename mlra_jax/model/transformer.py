@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlra_jax.config import ModelConfig
-from mlra_jax.models.attention import attention_class
-from mlra_jax.models.layers import (
+from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.config import ExecutionConfig, ModelConfig
+from mlra_jax.model.layers import (
     DecodeLeaves,
     Embedding,
     Layout,
@@ -19,14 +19,11 @@ from mlra_jax.models.layers import (
     RMSNorm,
     Summed,
     SwiGLU,
+    WithLayout,
     nested,
-    require_layout,
 )
 from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, RESIDUAL
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
-
-if TYPE_CHECKING:
-    from mlra_jax.decoding.cache import Cache
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
@@ -62,17 +59,27 @@ _backward_together.defvjp(_forward, lambda _, gradients: jax.lax.optimization_ba
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); the residual stream is float32."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules, layout: Layout):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        rules: AxisRules,
+        layout: Layout,
+        execution: ExecutionConfig,
+    ):
         norm = lambda: RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
         self.attention_norm = norm()
-        self.attention = attention_class(config)(config, rngs=rngs, rules=rules, layout=layout)
+        self.attention = config.attention.module()(
+            config, rngs=rngs, rules=rules, layout=layout, execution=execution
+        )
         self.mlp_norm = norm()
         self.mlp = SwiGLU(config, rngs=rngs, rules=rules, layout=layout)
 
     @staticmethod
     def decode_leaves(config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
         """What decoding keeps in another way."""
-        attention = nested("attention", attention_class(config).decode_leaves(config, rules))
+        attention = nested("attention", config.attention.module().decode_leaves(config, rules))
         return {**attention, **nested("mlp", SwiGLU.decode_leaves(config, rules))}
 
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +115,7 @@ class Block(nnx.Module):
             return x_BTD, self.mlp(h_BTD), cache
 
 
-class Transformer(nnx.Module):
+class Transformer(WithLayout):
     """Tied embedding, layers, final norm.
 
     In the training layout the layers' parameters are stacked on a leading axis and scanned, if `stacked`; else, and in
@@ -120,6 +127,7 @@ class Transformer(nnx.Module):
       rules: table of logical axis names. Without a mesh nothing is split.
       layout: `train`, or `decode` for cached decoding; `to_decode` turns the first into the second.
       stacked: whether layers are stacked in the training layout, so that one is compiled for all.
+      execution: how whole sequences are computed.
 
     Raises:
       ConfigError: lists every fault of `config`.
@@ -133,11 +141,12 @@ class Transformer(nnx.Module):
         rules: AxisRules = TRAIN_RULES,
         layout: Layout = "train",
         stacked: bool = True,
+        execution: ExecutionConfig = ExecutionConfig(),
     ):
         config.validate()
-        self.config, self.rules, self.layout = config, rules, layout
+        self.config, self.rules, self.layout, self.execution = config, rules, layout, execution
         self.embedding = Embedding(config, rngs=rngs, rules=rules)
-        make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout)
+        make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
         if layout == "train" and stacked:
             stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.layers: Any = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
@@ -152,7 +161,7 @@ class Transformer(nnx.Module):
           tokens_BT: ids, at positions 0 to T - 1.
           totals: for layers that are not stacked, float32 sums for the gradients of each one's parameters (`Summed`).
         """
-        require_layout(self.layout, "train")
+        self.require_layout("train")
         x_BTD = self.embedding.encode(tokens_BT)
         if isinstance(self.layers, nnx.List):
             y_BTD = None
@@ -178,7 +187,7 @@ class Transformer(nnx.Module):
     def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
         """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.
 
-        When differentiated it recomputes what `config.remat` says.
+        When differentiated it recomputes what `execution.remat` says.
         """
         graph, stacked = nnx.split(self.layers)
         layer = self._recomputing(graph, prevent_cse=False, add=True)
@@ -193,7 +202,7 @@ class Transformer(nnx.Module):
             x_BTD, y_BTD = nnx.merge(graph, state)(x_BTD, y_BTD)
             return x_BTD + y_BTD if add else (x_BTD, y_BTD)
 
-        remat = "full" if self.config.remat == "auto" else self.config.remat
+        remat = "full" if self.execution.remat == "auto" else self.execution.remat
         if remat == "none":
             return layer
         return jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=prevent_cse)
@@ -221,7 +230,7 @@ class Transformer(nnx.Module):
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
         """
-        require_layout(self.layout, "decode")
+        self.require_layout("decode")
         start_B = cache.lengths
         with jax.named_scope("embed"):
             x_BTD = self.embedding.encode(tokens_BT)
@@ -242,21 +251,33 @@ class Transformer(nnx.Module):
 
 
 def _abstract(
-    config: ModelConfig, rules: AxisRules, layout: Layout, *, stacked: bool = True
+    config: ModelConfig,
+    rules: AxisRules,
+    layout: Layout,
+    *,
+    stacked: bool = True,
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """The split model without its values. `nnx.eval_shape` would take our logical names for axes of an Auto mesh."""
-    make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout=layout, stacked=stacked)
+    options: dict[str, Any] = {"rules": rules, "layout": layout, "stacked": stacked, "execution": execution}
+    make = lambda: Transformer(config, rngs=nnx.Rngs(0), **options)
     return jax.eval_shape(lambda: nnx.split(make()))
 
 
 def from_params(
-    config: ModelConfig, params: dict[str, Any], *, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
+    config: ModelConfig,
+    params: dict[str, Any],
+    *,
+    rules: AxisRules = TRAIN_RULES,
+    layout: Layout = "train",
+    execution: ExecutionConfig = ExecutionConfig(),
 ) -> Transformer:
     """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`.
 
     In the training layout the layers may be stacked or, as `unstack_layers` leaves them, not.
     """
-    graph, state = _abstract(config, rules, layout, stacked=0 not in params["layers"])
+    stacked = 0 not in params["layers"]
+    graph, state = _abstract(config, rules, layout, stacked=stacked, execution=execution)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
 

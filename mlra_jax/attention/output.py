@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.config import ModelConfig
-from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import (
+from mlra_jax.model.layers import (
     DecodeLeaves,
     Layout,
     Relayout,
+    WithLayout,
     decode_product,
     normal,
     output_init,
@@ -24,12 +22,15 @@ from mlra_jax.models.layers import (
 )
 from mlra_jax.sharding import AxisRules, Names
 
-if TYPE_CHECKING:
-    from mlra_jax.decoding.cache import LayerCache
 
-
-class Output(nnx.Module):
+class Output(WithLayout):
     """W_o (gate * y), with gate = sigmoid(W_g x) or nothing.
+
+    When decoding, each device has what its KV-head shards give, and devices sum that in one of two ways. With the query
+    heads split, `sum_shards` gives each device its own heads' part of y (nothing moves if the shards serve just these,
+    else it is a reduce-scatter), and `finish` applies the gate and W_o, whose product is all-reduced. With the query
+    heads whole (`HeadShards.projected`), `sum_shards` applies gate and W_o to each device's summands, and one
+    all-reduce ends the layer.
 
     Args:
       config: of the model.
@@ -49,12 +50,13 @@ class Output(nnx.Module):
         gate: tuple[tuple[int, ...], Names] = (d, n, d_value), ("embed", "heads", None)
         if layout == "decode":
             out, gate = gate, out
-        self.w_o = parameter(rngs, rules, *out, output_init(config), dtype)
-        self.w_gate = parameter(rngs, rules, *gate, normal(config), dtype) if config.gated_attention else None
+        self.w_o = parameter(rngs, rules, *out, output_init(config), dtype, layout)
+        gated = config.gated_attention
+        self.w_gate = parameter(rngs, rules, *gate, normal(config), dtype, layout) if gated else None
 
     @staticmethod
     def decode_leaves(config: ModelConfig) -> DecodeLeaves:
-        """What decoding keeps in another way."""
+        """The parameters that the decode layout keeps in another way."""
         leaves = {"w_o": Relayout(("w_o",), lambda w_NHD: w_NHD.transpose(2, 0, 1))}
         if config.gated_attention:
             leaves["w_gate"] = Relayout(("w_gate",), lambda w_DNH: w_DNH.transpose(1, 2, 0))
@@ -80,73 +82,41 @@ class Output(nnx.Module):
             return decode_product(self.rules, y_BTNH, w_DNH, out, summed=("heads", None))
         return product(self.rules, "BTNH,NHD->BTD", y_BTNH, self.w_o, out=out)
 
-    def over_slots(
+    def shard_inputs(self, x_BTD: jax.Array, shards: HeadShards) -> tuple[jax.Array | None, jax.Array | None]:
+        """What `sum_shards` needs on each device: the gate [B, T, N, H] and W_o [D, N, H], or None."""
+        if not shards.projected:
+            return None, None
+        return self.gate(x_BTD), weight(self.rules, self.w_o, self.compute_dtype)
+
+    def shard_input_names(self, shards: HeadShards) -> tuple[Names | None, Names | None]:
+        """Logical axes of `shard_inputs`."""
+        gated = self.w_gate is not None and shards.projected
+        return ("batch", None, None, None) if gated else None, (None,) * 3 if shards.projected else None
+
+    def shard_output_names(self, shards: HeadShards) -> Names:
+        """Logical axes of what `sum_shards` gives."""
+        return ("batch", None, None) if shards.projected else ("batch", None, "heads", None)
+
+    def sum_shards(
         self,
-        x_BTD: jax.Array,
-        slots: Slots,
-        attend: Callable[..., jax.Array],
-        cache: LayerCache,
-        inputs: Sequence[tuple[jax.Array, Names]],
-        start_B: jax.Array,
-        n_new_B: jax.Array,
-        scale: float = 1.0,
-    ) -> jax.Array:
-        """Cached attention on every device for its own slots, and the block's output from what they give.
-
-        Args:
-          x_BTD: the input of the block, in the compute type.
-          slots: how query heads meet cached heads.
-          attend: runs inside `shard_map`: of the cache, `start_B`, `n_new_B` and the inputs, each device's own, the
-            outputs y [B, T, U, M / r, H] of its slots.
-          cache: of this layer, the new tokens in it.
-          inputs: arrays, with the logical names of their axes.
-          start_B: tokens in the cache before the new ones.
-          n_new_B: new tokens of each row.
-          scale: multiplies y, once it is summed over slots.
-
-        Returns:
-          [B, T, D] in the compute type.
-        """
-        projected = slots.projected
-        gate = self.gate(x_BTD) if projected else None
-        w_o = weight(self.rules, self.w_o, self.compute_dtype) if projected else None
-
-        def on_device(
-            cache: LayerCache,
-            start: jax.Array,
-            n_new: jax.Array,
-            inputs: Sequence[jax.Array],
-            gate: jax.Array | None,
-            w_o: jax.Array | None,
-        ) -> jax.Array:
-            return self.from_slots(slots, attend(cache, start, n_new, *inputs), gate, w_o, scale)
-
-        arrays, names = zip(*inputs, strict=True)
-        gate_names = None if gate is None else ("batch", None, None, None)
-        w_o_names = None if w_o is None else (None, None, None)
-        y_names = ("batch", None, None) if projected else ("batch", None, "heads", None)
-        in_names = (cache.specs(), ("batch",), ("batch",), names, gate_names, w_o_names)
-        y = self.rules.shard_map(on_device, in_names, y_names)(cache, start_B, n_new_B, arrays, gate, w_o)
-        with jax.named_scope("output"):
-            return y if projected else self(x_BTD, y)
-
-    def from_slots(
-        self,
-        slots: Slots,
+        shards: HeadShards,
         y_BTUMH: jax.Array,
         gate_BTNH: jax.Array | None,
         w_DNH: jax.Array | None,
-        scale: float,
+        scale: float = 1.0,
     ) -> jax.Array:
-        """Inside `shard_map`: sums what the local slots give, over slots and devices.
+        """Inside `shard_map`: sums what this device's KV-head shards give, over shards and devices.
 
-        With the query heads split, the result is this device's part of y [B, T, N, H]: nothing moves if the slots are
-        aligned, else it is a reduce-scatter, and `__call__` goes on from there. With the query heads whole
-        (`slots.projected`), the gate and W_o are applied first, and the one all-reduce gives the output [B, T, D].
+        Args:
+          shards: how query heads meet cached heads.
+          y_BTUMH: outputs of the local shards' query heads, [B, T, U, M / r, H].
+          gate_BTNH: of `shard_inputs`.
+          w_DNH: of `shard_inputs`.
+          scale: multiplies y, once it is summed over shards.
         """
-        y_BTNH = slots.scatter(y_BTUMH)
-        if not slots.projected:
-            if not slots.aligned:
+        y_BTNH = shards.scatter(y_BTUMH)
+        if not shards.projected:
+            if not shards.aligned:
                 y_BTNH = self.rules.psum_scatter(y_BTNH, "heads", axis=2)
             return y_BTNH.astype(self.compute_dtype) * scale
         # In this order the cast belongs to the product before, and the scale to the one after.
@@ -155,4 +125,9 @@ class Output(nnx.Module):
             y_BTNH = y_BTNH * gate_BTNH
         assert w_DNH is not None
         out_BTD = jnp.einsum("BTNH,DNH->BTD", y_BTNH, w_DNH, preferred_element_type=jnp.float32)
-        return self.rules.psum(out_BTD, "latent_slots").astype(self.compute_dtype)
+        return self.rules.psum(out_BTD, "kv_head_shards").astype(self.compute_dtype)
+
+    def finish(self, x_BTD: jax.Array, summed: jax.Array, shards: HeadShards) -> jax.Array:
+        """The block's output [B, T, D] from its input and what `sum_shards` gave."""
+        with jax.named_scope("output"):
+            return summed if shards.projected else self(x_BTD, summed)

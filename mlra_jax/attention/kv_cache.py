@@ -1,0 +1,244 @@
+"""The KV cache: arrays, their layout, and pages. What is in them the attention says (`AttentionConfig.cache_arrays`).
+
+A layer's cache holds arrays by cached head, [B, U, S, W] with U KV-head shards (`head_shards`), and arrays that all
+heads share, [B, S, W]. Shards are split over `tensor`, sequences over `data`, and the S positions over `context`,
+striped by page: page p of the tokens lies on device p mod n, so that short sequences spread too.
+
+In the feature-major layout, the one for TPU, W comes before S; `create` takes the layout of the current device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+
+from mlra_jax.attention.head_shards import HeadShards
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
+from mlra_jax.ops.append import append
+from mlra_jax.ops.decode.api import Layout
+from mlra_jax.ops.device import current_device
+from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
+
+PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
+"""Tokens in a page: a block of the kernels that read them."""
+
+_AXES: dict[tuple[Layout, int], tuple[str | None, ...]] = {
+    ("token_major", 4): ("batch", "kv_head_shards", "cache_length", None),
+    ("token_major", 3): ("batch", "cache_length", None),
+    ("feature_major", 4): ("batch", "kv_head_shards", None, "cache_length"),
+    ("feature_major", 3): ("batch", None, "cache_length"),
+}
+"""Logical axes of an array by cached head, and of one shared by all heads."""
+
+
+def preferred_layout() -> Layout:
+    """The layout that the attention kernels of the device that is compiled for read: on TPU the lanes are tokens."""
+    return "feature_major" if current_device()[0] == "tpu" else "token_major"
+
+
+def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> jax.Array:
+    """Each row of axis 0 `n` times in a row; the copies stay on the devices that hold it, so that nothing moves.
+
+    Args:
+      rules: the decoding table.
+      n: copies.
+      x: the array.
+      *names: logical names of its axes.
+    """
+    return rules.shard_map(lambda x: jnp.repeat(x, n, axis=0), (names,), names)(x)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """What one attention layer has cached."""
+
+    arrays: dict[str, Any]
+    rules: AxisRules = dataclasses.field(metadata={"static": True})
+    page_size: int = dataclasses.field(metadata={"static": True})
+    layout: Layout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        rules: AxisRules,
+        batch: int,
+        max_len: int,
+        *,
+        page_size: int | None = None,
+        layout: Layout | None = None,
+    ) -> Self:
+        """An empty cache of one layer; see `Cache.create`."""
+        layout = layout or preferred_layout()
+        page_size = page_size or PAGE_SIZE[layout]
+        stripe = page_size * rules.size("cache_length")
+        length = -(-max_len // stripe) * stripe
+        shards = HeadShards.of(config, rules).count
+        arrays = {}
+        for name, (width, by_head) in config.attention.cache_arrays().items():
+            last = (length, width) if layout == "token_major" else (width, length)
+            shape = (batch, shards, *last) if by_head else (batch, *last)
+            zeros = jnp.zeros(shape, config.compute_dtype)
+            arrays[name] = rules.constrain(zeros, *_AXES[layout, zeros.ndim])
+        return cls(arrays, rules, page_size, layout)
+
+    def __getitem__(self, name: str) -> Any:
+        """One of the arrays."""
+        return self.arrays[name]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return next(iter(self.arrays.values())).shape[-2 if self.layout == "token_major" else -1]
+
+    def _axes(self, array: Any) -> tuple[str | None, ...]:
+        return _AXES[self.layout, array.ndim]
+
+    def specs(self) -> Self:
+        """This cache with `PartitionSpec`s for arrays."""
+        specs = {k: self.rules.spec(*self._axes(v)) for k, v in self.arrays.items()}
+        return dataclasses.replace(self, arrays=specs)
+
+    def repeat(self, n: int) -> Self:
+        """The cache with `n` copies of each row, one after the other."""
+        arrays = {k: repeat_rows(self.rules, n, v, *self._axes(v)) for k, v in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
+
+    def append(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
+        """The cache with the tokens `new` (by head [B, T, U, W], shared [B, T, W]) at positions from `start_B` on.
+
+        Of row b the first `n_new_B[b]` tokens are written; tokens past the end of the cache are dropped.
+        """
+        by_head, shared, rows = ("batch", None, "kv_head_shards", None), ("batch", None, None), ("batch",)
+        names = {name: by_head if x.ndim == 4 else shared for name, x in new.items()}
+        with jax.named_scope("append"):
+            append = self.rules.shard_map(
+                type(self).append_local, (self.specs(), names, rows, rows), self.specs()
+            )
+            return append(self, dict(new), start_B, n_new_B)
+
+    # Inside `shard_map`:
+
+    @property
+    def n_shards(self) -> int:
+        """KV-head shards of this device."""
+        return next(x.shape[1] for x in self.arrays.values() if x.ndim == 4)
+
+    def append_local(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
+        """`append` of what this device holds."""
+        position_BT = self.positions(start_B, n_new_B, next(iter(new.values())).shape[1])
+        arrays = {
+            name: append(array, new[name], position_BT, layout=self.layout)
+            for name, array in self.arrays.items()
+        }
+        return dataclasses.replace(self, arrays=arrays)
+
+    def positions(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
+        """Where this device keeps the T tokens from `start_B` on, [B, T]: past its end if they are not its own."""
+        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
+        offset_T = jnp.arange(t)
+        token_BT = start_B[:, None] + offset_T
+        page_BT = token_BT // self.page_size
+        position_BT = page_BT // n * self.page_size + token_BT % self.page_size
+        mine_BT = (page_BT % n == me) & (offset_T < n_new_B[:, None])
+        return jnp.where(mine_BT, position_BT, self.capacity).astype(jnp.int32)
+
+    def visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
+        """How many of this device's leading positions each of the T new queries sees, [B, T]."""
+        n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
+        seen_BT = start_B[:, None] + jnp.minimum(jnp.arange(t) + 1, n_new_B[:, None])
+        pages_BT, rest_BT = seen_BT // self.page_size, seen_BT % self.page_size
+        whole_BT = (pages_BT - me + n - 1) // n * self.page_size
+        return (whole_BT + jnp.where(pages_BT % n == me, rest_BT, 0)).astype(jnp.int32)
+
+    def merge(self, out: jax.Array, lse: jax.Array) -> jax.Array:
+        """Attention over all tokens, from what each device gives for its own."""
+        if self.rules.size("cache_length") == 1:
+            return self.rules.psum(out, "cache_length")
+        top = self.rules.pmax(lse, "cache_length")
+        share = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))
+        total = self.rules.psum(share, "cache_length")
+        summed = self.rules.psum(out.astype(jnp.float32) * share[..., None], "cache_length")
+        return (summed / jnp.where(total > 0, total, 1.0)[..., None]).astype(out.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The caches of all layers, and how many tokens each row of the batch holds."""
+
+    layers: tuple[LayerCache, ...]
+    lengths: Any  # int32 [B]
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        rules: AxisRules,
+        batch: int,
+        max_len: int,
+        *,
+        page_size: int | None = None,
+        layout: Layout | None = None,
+    ) -> Cache:
+        """An empty cache for `batch` rows of at least `max_len` tokens, laid out over the current mesh.
+
+        Args:
+          config: of the model.
+          rules: the decoding table.
+          batch: rows; a multiple of the mesh axes that split `batch`.
+          max_len: tokens; rounded up to whole pages on every device.
+          page_size: tokens in a page; None: `PAGE_SIZE` of the layout.
+          layout: of the arrays; None: what the kernels of the current device read (`preferred_layout`).
+        """
+        layer = lambda: LayerCache.create(config, rules, batch, max_len, page_size=page_size, layout=layout)
+        lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
+        return cls(tuple(layer() for _ in range(config.n_layers)), lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        return self.layers[0].capacity
+
+    def repeat(self, n: int) -> Cache:
+        """The cache with `n` copies of each row, one after the other, on the devices that hold the row."""
+        lengths = repeat_rows(self.layers[0].rules, n, self.lengths, "batch")
+        return Cache(tuple(layer.repeat(n) for layer in self.layers), lengths)
+
+    def bytes_per_device(self) -> int:
+        """Bytes of keys, values or latents that the fullest device holds, read off the arrays' shards."""
+        held: dict[Any, int] = {}
+        for layer in self.layers:
+            for array in layer.arrays.values():
+                for shard in array.addressable_shards:
+                    held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
+        return max(held.values())
+
+
+def values_per_token(config: ModelConfig, tensor: int = 1) -> int:
+    """Values that each of `tensor` devices caches for one token in one layer.
+
+    Read off the abstract cache under the decoding table, so that it is what decoding allocates: heads are held by
+    several devices where there are fewer of them than devices.
+
+    Args:
+      config: of the model.
+      tensor: size of the mesh axis over which cached heads are split.
+
+    Raises:
+      ConfigError: the cached heads cannot be laid out over so many devices; says which sizes fit.
+    """
+    if faults := cached_head_faults(config, tensor):
+        raise ConfigError(faults)
+    one_layer = dataclasses.replace(config, n_layers=1)
+    with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig(1, 1, tensor, 1))):
+        cache = jax.eval_shape(functools.partial(Cache.create, one_layer, decode_rules(), 1, 1))
+    arrays = cache.layers[0].arrays.values()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) for x in arrays) // cache.capacity

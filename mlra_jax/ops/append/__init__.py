@@ -1,0 +1,5 @@
+"""Writing new tokens into the KV cache."""
+
+from mlra_jax.ops.append.api import append, normalize_and_append
+
+__all__ = ["append", "normalize_and_append"]
