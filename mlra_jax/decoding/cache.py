@@ -31,7 +31,6 @@ from mlra_jax.config import (
     TiedAttentionConfig,
 )
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import rotary_tables, rotate
 from mlra_jax.ops.decode import (
     factored_decode_attention,
     grouped_decode_attention,
@@ -41,6 +40,7 @@ from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.rotary import Frequencies, rotary_tables, rotate
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
@@ -179,7 +179,7 @@ class LatentCache(LayerCache):
         eps: float,
         q_scale: float,
         kv_scale: float,
-        rope_base: float,
+        frequencies: Frequencies,
     ) -> tuple[jax.Array, Self]:
         """Normalises queries and latents, rotates keys, and appends latents and keys.
 
@@ -192,7 +192,7 @@ class LatentCache(LayerCache):
           eps: of the norms.
           q_scale: multiplies the normalised queries.
           kv_scale: multiplies the normalised latents.
-          rope_base: of the rotation's frequencies.
+          frequencies: of the rotation, see `mlra_jax.ops.rotary.rotary_tables`.
 
         Returns:
           The normalised, scaled queries [B, T, A], and the cache.
@@ -203,7 +203,7 @@ class LatentCache(LayerCache):
         if t == 1 and self.layout == "token_major" and current_device()[0] == "gpu":
             from mlra_jax.ops.decode.mosaic_gpu_append import append_latents
 
-            half = rotary_tables(positions_BT[:, 0], a_BTE.shape[2] - rank - u * c, rope_base)
+            half = rotary_tables(positions_BT[:, 0], frequencies)
             cos, sin = (x.astype(a_BTE.dtype) for x in half)
             tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
             slot_B = self._slots(kv_latent.shape[2], start_B, n_new_B, t)[:, 0]
@@ -225,7 +225,7 @@ class LatentCache(LayerCache):
         q_BTA, kv, k_rope = jnp.split(a_BTE, [rank, rank + u * c], axis=2)
         q_BTA = (rms_norm(q_BTA, q_gain, eps) * q_scale).astype(a_BTE.dtype)
         kv_latent = rms_norm(kv.reshape(b, t, u, c), kv_gain, eps) * kv_scale
-        new = {"kv_latent": kv_latent, "k_rope": rotate(k_rope, positions_BT, rope_base)}
+        new = {"kv_latent": kv_latent, "k_rope": rotate(k_rope, positions_BT, frequencies)}
         return q_BTA, self.append(new, start_B, n_new_B)
 
     def attend(
@@ -236,7 +236,7 @@ class LatentCache(LayerCache):
         n_new_B: jax.Array,
         *,
         scale: float,
-        rope_base: float | None = None,
+        frequencies: Frequencies | None = None,
     ) -> jax.Array:
         """Absorbed attention of the new queries over the cache.
 
@@ -246,7 +246,7 @@ class LatentCache(LayerCache):
           start_B: see `append`.
           n_new_B: see `append`.
           scale: of the scores.
-          rope_base: of the frequencies by which `q_rope` is rotated first; None: it has been.
+          frequencies: by which `q_rope` is rotated first; None: it has been.
 
         Returns:
           z [B, T, U, M, C].
@@ -254,9 +254,8 @@ class LatentCache(LayerCache):
         t = q_nope.shape[1]
         kv_latent, k_rope = self.arrays["kv_latent"], self.arrays["k_rope"]
         rotary = None
-        if rope_base is not None:
-            width = k_rope.shape[_AXES[self.layout, 3].index(None)]
-            rotary = rotary_tables(start_B[:, None] + jnp.arange(t), width, rope_base)
+        if frequencies is not None:
+            rotary = rotary_tables(start_B[:, None] + jnp.arange(t), frequencies)
         seen = self._visible(start_B, n_new_B, t)
         out, lse = latent_decode_attention(
             q_nope, q_rope, kv_latent, k_rope, seen, scale=scale, rotary=rotary, layout=self.layout

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mlra_jax.config import ModelConfig
-from mlra_jax.models.layers import rotary_tables, rotate
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.rotary import frequencies, rotary_tables, rotate
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
 
@@ -29,7 +29,7 @@ def arguments(dtype=jnp.bfloat16, rank=A):
 def append(a_BE, q_gain, kv_gain, position_B, slot_B, caches, interpret):
     from mlra_jax.ops.decode.mosaic_gpu_append import append_latents
 
-    cos, sin = (x.astype(a_BE.dtype) for x in rotary_tables(position_B, R, BASE))
+    cos, sin = (x.astype(a_BE.dtype) for x in rotary_tables(position_B, frequencies(R, BASE)))
     tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
     scales = {"eps": EPS, "q_scale": Q_SCALE, "kv_scale": KV_SCALE}
     return append_latents(a_BE, q_gain, kv_gain, *tables, slot_B, *caches, **scales, interpret=interpret)
@@ -43,7 +43,7 @@ def test_a_token_is_normalised_rotated_and_written_where_it_belongs_and_nowhere_
     q_BA, *caches = jax.jit(lambda *args: append(*args, interpret))(*args)
     norm = lambda x, gain, scale: (rms_norm(x, gain, EPS) * scale).astype(jnp.bfloat16)
     latents = norm(a_BE[:, A : A + U * C].reshape(B, U, C), kv_gain, KV_SCALE)
-    keys = rotate(a_BE[:, None, A + U * C :], position_B[:, None], BASE)[:, 0]
+    keys = rotate(a_BE[:, None, A + U * C :], position_B[:, None], frequencies(R, BASE))[:, 0]
     rows = jnp.arange(B)
     expected = (
         norm(a_BE[:, :A], q_gain, Q_SCALE),
