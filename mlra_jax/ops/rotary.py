@@ -25,7 +25,7 @@ def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.A
     """Float32 cosines and sines of positions times frequencies, [*positions.shape, R/2].
 
     A float32 product would be off by as much as the position's last bits: 2e-3 rad at 128K tokens, 0.1 at 2M. Here
-    integers count parts of 2**-32 turn, and whole turns overflow: angles are right to 5e-7 rad at every position.
+    integers count parts of 2**-32 turn, and whole turns overflow: angles are right to 4e-7 rad at every position.
 
     Args:
       positions: integers from 0 to 2**31 - 1.

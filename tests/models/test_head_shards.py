@@ -46,13 +46,17 @@ def test_on_a_mesh_the_devices_slots_serve_every_head_once_for_each_branch(
         assert shards.count == max(n_cached, tensor)
         assert shards.copies == max(1, tensor // n_cached)
         q = jnp.arange(n_heads)[None, None, :, None] * jnp.ones((1, 1, 1, 2))
-        weights = shards.heads_to_shards(jnp.broadcast_to(jnp.arange(n_heads), (branches, n_heads))[..., None])
+        weights = shards.heads_to_shards(
+            jnp.broadcast_to(jnp.arange(n_heads), (branches, n_heads))[..., None]
+        )
 
         def local(q, weights):
             u = weights.shape[0]
             served = shards.gather(q, u)  # [B, T, u, rows, 2]: which head each row is
             matches = (served[0, 0, :, :, :1] == weights).all()
-            return rules.psum(shards.scatter(served), "kv_head_shards"), rules.psum(1 - matches, "kv_head_shards")
+            return rules.psum(shards.scatter(served), "kv_head_shards"), rules.psum(
+                1 - matches, "kv_head_shards"
+            )
 
         names = ((None,) * 4, ("kv_head_shards", None, None))
         run = rules.shard_map(local, names, ((None,) * 4, ()))

@@ -7,29 +7,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import MeshConfig
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.ops.append import mosaic_tpu
 from mlra_jax.sharding import decode_rules
 from mlra_jax.topologies import topology_mesh
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 16, 256), (3, 8, 128)], ids=str)
-def test_each_row_gets_its_token_and_one_without_a_slot_gets_none(shape):
+def test_each_row_gets_its_token_and_one_past_the_end_is_dropped(shape):
     rng = np.random.default_rng(0)
     array, tokens = rng.standard_normal(shape), rng.standard_normal(shape[:-1])
-    slots = [shape[-1] - 1, shape[-1], 5]
+    position = np.array([shape[-1] - 1, shape[-1], 5])
     wanted = array.copy()
-    wanted[0, ..., slots[0]], wanted[2, ..., slots[2]] = tokens[0], tokens[2]
-    ours = append_column(*map(jnp.asarray, (array, tokens, slots)), interpret=True)
+    wanted[0, ..., position[0]], wanted[2, ..., position[2]] = tokens[0], tokens[2]
+    arguments = map(jnp.asarray, (array, tokens[:, None], position[:, None]))
+    ours = mosaic_tpu.append(*arguments, layout="feature_major", interpret=True)
     np.testing.assert_array_equal(ours, wanted.astype(ours.dtype))
 
 
 def test_a_cache_without_whole_tiles_is_declined():
-    with pytest.raises(NotImplementedError, match="a cache of 100 slots is not made of whole tiles of 128"):
-        append_column(jnp.zeros((1, 8, 100)), jnp.zeros((1, 8)), jnp.zeros(1, jnp.int32))
+    with pytest.raises(
+        NotImplementedError, match="a cache of 100 positions is not made of whole tiles of 128"
+    ):
+        mosaic_tpu.append(
+            jnp.zeros((1, 8, 100)),
+            jnp.zeros((1, 1, 8)),
+            jnp.zeros((1, 1), jnp.int32),
+            layout="feature_major",
+            interpret=True,
+        )
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
@@ -55,7 +64,7 @@ def test_the_decode_step_on_tpu_copies_no_cache(topology):
             if np.prod([int(n) for n in sizes.split(",")], dtype=np.int64) >= smallest:
                 moved.append((name, operation))
     calls = [name for name, operation in moved if operation == "custom-call"]
-    assert len([name for name in calls if name.startswith("append_column")]) == 2
+    assert len([name for name in calls if name.startswith("append")]) == 2
     assert {operation for _, operation in moved} <= {
         "parameter",
         "bitcast",
