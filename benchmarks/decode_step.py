@@ -127,12 +127,8 @@ def filled(cache: Cache, key: jax.Array) -> Cache:
 
 def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
     """See the head of this file."""
-    a, embedding = config.attention, config.vocab_size * config.d_model
-    if isinstance(a, LatentAttentionConfig):
-        per_pair = 2 * config.n_heads * a.n_branches * (2 * a.d_latent + a.d_rope)
-    else:
-        per_pair = 4 * config.n_heads * a.d_head
-    attention = config.n_layers * per_pair * tokens**2 / 2
+    embedding = config.vocab_size * config.d_model
+    attention = config.n_layers * config.attention.decode_flops(config.n_heads) * tokens**2 / 2
     return 2 * tokens * (n_weights - embedding) + 2 * embedding + attention
 
 

@@ -33,8 +33,8 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
+from mlra_jax.config import ExecutionConfig
 from mlra_jax.ops.decode import mosaic_tpu
 from mlra_jax.ops.decode.cases import Case, abstract_call
 
@@ -196,9 +196,8 @@ def utilization(text: str) -> dict[str, tuple[int, float]]:
 def cost_of_form(chip: Chip, form: Form, backward: bool) -> tuple[float, float, float]:
     """FLOPs, bytes accessed and bytes of temporaries of an MLRA-4 layer's attention over 2048 tokens, in one form."""
     config = load_config("mlra_4").model
-    assert isinstance(config.attention, LatentAttentionConfig)
-    config = dataclasses.replace(config, attention=dataclasses.replace(config.attention, form=form))
-    layer = nnx.eval_shape(lambda: LatentAttention(config, rngs=nnx.Rngs(0)))
+    execution = ExecutionConfig(attention_form=form)
+    layer = nnx.eval_shape(lambda: config.attention.module()(config, rngs=nnx.Rngs(0), execution=execution))
     graph, state = nnx.split(layer)
     x = jax.ShapeDtypeStruct((1, 2048, config.d_model), config.compute_dtype)
     run = lambda state, x: nnx.merge(graph, state)(x).astype(np.float32).sum()
@@ -272,7 +271,8 @@ def report(chips: list[str]) -> str:
         "",
         "An MLRA-4 layer's attention with its projections over 2048 tokens, one row, one device, Splash attention:",
         "what the compiler counts of the whole program. FLOPs leave out those inside of Splash attention, the same in",
-        'both forms: as many heads, keys 192 wide, values 128. `attention.form = "auto"` takes the absorbed form.',
+        'both forms: as many heads, keys 192 wide, values 128. `execution.attention_form = "auto"` takes the absorbed',
+        "form.",
         "",
         "| chip | pass | form | GFLOPs | bytes accessed | temporaries |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -125,23 +125,22 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
     model = config.model
     if args.layers:
         model = dataclasses.replace(model, n_layers=args.layers)
-    if args.remat:
-        model = dataclasses.replace(model, remat=args.remat)
-    if args.gather:
-        model = dataclasses.replace(model, gather=args.gather)
+    asked = {"remat": args.remat, "gather": args.gather}
+    execution = dataclasses.replace(config.execution, **{k: v for k, v in asked.items() if v})
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
     n_data = mesh.size // args.tensor
     # The global batch follows from the micro-batch; to choose one, the planner needs a batch that all sizes divide.
     data = dataclasses.replace(config.data, micro_batch=args.micro_batch)
-    config = dataclasses.replace(config, model=model, data=data)
+    config = dataclasses.replace(config, model=model, execution=execution, data=data)
     with jax.set_mesh(mesh):
         capacity = device_memory(jax.devices()[0])
         plan = resolve(config, mesh, capacity)[1]
         # The same once more with the batch that is run: with a single micro-batch nothing is gathered once a step.
         sequences = plan.micro_batch * args.accumulation * n_data
         data = dataclasses.replace(data, micro_batch=plan.micro_batch, global_batch=sequences)
-        model = dataclasses.replace(model, remat=plan.remat)
-        config, plan = resolve(dataclasses.replace(config, model=model, data=data), mesh, capacity)
+        execution = dataclasses.replace(execution, remat=plan.remat)
+        config = dataclasses.replace(config, execution=execution, data=data)
+        config, plan = resolve(config, mesh, capacity)
         print(f"{name}: {plan}", flush=True)
         state = init_state(config)
         n_params = sum(x.size for x in jax.tree.leaves(state.params))
@@ -319,10 +318,10 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths")
     parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: what fits")
     parser.add_argument("--accumulation", type=int, default=8, help="micro-batches in a step")
-    parser.add_argument("--remat", help="see ModelConfig.remat; as the planner chooses if left out")
+    parser.add_argument("--remat", help="see ExecutionConfig.remat; as the planner chooses if left out")
     parser.add_argument("--fsdp", type=int, default=1, help="devices of this mesh axis; others are data")
     parser.add_argument("--tensor", type=int, default=1, help="devices of this mesh axis")
-    parser.add_argument("--gather", help="see ModelConfig.gather; as the planner chooses if left out")
+    parser.add_argument("--gather", help="see ExecutionConfig.gather; as the planner chooses if left out")
     parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
     parser.add_argument("--steps", type=int, default=4, help="timed")
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")

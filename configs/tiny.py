@@ -10,7 +10,15 @@ Measured on 2026-11-24 with Python 3.11, jax 0.10.2 and flax 0.12.8.
 """
 
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
+from mlra_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ExecutionConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> TrainConfig:
@@ -27,8 +35,8 @@ def get_config() -> TrainConfig:
                 n_latent_heads=4, n_branches=4, q_lora_rank=96, kv_lora_rank=128, d_nope=32, d_rope=16
             ),
             compute_dtype="float32",
-            remat="none",
         ),
+        execution=ExecutionConfig(remat="none"),
         data=DataConfig(path="embedded", tokenizer="byte", seq_len=128, global_batch=8, micro_batch=8),
         optim=OptimConfig(lr=2.5e-3, min_lr=2.5e-4, warmup_steps=70, decay_steps=steps - 1),
         checkpoint=CheckpointConfig(every=100, keep=2),

@@ -8,11 +8,14 @@ import dataclasses
 import inspect
 import itertools
 import pathlib
-import types
 import typing
 from typing import Any
 
 from mlra_jax import config
+from mlra_jax.attention.grouped import GroupedAttentionConfig
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
+from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.distributed import DistributedConfig
 
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
@@ -63,10 +66,11 @@ These options say how a process finds the others, and are not stored with the ru
 SECTIONS = (
     ("The run", "", config.TrainConfig, ""),
     ("Model", "model.", config.ModelConfig, ""),
-    ("Attention: MLA, GLA, MLRA", "model.attention.", config.LatentAttentionConfig, ATTENTION),
-    ("Attention: MHA, GQA, MQA, MFA", "model.attention.", config.GroupedAttentionConfig, ""),
-    ("Attention: GTA", "model.attention.", config.TiedAttentionConfig, ""),
-    ("Attention: TPA", "model.attention.", config.TensorProductAttentionConfig, ""),
+    ("Attention: MLA, GLA, MLRA", "model.attention.", LatentAttentionConfig, ATTENTION),
+    ("Attention: MHA, GQA, MQA, MFA", "model.attention.", GroupedAttentionConfig, ""),
+    ("Attention: GTA", "model.attention.", TiedAttentionConfig, ""),
+    ("Attention: TPA", "model.attention.", TensorProductAttentionConfig, ""),
+    ("Execution", "execution.", config.ExecutionConfig, ""),
     ("Mesh", "mesh.", config.MeshConfig, ""),
     ("Data", "data.", config.DataConfig, ""),
     ("Optimizer", "optim.", config.OptimConfig, ""),
@@ -109,7 +113,7 @@ def section(heading: str, prefix: str, cls: type, remark: str) -> str:
     lines += ["| option | value | default | |", "| --- | --- | --- | --- |"]
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
-        if dataclasses.is_dataclass(hint) or isinstance(hint, types.UnionType):
+        if dataclasses.is_dataclass(hint) or hint is config.AttentionConfig:
             continue  # a part, with a section of its own
         text = texts[field.name].replace("|", "\\|")
         option, default = f"--{prefix}{field.name}", shown_default(field.default)

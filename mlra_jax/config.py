@@ -189,6 +189,10 @@ class ModelConfig(Validated):
         return faults
 
 
+Remat = Literal["auto", "none", "products", "dots", "mlp", "attention", "full"]
+Gather = Literal["auto", "layer", "step"]
+
+
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig(Validated):
     """How a model's whole sequences are computed on the devices at hand. It defines no numbers, so it is chosen afresh
@@ -197,7 +201,7 @@ class ExecutionConfig(Validated):
     attention_form: Literal["auto", "expanded", "absorbed"] = "auto"
     """How latent attention computes whole sequences: per-head keys and values (expanded), or queries moved into the
     latent space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
-    remat: Literal["auto", "none", "products", "dots", "mlp", "attention", "full"] = "auto"
+    remat: Remat = "auto"
     """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
     everything (none); all that products give and take, and attention's output (products); what products with weights
     give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
@@ -207,7 +211,7 @@ class ExecutionConfig(Validated):
     """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
     into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
     for it."""
-    gather: Literal["auto", "layer", "step"] = "auto"
+    gather: Gather = "auto"
     """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
     least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
     1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
@@ -509,7 +513,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return one(config)
 
 
-_MOVED = {
+MOVED = {
     "model.remat": "execution.remat",
     "model.unroll_layers": "execution.unroll_layers",
     "model.gather": "execution.gather",
@@ -529,7 +533,7 @@ _FIELDS_BEFORE_TYPES = {
 def upgraded(d: dict[str, Any]) -> dict[str, Any]:
     """What an earlier version's `to_dict` wrote, as this one's would write it."""
     d = copy.deepcopy(d)
-    for old, new in _MOVED.items():
+    for old, new in MOVED.items():
         *path, name = old.split(".")
         place: Any = d
         for part in path:

@@ -15,7 +15,7 @@ from mlra_jax import topologies
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
-from mlra_jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.sharding import (
     TRAIN_RULES,
     AxisRules,
@@ -165,10 +165,10 @@ def test_training_layout_is_refused_with_every_size_that_does_not_divide_and_wha
 
 
 def test_weights_are_not_gathered_once_a_step_where_heads_or_tokens_are_split():
-    once = dataclasses.replace(TRAIN, model=dataclasses.replace(TRAIN.model, gather="step"))
+    once = dataclasses.replace(TRAIN, execution=ExecutionConfig(gather="step"))
     check_train_layout(once, MeshConfig(2, 2, 1, 1))
     assert faults_of(check_train_layout, once, MeshConfig(1, 2, 2, 1)) == [
-        "model.gather=step needs mesh.tensor and mesh.context of 1, not 2 and 1; use --model.gather layer."
+        "execution.gather=step needs mesh.tensor and mesh.context of 1, not 2 and 1; use --execution.gather layer."
     ]
 
 

@@ -34,8 +34,8 @@ from mlra_jax.training.metrics import read_metrics
 
 MAX_EPOCHS = 4
 RESULTS = "results.json"
-FREE = re.compile(r"\.model\.(remat|unroll_layers|gather)$")
-"""Fields of the configurations that say how things are computed, and not what."""
+FREE = re.compile(r"\.execution\.|\.model\.(remat|unroll_layers|gather)$|\.attention\.(form|type)$")
+"""Fields of the configurations, of earlier versions too, that say how things are computed, and not what."""
 
 
 @dataclasses.dataclass(frozen=True)

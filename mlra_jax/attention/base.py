@@ -15,6 +15,7 @@ from flax import nnx
 
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
+from mlra_jax.attention.output import Output
 from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.model.layers import DecodeLeaves, Layout, WithLayout, lay_out_for_decoding, normal, parameter
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, Names, decode_rules
@@ -35,6 +36,8 @@ class Attention(WithLayout):
       layout: `train` for whole sequences, `decode` for cached decoding.
       execution: how whole sequences are computed.
     """
+
+    output: Output
 
     branch_weights: ClassVar[tuple[str, ...]] = ()
     """Parameters [J, N, ...], a matrix for each branch and query head, which attention gathers itself where their
@@ -112,9 +115,8 @@ class Attention(WithLayout):
         """On each device: attends over the own KV-head shards, and sums over devices."""
         with jax.named_scope("attend"):
             visible_BT = cache.visible(start_B, n_new_B, queries[0].shape[1])
-            out, lse = self._attend_shards(
-                cache, visible_BT, *(self.shards.gather(q_BTNE, cache.n_shards) for q_BTNE in queries)
-            )
+            queries = [self.shards.gather(q_BTNE, cache.n_shards) for q_BTNE in queries]
+            out, lse = self._attend_shards(cache, visible_BT, queries)
             y_BTUMH = cache.merge(out, lse)
         return self.output.sum_shards(self.shards, y_BTUMH, gate_BTNH, w_o_DNH)
 
@@ -125,7 +127,7 @@ class Attention(WithLayout):
         raise NotImplementedError
 
     def _attend_shards(
-        self, cache: LayerCache, visible_BT: jax.Array, *queries: jax.Array
+        self, cache: LayerCache, visible_BT: jax.Array, queries: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
         """On each device: a decode op over the own shards' cache; queries are [B, T, U, M / r, *]."""
         raise NotImplementedError

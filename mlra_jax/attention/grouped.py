@@ -198,8 +198,7 @@ class GroupedAttention(Attention):
         return [q], {"k": k, "v": v}
 
     def _attend_shards(
-        self, cache: LayerCache, visible_BT: jax.Array, *queries: jax.Array
+        self, cache: LayerCache, visible_BT: jax.Array, queries: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        return grouped_decode_attention(
-            *queries, cache["k"], cache["v"], visible_BT, scale=self.softmax_scale, layout=cache.layout
-        )
+        [q], k, v = queries, cache["k"], cache["v"]
+        return grouped_decode_attention(q, k, v, visible_BT, scale=self.softmax_scale, layout=cache.layout)

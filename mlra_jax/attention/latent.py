@@ -421,10 +421,10 @@ class LatentAttention(Attention):
             a_BTXE = decode_product(rules, x_BTD, weight(rules, self.w_a, dtype), by_shard)
         with jax.named_scope("append"):
             gains = (weight(rules, norm.gain) for norm in (self.q_norm, self.kv_norm))
-            in_names = (cache.specs(), rows, rows, by_shard, (None,), ("kv_head_shards", None))
+            append_names = (cache.specs(), rows, rows, by_shard, (None,), ("kv_head_shards", None))
             # All devices compute the same queries and rotary keys, which is what the check wants to be told.
             q_BTA, cache = rules.shard_map(
-                self._normalize_and_append, in_names, (ROWS, cache.specs()), check_vma=False
+                self._normalize_and_append, append_names, (ROWS, cache.specs()), check_vma=False
             )(cache, start_B, n_new_B, a_BTXE, *gains)
         with jax.named_scope("queries"):
             q_BTNE = decode_product(rules, q_BTA, weight(rules, self.w_qb, dtype), HEADS)
@@ -439,7 +439,7 @@ class LatentAttention(Attention):
             *self.output.shard_input_names(shards),
             *branch_names,
         )
-        summed = rules.shard_map(self._attend_cached, in_names, self.output.shard_output_names(shards))(
+        summed = rules.shard_map(self._attend_absorbed, in_names, self.output.shard_output_names(shards))(
             cache,
             start_B,
             n_new_B,
@@ -450,7 +450,7 @@ class LatentAttention(Attention):
         )
         return self.output.finish(x_BTD, summed, shards), cache
 
-    def _attend_cached(
+    def _attend_absorbed(
         self,
         cache: LayerCache,
         start_B: jax.Array,

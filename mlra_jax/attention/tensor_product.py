@@ -191,9 +191,10 @@ class TensorProductAttention(Attention):
         return [q], {"a_k": a_k, "b_k": b_k, "a_v": a_v, "b_v": b_v}
 
     def _attend_shards(
-        self, cache: LayerCache, visible_BT: jax.Array, *queries: jax.Array
+        self, cache: LayerCache, visible_BT: jax.Array, queries: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        arrays = (cache[name] for name in ("a_k", "b_k", "a_v", "b_v"))
+        [q] = queries
+        a_k, b_k, a_v, b_v = (cache[name] for name in ("a_k", "b_k", "a_v", "b_v"))
         return factored_decode_attention(
-            *queries, *arrays, visible_BT, scale=self.softmax_scale, layout=cache.layout
+            q, a_k, b_k, a_v, b_v, visible_BT, scale=self.softmax_scale, layout=cache.layout
         )

@@ -175,9 +175,10 @@ class TiedAttention(Attention):
         return [q_nope, q_rope], {"kv_latent": kv, "k_rope": k_rope}
 
     def _attend_shards(
-        self, cache: LayerCache, visible_BT: jax.Array, *queries: jax.Array
+        self, cache: LayerCache, visible_BT: jax.Array, queries: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        arrays = cache["kv_latent"], cache["k_rope"]
+        q_nope, q_rope = queries
+        kv_latent, k_rope = cache["kv_latent"], cache["k_rope"]
         return latent_decode_attention(
-            *queries, *arrays, visible_BT, scale=self.softmax_scale, layout=cache.layout
+            q_nope, q_rope, kv_latent, k_rope, visible_BT, scale=self.softmax_scale, layout=cache.layout
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 import tyro
 
 from mlra_jax import config as config_module
-from mlra_jax.config import ConfigError, TrainConfig, from_dict
+from mlra_jax.config import MOVED, ConfigError, TrainConfig, from_dict
 
 _serial = itertools.count()
 
@@ -135,6 +135,16 @@ def load_config(path_or_name: str) -> TrainConfig:
     return config
 
 
+def _renamed(word: str) -> str:
+    """A word of the command line, where it is an option of an earlier version under its name of today; says so."""
+    name, *value = word.split("=", 1)
+    new = MOVED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return word
+    print(f"{name} is called --{new} now.", file=sys.stderr)
+    return "=".join([f"--{new}", *value])
+
+
 def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfig:
     """The validated configuration of a command line `CONFIG [--field VALUE ...]`.
 
@@ -149,6 +159,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
       ConfigError: CONFIG is missing or cannot be loaded, or the resulting configuration is not legal.
     """
     prog = prog or Path(sys.argv[0]).name
+    argv = [_renamed(word) for word in argv]
     names = ", ".join(config_names())
     if argv and not argv[0].startswith("-"):
         chosen, rest = argv[0], argv[1:]

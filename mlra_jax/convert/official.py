@@ -21,6 +21,7 @@ from flax import nnx
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.registry import BUILT_IN, attention_name
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
@@ -145,6 +146,8 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
 def _attention_faults(config: ModelConfig) -> list[str]:
     """Why no official model has this attention; empty if one has."""
     a, never = config.attention, "There is no official model with"
+    if attention_name(type(a)) not in BUILT_IN:
+        return [f"{never} the attention {attention_name(type(a))}."]
     faults = []
     match a:
         case LatentAttentionConfig() if (a.n_latent_heads, a.n_branches) not in _LATENT.values():
@@ -171,6 +174,7 @@ def _base(a: AttentionConfig, n_heads: int) -> str:
             return "mfa"
         case GroupedAttentionConfig():
             return "mha" if a.n_kv_heads == n_heads else "gqa"
+    return ""
 
 
 def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[str, Any]:
@@ -341,6 +345,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
                 "A": a.q_lora_rank,
                 "kv": 2,
             }
+    raise AssertionError("`_attention_faults` has refused this.")
 
 
 def _axes(axes: str) -> list[list[list[str]]]:

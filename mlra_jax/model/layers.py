@@ -87,8 +87,8 @@ class WithLayout(nnx.Module):
 
 
 def lay_out_for_decoding(
-    rules: AxisRules, abstract: nnx.State, given: Mapping[tuple[str, ...], jax.Array], relayouts: DecodeLeaves
-) -> dict[tuple[Any, ...], jax.Array]:
+    rules: AxisRules, abstract: nnx.State, given: Mapping[Any, jax.Array], relayouts: DecodeLeaves
+) -> dict[Any, jax.Array]:
     """The parameters of one module in the decode layout, by path.
 
     Args:
@@ -97,14 +97,14 @@ def lay_out_for_decoding(
       given: parameters of the training layout, by path.
       relayouts: the module's `decode_leaves`.
     """
-    leaves = {}
-    for path, variable in nnx.to_flat_state(abstract):
+
+    def lay_out(path: Any, names: Names) -> jax.Array:
         name = ".".join(path)
-        sources, make = relayouts.get(name, Relayout((name,), lambda value: value))
-        names = variable.get_metadata("out_sharding")
-        lay_out = lambda *values, make=make, names=names: rules.constrain(make(*values), *names)
-        leaves[path] = jax.jit(lay_out)(*(given[tuple(source.split("."))] for source in sources))
-    return leaves
+        relayout = relayouts.get(name, Relayout((name,), lambda value: value))
+        values = (given[tuple(source.split("."))] for source in relayout.sources)
+        return jax.jit(lambda *values: rules.constrain(relayout.make(*values), *names))(*values)
+
+    return {path: lay_out(path, x.get_metadata("out_sharding")) for path, x in nnx.to_flat_state(abstract)}
 
 
 def parameter(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlra_jax.attention.kv_cache import Cache
-from mlra_jax.config import ExecutionConfig, ModelConfig
+from mlra_jax.config import ExecutionConfig, ModelConfig, Remat
 from mlra_jax.model.layers import (
     DecodeLeaves,
     Embedding,
@@ -26,7 +26,7 @@ from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, 
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 _policies = jax.checkpoint_policies
-REMAT_POLICIES = {
+REMAT_POLICIES: dict[Remat, Any] = {
     "none": _policies.everything_saveable,
     "products": _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,

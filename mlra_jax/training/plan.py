@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError, ExecutionConfig, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, ExecutionConfig, Gather, ModelConfig, Remat, TrainConfig
 from mlra_jax.hardware import GIB, device_memory, find_accelerator
 from mlra_jax.model import Transformer, cast_weights, from_params
 from mlra_jax.model.transformer import REMAT_POLICIES
@@ -36,13 +36,13 @@ HEADROOM = 0.96
 class Plan:
     """One way to run a train step, with its estimated memory and time on each device."""
 
-    remat: str
+    remat: Remat
     """What layers keep (`ExecutionConfig.remat`)."""
     micro_batch: int
     """Sequences that a data-parallel device processes at a time."""
     accumulation: int
     """Micro-batches in a step."""
-    gather: str
+    gather: Gather
     """When weights that fsdp splits are gathered (`ExecutionConfig.gather`)."""
     memory: dict[str, int]
     """Bytes of a device by what they hold."""
@@ -150,12 +150,12 @@ class Planner:
     def _bytes(self, tree: Any, gathered: bool = False) -> int:
         return device_bytes(tree, self.mesh, gathered)
 
-    def kept(self, remat: str) -> int:
+    def kept(self, remat: Remat) -> int:
         """Bytes that one layer, its input included, keeps for one sequence of each data-parallel device."""
         execution = dataclasses.replace(self.config.execution, remat=remat)
         return _kept(self.config.model, execution, self.config.data.seq_len, self.mesh)
 
-    def plan(self, micro_batch: int, remat: str, gather: str = "layer") -> Plan:
+    def plan(self, micro_batch: int, remat: Remat, gather: Gather = "layer") -> Plan:
         """What this choice takes; `micro_batch` must divide the sequences of a data-parallel device."""
         config, mesh = self.config, self.mesh
         accumulation = config.data.global_batch // (micro_batch * self.n_data)
@@ -228,7 +228,7 @@ class Planner:
         """
         asked_batch, asked_remat = self.config.data.micro_batch, self.config.execution.remat
         batches = [asked_batch] if asked_batch else self.micro_batches()
-        remats: Iterable[str] = REMAT_POLICIES if asked_remat == "auto" else [asked_remat]
+        remats: Iterable[Remat] = REMAT_POLICIES if asked_remat == "auto" else [asked_remat]
         gathers = self._gathers()
         if self.capacity is None:
             return self.plan(batches[0], "full" if asked_remat == "auto" else asked_remat, gathers[0])
@@ -239,7 +239,7 @@ class Planner:
             return min(fitting, key=lambda p: (p.costs.in_sequence(chip), p.total))
         raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
 
-    def _gathers(self) -> list[str]:
+    def _gathers(self) -> list[Gather]:
         """The choices of `ExecutionConfig.gather`, the one with the least memory first."""
         mesh, asked = self.mesh.shape, self.config.execution.gather
         if asked != "auto":

@@ -141,7 +141,7 @@ def test_file_that_is_not_python_is_refused(tmp_path):
 
 def test_overrides_change_what_they_name_and_nothing_else():
     options = "--optim.lr 3e-4 --mesh.tensor=4 --model.attention.n-branches 2 --log.no_tensorboard"
-    changed = parse_train_args(["mlra_4", *options.split(), "--model.remat", "dots", "--name", "x"])
+    changed = parse_train_args(["mlra_4", *options.split(), "--execution.remat", "dots", "--name", "x"])
     base = load_config("mlra_4")
     expected = to_dict(base)
     expected["optim"]["lr"] = 3e-4
@@ -174,7 +174,7 @@ def test_no_override_leaves_the_configuration_as_it_is():
         (["tiny", "--n_layers", "1"], "--model.n_layers"),
         (["gqa", "--model.attention.kv_head", "1"], "--model.attention.n_kv_heads"),
         (["tiny", "--steps", "many"], "--steps"),
-        (["tiny", "--model.remat", "fulll"], "'dots'"),
+        (["tiny", "--execution.remat", "fulll"], "'dots'"),
         (["tiny", "--steps"], "--steps"),
     ],
 )

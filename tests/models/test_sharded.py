@@ -21,20 +21,17 @@ from mlra_jax.config import ModelConfig
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
-from mlra_jax.training.costs import gathered_values
 from mlra_jax.training.losses import cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
-BASE = ModelConfig(
-    vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32", remat="none"
-)
+BASE = ModelConfig(vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32")
 MODELS = {
     "mlra_4": dataclasses.replace(BASE, attention=latent(4, 4)),
     "mlra_2_gated": dataclasses.replace(BASE, attention=latent(4, 2), gated_attention=True),
-    "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2), remat="attention"),
-    "mla": dataclasses.replace(BASE, attention=latent(1, 1), remat="full"),
-    "gla_2": dataclasses.replace(BASE, attention=latent(2, 1), remat="dots"),
-    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16), remat="mlp"),
+    "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2)),
+    "mla": dataclasses.replace(BASE, attention=latent(1, 1)),
+    "gla_2": dataclasses.replace(BASE, attention=latent(2, 1)),
+    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16)),
     "mqa_gated": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 16), gated_attention=True),
     "mha": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 16)),
     "mfa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 24, q_lora_rank=20)),
@@ -129,7 +126,7 @@ def test_context_parallelism_moves_latents_of_all_tokens_and_nothing_larger(on_m
     values = sum(
         math.prod(shape) * n for c, n in moved.items() for _, shape in c.arrays if c.kind == "all-gather"
     )
-    assert values == config.n_layers * gathered_values(config) * BATCH * LENGTH
+    assert values == config.n_layers * config.attention.gathered_values(config.n_heads, 1) * BATCH * LENGTH
     assert {c.kind for c in moved} == {"all-gather"}
 
 

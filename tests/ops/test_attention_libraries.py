@@ -118,10 +118,12 @@ def test_tokamax_compiles_for_an_h100_forward_and_backward(n_kv, h, v):
 def test_tokamax_runs_in_the_train_step_compiled_for_an_h100(monkeypatch):
     monkeypatch.setattr(api, "IMPLEMENTATIONS", {"tokamax": api.IMPLEMENTATIONS["tokamax"]})
     config = load_config("mlra_4")
-    model = dataclasses.replace(config.model, n_layers=1, remat="attention")
+    model = dataclasses.replace(config.model, n_layers=1)
+    execution = dataclasses.replace(config.execution, remat="attention")
     data = dataclasses.replace(config.data, micro_batch=1, global_batch=1)
     devices = np.array(gpu_devices(H100)).reshape(1, 1, 1, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
     with jax.default_device(devices.flat[0]):
-        program = compile_train_step(dataclasses.replace(config, model=model, data=data), mesh).as_text()
+        config = dataclasses.replace(config, model=model, execution=execution, data=data)
+        program = compile_train_step(config, mesh).as_text()
     assert len(re.findall(r'custom_call_target="mosaic_gpu', program)) >= 3

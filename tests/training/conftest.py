@@ -16,11 +16,13 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     CheckpointConfig,
     DataConfig,
+    ExecutionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    to_dict,
 )
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
 
@@ -36,8 +38,8 @@ CONFIG = TrainConfig(
             n_latent_heads=4, n_branches=4, q_lora_rank=16, kv_lora_rank=32, d_nope=8, d_rope=8
         ),
         compute_dtype="float32",
-        remat="none",
     ),
+    execution=ExecutionConfig(remat="none"),
     data=DataConfig(seq_len=16, global_batch=8, micro_batch=1),
     optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
     checkpoint=CheckpointConfig(every=4),
@@ -113,8 +115,7 @@ def start_training(repository, compiled, tmp_path_factory) -> Callable[..., subp
     folder = tmp_path_factory.mktemp("processes")
     config_file = folder / "tiny.py"
     config_file.write_text(
-        "from mlra_jax.config import from_dict\n"
-        f"get_config = lambda: from_dict({dataclasses.asdict(CONFIG)!r})\n"
+        f"from mlra_jax.config import from_dict\nget_config = lambda: from_dict({to_dict(CONFIG)!r})\n"
     )
 
     def start(out: Path, *options: str, devices: int = 8, log: Path | None = None) -> subprocess.Popen:

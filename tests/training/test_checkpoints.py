@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.config import CheckpointConfig, TrainConfig, to_dict
+from mlra_jax.config import CheckpointConfig, ExecutionConfig, TrainConfig, to_dict
 from mlra_jax.data.pipeline import TrainBatches
 from mlra_jax.lazy import LazyStack, LazyTensor
 from mlra_jax.sharding import TRAIN_RULES
@@ -157,20 +157,21 @@ def test_every_missing_extra_and_misshapen_parameter_is_listed_with_both_shapes(
 def test_another_model_is_refused_by_the_names_of_its_fields_and_harmless_changes_are_reported(trained):
     config, _, _, _ = trained
     checkpoints = Checkpoints(config.run_dir, config.checkpoint)
-    attention = dataclasses.replace(config.model.attention, n_branches=2, form="absorbed")
-    model = dataclasses.replace(config.model, attention=attention, d_ff=48, remat="full")
+    attention = dataclasses.replace(config.model.attention, n_branches=2)
+    model = dataclasses.replace(config.model, attention=attention, d_ff=48)
+    execution = ExecutionConfig(attention_form="absorbed", remat="full")
     with pytest.raises(CheckpointError) as error:
-        checkpoints.check_config(5, dataclasses.replace(config, model=model))
+        checkpoints.check_config(5, dataclasses.replace(config, model=model, execution=execution))
     assert "model.attention.n_branches: 4 -> 2" in str(error.value)
     assert "model.d_ff: 64 -> 48" in str(error.value)
     assert "remat" not in str(error.value)
     assert "form" not in str(error.value)
 
-    model = dataclasses.replace(config.model, remat="full", gather="step")
-    harmless = dataclasses.replace(config, model=model, steps=99)
+    execution = dataclasses.replace(config.execution, remat="full", gather="step")
+    harmless = dataclasses.replace(config, execution=execution, steps=99)
     assert checkpoints.check_config(5, harmless) == [
-        "model.remat: none -> full",
-        f"model.gather: {config.model.gather} -> step",
+        "execution.remat: none -> full",
+        f"execution.gather: {config.execution.gather} -> step",
         "steps: 8 -> 99",
     ]
     checkpoints.close()

@@ -91,7 +91,7 @@ def test_a_run_leaves_metrics_checkpoints_and_its_configuration(uninterrupted):
     assert records[8]["eval_loss"] == result.eval_loss
     assert find_step(config.out).name == "8"
     config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, gather="layer")
+        config, execution=dataclasses.replace(config.execution, gather="layer")
     )  # as planned
     assert load_config(config.out) == config
     with open(f"{config.out}/config.json") as file:

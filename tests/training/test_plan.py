@@ -17,8 +17,8 @@ FLOAT = 4
 
 def planner(config, mesh, capacity=None, micro_batch=0, remat="auto", kind=None, **data):
     data = dataclasses.replace(config.data, micro_batch=micro_batch, **data)
-    model = dataclasses.replace(config.model, remat=remat)
-    return Planner(dataclasses.replace(config, model=model, data=data), mesh, capacity, kind)
+    execution = dataclasses.replace(config.execution, remat=remat)
+    return Planner(dataclasses.replace(config, execution=execution, data=data), mesh, capacity, kind)
 
 
 def test_each_policy_keeps_what_it_says_of_a_layer(config, mesh_of):
@@ -77,7 +77,7 @@ def test_with_less_memory_less_is_kept_until_nothing_fits(config, mesh_of):
     ("options", "advice"),
     [
         ({"micro_batch": 8}, r"--data\.micro-batch 0"),
-        ({"remat": "none", "micro_batch": 1}, r"--model\.remat auto"),
+        ({"remat": "none", "micro_batch": 1}, r"--execution\.remat auto"),
         ({"micro_batch": 1, "remat": "full"}, r"--mesh\.fsdp \(now 1\)"),
         ({"micro_batch": 8, "remat": "none"}, r"--mesh\.context \(now 1\) or --mesh\.tensor \(now 1\)"),
     ],
@@ -90,22 +90,22 @@ def test_what_does_not_fit_is_refused_with_what_to_change(options, advice, confi
 def test_resolving_fills_in_what_was_left_open_and_nothing_else(config):
     open_config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, remat="auto"),
+        execution=dataclasses.replace(config.execution, remat="auto"),
         data=dataclasses.replace(config.data, micro_batch=0),
         mesh=MeshConfig(data=1),
     )
     mesh = make_mesh(open_config.mesh, jax.devices()[:1])
     resolved, plan = resolve(open_config, mesh, GIB)
-    assert (resolved.model.remat, resolved.data.micro_batch) == (plan.remat, plan.micro_batch)
-    assert resolved.model.gather == plan.gather
-    model = dataclasses.replace(resolved.model, remat="auto", gather="auto")
+    assert (resolved.execution.remat, resolved.data.micro_batch) == (plan.remat, plan.micro_batch)
+    assert resolved.execution.gather == plan.gather
+    execution = dataclasses.replace(resolved.execution, remat="auto", gather="auto")
     data = dataclasses.replace(resolved.data, micro_batch=0)
-    assert dataclasses.replace(resolved, model=model, data=data) == open_config
+    assert dataclasses.replace(resolved, execution=execution, data=data) == open_config
 
 
 def test_of_layers_in_a_row_one_has_gradients_beside_the_sum(config, mesh_of):
-    model = dataclasses.replace(config.model, unroll_layers="yes")
-    in_a_row = planner(dataclasses.replace(config, model=model), mesh_of(1, 1, 1, 1))
+    execution = dataclasses.replace(config.execution, unroll_layers="yes")
+    in_a_row = planner(dataclasses.replace(config, execution=execution), mesh_of(1, 1, 1, 1))
     in_a_loop = planner(config, mesh_of(1, 1, 1, 1))
     gradients = lambda planner, micro_batch: planner.plan(micro_batch, "full").memory["gradients"]
     assert gradients(in_a_row, 1) == FLOAT * config.model.vocab_size * WIDTH

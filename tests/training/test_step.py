@@ -92,8 +92,8 @@ def test_devices_of_the_data_axis_sum_their_gradients_once_a_step(config, mesh_o
 @pytest.mark.parametrize(("sizes", "unroll"), [((1, 2, 1, 1), "yes"), ((2, 2, 1, 1), "no")], ids=str)
 def test_weights_gathered_once_a_step_train_as_on_one_device(sizes, unroll, config, mesh_of, place):
     config = dataclasses.replace(config, out="")
-    model = dataclasses.replace(config.model, gather="step", unroll_layers=unroll)
-    once = dataclasses.replace(config, model=model)
+    execution = dataclasses.replace(config.execution, gather="step", unroll_layers=unroll)
+    once = dataclasses.replace(config, execution=execution)
     _, expected = train(config, mesh_of(1, 1, 1, 1), place, 8)
     accumulation = 8 // (sizes[0] * sizes[1])
     state, history = train(once, mesh_of(*sizes), place, accumulation)
@@ -106,7 +106,7 @@ def test_weights_gathered_once_a_step_train_as_on_one_device(sizes, unroll, conf
 
 
 def test_weights_gathered_once_a_step_leave_micro_batches_nothing_to_exchange(config, mesh_of, place):
-    once = dataclasses.replace(config, model=dataclasses.replace(config.model, gather="step"))
+    once = dataclasses.replace(config, execution=dataclasses.replace(config.execution, gather="step"))
     step, mesh, counts = make_train_step(once), mesh_of(2, 2, 1, 1), []
     with jax.set_mesh(mesh):
         for accumulation in (2, 4):
@@ -144,8 +144,9 @@ def test_loss_is_the_mean_over_counted_tokens_even_when_micro_batches_count_uneq
 
 
 def test_casting_the_weights_once_changes_no_bit(config, mesh_of, place, monkeypatch):
-    model = dataclasses.replace(config.model, compute_dtype="bfloat16", remat="full")
-    config, mesh = dataclasses.replace(config, model=model), mesh_of(1, 1, 1, 1)
+    model = dataclasses.replace(config.model, compute_dtype="bfloat16")
+    execution = dataclasses.replace(config.execution, remat="full")
+    config, mesh = dataclasses.replace(config, model=model, execution=execution), mesh_of(1, 1, 1, 1)
     batch, after = place(mesh, windows(config, 1)[0], 4), []
     with jax.set_mesh(mesh):
         for cast in (step_module.cast_weights, lambda _, params: params):
@@ -224,9 +225,11 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
 def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, sizes, config, mesh_of, place):
     model = dataclasses.replace(config.model, attention=attention or config.model.attention)
     config = dataclasses.replace(config, model=model, out="")
-    in_a_row = dataclasses.replace(model, remat=remat, unroll_layers="yes")
+    in_a_row = dataclasses.replace(
+        config, execution=dataclasses.replace(config.execution, remat=remat, unroll_layers="yes")
+    )
     expected, expected_history = train(config, mesh_of(1, 1, 1, 1), place, 8)
-    state, history = train(dataclasses.replace(config, model=in_a_row), mesh_of(*sizes), place, 8 // sizes[0])
+    state, history = train(in_a_row, mesh_of(*sizes), place, 8 // sizes[0])
     state, expected = jax.device_get((state, expected))
     for metrics, reference in zip(history, expected_history, strict=True):
         assert metrics == pytest.approx(reference, rel=1e-5)
@@ -241,8 +244,8 @@ def test_layers_in_a_row_train_as_layers_in_a_loop(remat, attention, sizes, conf
 def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monkeypatch):
     def unrolled(*sizes, unroll="auto", gather="auto", n_micro=2):
         with jax.set_mesh(mesh_of(*sizes)):
-            model = dataclasses.replace(config.model, unroll_layers=unroll, gather=gather)
-            return step_module.unrolls_layers(model, n_micro)
+            execution = dataclasses.replace(config.execution, unroll_layers=unroll, gather=gather)
+            return step_module.unrolls_layers(execution, n_micro)
 
     assert not unrolled(2, 1, 1, 1)  # on the CPU
     assert unrolled(1, 2, 1, 1, unroll="yes")
@@ -255,9 +258,9 @@ def test_layers_are_in_a_row_on_gpus_that_hold_them_whole(config, mesh_of, monke
 
 
 def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass(config, mesh_of, place):
-    model = dataclasses.replace(config.model, unroll_layers="yes")
+    execution = dataclasses.replace(config.execution, unroll_layers="yes")
     mesh = mesh_of(1, 1, 1, 1)
-    config = dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, execution=execution)
     with jax.set_mesh(mesh):
         program = make_train_step(config).lower(init_state(config), place(mesh, windows(config, 1)[0], 2))
     assert program.as_text().count("optimization_barrier") == config.model.n_layers
@@ -269,9 +272,10 @@ def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass
 )
 def test_compiled_for_an_h100_the_large_products_add_their_gradients_to_the_sums_themselves():
     config = load_config("mlra_4")
-    model = dataclasses.replace(config.model, n_layers=1, remat="products", vocab_size=1024)
+    model = dataclasses.replace(config.model, n_layers=1, vocab_size=1024)
+    execution = dataclasses.replace(config.execution, remat="products")
     data = dataclasses.replace(config.data, seq_len=256, micro_batch=1, global_batch=2)
-    config = dataclasses.replace(config, model=model, data=data)
+    config = dataclasses.replace(config, model=model, execution=execution, data=data)
     devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape((1,) * 4)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
     with jax.set_mesh(mesh):

@@ -19,7 +19,7 @@ LANES = 128
 def _kernel(position_ref: Any, token_ref: Any, array_ref: Any, out_ref: Any, *, capacity: int) -> None:
     # token [1, X, W, 1]; array and out [1, X, W, LANES]: the lanes that hold the position
     position = position_ref[pl.program_id(0)]
-    first = jnp.minimum(position // LANES, n_capacity // LANES - 1) * LANES
+    first = jnp.minimum(position // LANES, capacity // LANES - 1) * LANES
     lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 3)
     out_ref[...] = jnp.where(lane == position - first, token_ref[...], array_ref[...])
 
@@ -50,7 +50,7 @@ def append(
         last = capacity // LANES - 1
         tile = lambda i, position: (i, 0, 0, jnp.minimum(position[i] // LANES, last))
         out = pl.pallas_call(
-            functools.partial(_kernel, capacity=slots),
+            functools.partial(_kernel, capacity=capacity),
             out_shape=jax.ShapeDtypeStruct((b, heads, width, capacity), array.dtype),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
