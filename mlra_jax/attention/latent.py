@@ -216,7 +216,7 @@ class LatentAttention(Attention):
 
     branch_weights = ("w_uk", "w_uv")
     branch_parameters: ClassVar[tuple[str, ...]] = ()
-    """Names of a variant's own parameters [J], made by `_branch_parameter`: one number for each branch."""
+    """Names of a variant's own parameters [J], made by `branch_parameter`: one number for each branch."""
 
     def __init__(
         self,
@@ -273,7 +273,8 @@ class LatentAttention(Attention):
             joined = rules.shard_map(by_device, (whole, by_shard, whole), ("kv_head_shards", None, None))
             return joined(w_DA, shards.to_shards(w_DLC, axis=1), w_DR)
 
-        by_shard = lambda value_J: jnp.repeat(value_J, shards.count // config.attention.n_branches)
+        each = shards.count // config.attention.n_branches  # shards of a branch
+        by_shard = lambda value_J: jnp.broadcast_to(value_J[:, None], (len(value_J), each)).reshape(-1)
         return {
             "w_a": Relayout(("w_qa", "w_kva", "w_kr"), join),
             "w_qb": Relayout(("w_qb",), lambda w_ANE: w_ANE.transpose(1, 2, 0)),
@@ -288,7 +289,7 @@ class LatentAttention(Attention):
 
     # What a variant may change:
 
-    def _branch_parameter(self, rngs: nnx.Rngs, init: Initializer) -> nnx.Param:
+    def branch_parameter(self, rngs: nnx.Rngs, init: Initializer) -> nnx.Param:
         """A parameter [J] with one number for each branch; in the decode layout [U], one for each KV-head shard."""
         train = self.layout == "train"
         shape, names = (
