@@ -27,6 +27,7 @@ from mlra_jax.decoding.generator import Completion as Completion
 from mlra_jax.decoding.generator import Delta as Delta
 from mlra_jax.decoding.generator import GenerationOptions as GenerationOptions
 from mlra_jax.decoding.generator import Generator as Generator
+from mlra_jax.decoding.load import Loaded as Loaded
 from mlra_jax.decoding.load import load_model as load_model
 from mlra_jax.decoding.sampling import Sampling as Sampling
 from mlra_jax.model.transformer import Transformer as Transformer
@@ -40,6 +41,7 @@ from mlra_jax.sharding import TRAIN_RULES as TRAIN_RULES
 from mlra_jax.sharding import AxisRules as AxisRules
 from mlra_jax.sharding import decode_rules as decode_rules
 from mlra_jax.sharding import make_mesh as make_mesh
+from mlra_jax.training.loop import TrainResult as TrainResult
 from mlra_jax.training.loop import train as train
 
 __version__: str

@@ -59,7 +59,7 @@ def test_forward_and_decoding_equal_the_equations_for_any_legal_sizes(config, fo
     )
     graph, state = nnx.split(nnx.eval_shape(lambda: make("train")))
     shapes = nnx.to_pure_dict(state)
-    draw = lambda shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)
     params = jax.tree.map(lambda x: draw(x.shape) / math.sqrt(x.shape[0]), shapes)
     x = draw((batch, length, config.d_model))
     expected = np.asarray(jax.jit(reference.attention, static_argnums=1)(params, config, x))
@@ -75,7 +75,7 @@ def test_forward_and_decoding_equal_the_equations_for_any_legal_sizes(config, fo
 
     # Decoding: the same values, laid out by slot; the first rows of each sequence in one call, the rest in another.
     graph, state = nnx.split(nnx.eval_shape(lambda: make("decode")))
-    flat = nnx.traversals.flatten_mapping(params)
+    flat = nnx.traversals.flatten_mapping(jax.tree.map(jnp.asarray, params))
     given = {".".join(path): leaf for path, leaf in flat.items()}
     made = {k: (v.sources, v.make) for k, v in LatentAttention.decode_leaves(config, rules).items()}
     for path, _ in nnx.to_flat_state(state):
