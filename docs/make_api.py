@@ -52,9 +52,9 @@ assert paper.model.attention.n_branches == 4
 
 CONFIGURATIONS = """
 import dataclasses
+import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -62,7 +62,7 @@ import mlra_jax as mlra
 
 model = mlra.ModelConfig(
     vocab_size=384,
-    n_layers=2,
+    n_layers=1,
     d_model=32,
     n_heads=4,
     d_ff=64,
@@ -77,7 +77,7 @@ config = mlra.TrainConfig(
     name="small_one",
     model=model,
     execution=mlra.ExecutionConfig(remat="none"),
-    data=mlra.DataConfig(seq_len=32, global_batch=8, micro_batch=1),
+    data=mlra.DataConfig(seq_len=32, global_batch=8),
     optim=mlra.OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1, decay_steps=2),
     mesh=mlra.MeshConfig(data=-1),
     checkpoint=mlra.CheckpointConfig(every=2),
@@ -97,17 +97,16 @@ assert all(isinstance(m.attention, mlra.AttentionConfig) for m in (model, gqa, g
 """
 
 LAYER = """
-attention = mlra.LatentAttention(model, rngs=nnx.Rngs(0))
-x_BTD = jax.random.normal(jax.random.key(0), (2, 6, model.d_model))
+attention = jax.jit(lambda: mlra.LatentAttention(model, rngs=nnx.Rngs(0)))()
+x_BTD = np.random.default_rng(0).normal(size=(2, 6, model.d_model)).astype(np.float32)
 y_BTD = jax.jit(lambda attention, x: attention(x))(attention, x_BTD)  # whole sequences
 
 decoder, cache = attention.to_decode(), attention.init_cache(batch=2, max_len=6)
 assert isinstance(attention, mlra.Attention) and isinstance(cache, mlra.LayerCache)
-step = jax.jit(lambda decoder, *args: decoder.decode(*args))
-new = jnp.full(2, 3)  # tokens of each row, in two calls
-first, cache = step(decoder, x_BTD[:, :3], cache, jnp.zeros(2, int), new)
-second, cache = step(decoder, x_BTD[:, 3:], cache, jnp.full(2, 3), new)
-np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), y_BTD, atol=1e-4)
+step, new = jax.jit(lambda decoder, *args: decoder.decode(*args)), np.array([3, 3])
+first, cache = step(decoder, x_BTD[:, :3], cache, np.array([0, 0]), new)  # three tokens of each row
+second, cache = step(decoder, x_BTD[:, 3:], cache, np.array([3, 3]), new)  # and three more
+np.testing.assert_allclose(np.concatenate([first, second], axis=1), y_BTD, atol=1e-4)
 """
 
 OTHER_LAYERS = """
@@ -118,13 +117,13 @@ for layer, m in ((mlra.GroupedAttention, gqa), (mlra.TiedAttention, gta), (mlra.
 
 MODEL = """
 transformer = jax.jit(lambda: mlra.Transformer(model, rngs=nnx.Rngs(0)))()
-tokens_BT = jnp.arange(12).reshape(2, 6)
+tokens_BT = np.arange(12).reshape(2, 6)
 logits_BTV = jax.jit(lambda transformer, tokens: transformer(tokens))(transformer, tokens_BT)
 """
 
 WEIGHTS = """
-weights = mlra.attention_weights(transformer, tokens_BT)  # of both layers, by branch
-assert weights.shape == (2, 4, 2, 4, 6, 6)
+weights = mlra.attention_weights(transformer, tokens_BT)
+assert weights.shape == (1, 4, 2, 4, 6, 6)  # layers, branches, sequences, heads, queries, keys
 one_layer = mlra.attention_weights(attention, x_BTD)
 """
 
@@ -143,48 +142,51 @@ with jax.set_mesh(loaded.mesh):
 MESH = """
 mesh = mlra.make_mesh(mlra.MeshConfig(data=1), jax.devices()[:1])
 with jax.set_mesh(mesh):
-    split = jax.jit(lambda: mlra.Transformer(model, rngs=nnx.Rngs(0), rules=mlra.TRAIN_RULES))()
-rules = mlra.AxisRules.of(batch="replica", heads="model", mlp="model", vocab="model")  # of a mesh of your own
+    print(mlra.TRAIN_RULES.spec("batch", "length", "heads", None))  # of queries in training
+    print(mlra.decode_rules().spec("batch", "kv_head_shards", "cache_length", None))  # of a cache
+rules = mlra.AxisRules.of(batch="replica", heads="model", mlp="model", vocab="model")  # for a mesh of your own
 """
 
 LATENT_OP = """
 B, T, L, M, C, R, S = 2, 1, 4, 4, 8, 8, 64
-random = lambda *shape: jax.random.normal(jax.random.key(1), shape)
+random = lambda *shape: np.random.default_rng(0).normal(size=shape).astype(np.float32)
 q_nope, q_rope = random(B, T, L, M, C), random(B, T, L, M, R)
 kv_latent, k_rope = random(B, L, S, C), random(B, S, R)
-kv_len = jnp.array([[10], [64]])  # what the new token of each row sees
-out, lse = mlra.latent_decode_attention(q_nope, q_rope, kv_latent, k_rope, kv_len, scale=0.25)
+kv_len = np.array([[10], [64]])  # what the new token of each row sees
+decode = functools.partial(mlra.latent_decode_attention, scale=0.25)
+out, lse = jax.jit(decode)(q_nope, q_rope, kv_latent, k_rope, kv_len)
 """
 
 GROUPED_OP = """
 q, k, v = random(B, T, 2, 4, 8), random(B, 2, S, 8), random(B, 2, S, 8)
-out, lse = mlra.grouped_decode_attention(q, k, v, kv_len, scale=0.35)
+out, lse = jax.jit(functools.partial(mlra.grouped_decode_attention, scale=0.35))(q, k, v, kv_len)
 """
 
 FACTORED_OP = """
-q, a_k, b_k = random(B, T, 4, 1, 8), random(B, 4, S, 2), random(B, S, 2 * 8)
-out, lse = mlra.factored_decode_attention(q, a_k, b_k, a_k, b_k, kv_len, scale=0.35)
+q, a, b = random(B, T, 4, 1, 8), random(B, 4, S, 2), random(B, S, 2 * 8)
+out, lse = jax.jit(functools.partial(mlra.factored_decode_attention, scale=0.35))(q, a, b, a, b, kv_len)
 """
 
 EXPLAIN = """
-why = mlra.explain(mlra.latent_decode_attention, q_nope, q_rope, kv_latent, k_rope, kv_len, scale=0.25)
+why = mlra.explain(decode, q_nope, q_rope, kv_latent, k_rope, kv_len)
 assert why["latent_decode_attention"]["xla"] is None  # it takes the call
 """
 
 CHOOSE = """
 with mlra.choose(latent_decode_attention="reference"):
-    same, _ = mlra.latent_decode_attention(q_nope, q_rope, kv_latent, k_rope, kv_len, scale=0.25)
+    same, _ = jax.jit(decode)(q_nope, q_rope, kv_latent, k_rope, kv_len)
 """
 
 GENERATE = """
 generator = mlra.Generator.from_checkpoint("runs/small_one")
-generator.generate("ROMEO:", max_new_tokens=4)
-generator.generate(["ROMEO:", [74, 85, 76]], max_new_tokens=4, temperature=0.8, top_p=0.95)  # text, or token ids
+prompts = ["ROMEO:", [74, 85, 76, 73, 69, 84, 58]]  # text, or token ids
+texts = generator.generate(prompts, max_new_tokens=4, temperature=0.8, top_p=0.95)
+assert len(texts) == 2
 """
 
 OPTIONS = """
-options = mlra.GenerationOptions(max_new_tokens=4, sampling=mlra.Sampling(temperature=0.8), n=2, seed=1)
-for event in generator.stream("ROMEO:", options):
+options = mlra.GenerationOptions(max_new_tokens=4, sampling=mlra.Sampling(temperature=0.8, top_p=0.95), seed=1)
+for event in generator.stream(prompts, options):
     if isinstance(event, mlra.Delta):
         print(event.text, end="")
     elif isinstance(event, mlra.Completion):
