@@ -55,5 +55,6 @@ def _attention_weights(model: Transformer | Attention, inputs: jax.Array, layer:
             found.append(_attention_weights(block.attention, block.attention_norm(x_BTD), None))
         if layer == i:
             return found[0]
-        x_BTD = sum(block(x_BTD))
+        x_BTD, y_BTD = block(x_BTD)
+        x_BTD = x_BTD + y_BTD
     return jnp.stack(found)
