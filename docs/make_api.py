@@ -144,7 +144,8 @@ mesh = mlra.make_mesh(mlra.MeshConfig(data=1), jax.devices()[:1])
 with jax.set_mesh(mesh):
     print(mlra.TRAIN_RULES.spec("batch", "length", "heads", None))  # of queries in training
     print(mlra.decode_rules().spec("batch", "kv_head_shards", "cache_length", None))  # of a cache
-rules = mlra.AxisRules.of(batch="replica", heads="model", mlp="model", vocab="model")  # for a mesh of your own
+# For a mesh of your own:
+rules = mlra.AxisRules.of(batch="replica", heads="model", mlp="model", vocab="model")
 """
 
 LATENT_OP = """
@@ -185,7 +186,8 @@ assert len(texts) == 2
 """
 
 OPTIONS = """
-options = mlra.GenerationOptions(max_new_tokens=4, sampling=mlra.Sampling(temperature=0.8, top_p=0.95), seed=1)
+sampling = mlra.Sampling(temperature=0.8, top_p=0.95)
+options = mlra.GenerationOptions(max_new_tokens=4, sampling=sampling, seed=1)
 for event in generator.stream(prompts, options):
     if isinstance(event, mlra.Delta):
         print(event.text, end="")
