@@ -177,7 +177,7 @@ def test_json_gives_the_configuration_back(attention):
 
 def test_fields_that_a_stored_configuration_lacks_take_their_defaults():
     stored = to_dict(TrainConfig(seed=7))
-    del stored["steps"], stored["model"]["remat"], stored["log"]
+    del stored["steps"], stored["execution"], stored["log"]
     assert from_dict(stored) == TrainConfig(seed=7)
     stored["model"]["attention"] = {"n_kv_heads": 6, "d_head": 128}  # as before there were low-rank queries
     assert from_dict(stored).model.attention == GroupedAttentionConfig(6, 128)
