@@ -25,6 +25,7 @@ import tyro
 
 from mlra_jax import config as config_module
 from mlra_jax.config import ConfigError, TrainConfig, from_dict
+from mlra_jax.textfiles import read_text
 
 _serial = itertools.count()
 
@@ -117,7 +118,7 @@ def load_config(path_or_name: str) -> TrainConfig:
     path = _find(path_or_name)
     if path.suffix == ".json":
         try:
-            return from_dict(json.loads(path.read_text()))
+            return from_dict(json.loads(read_text(path)))
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
     if path.suffix != ".py":

@@ -30,6 +30,7 @@ from mlra_jax.convert import (
     write_weights,
 )
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.textfiles import read_text
 from mlra_jax.training import checkpoints
 
 CONFIG_FILE = "config.json"
@@ -110,8 +111,9 @@ def _progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}; name the official configuration with --config FILE.json.")
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):

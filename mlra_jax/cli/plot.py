@@ -70,7 +70,11 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
     if not 0 <= args.smooth < 1:
         raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+    out = pathlib.Path(args.out).expanduser()
     figure = Figure(figsize=(8, 5), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if out.suffix[1:].lower() not in formats or out.is_dir():
+        raise ValueError(f"--out {args.out} must be a file that ends in .{', .'.join(sorted(formats))}.")
     axes = figure.subplots()
     for run in args.runs:
         draw_run(axes, run, args.x, args.smooth)
@@ -78,7 +82,6 @@ def main(argv: Sequence[str]) -> int:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     print(out)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from mlra_jax.cli import command
 from mlra_jax.data.shards import MAX_ID, DataError, ShardWriter
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.textfiles import TextError, decode_text
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 _BATCH_CHARACTERS = 1 << 20  # text that is tokenized at a time
@@ -31,8 +32,9 @@ class PrepareArgs:
     """Turns text into token shards: files, folders of .txt, .md and .jsonl files, or a Hugging Face data set.
 
     Every .txt and .md file and every line of a .jsonl file is a document; it is written as the end-of-text id and then
-    its tokens. Folders are read with all below them, sorted by path. The folder --out appears when everything is
-    written, never half. Which documents are held out depends on their text alone.
+    its tokens. Text is UTF-8; a byte-order mark is dropped, and lines end in a line feed where they ended in carriage
+    return and line feed. Folders are read with all below them, sorted by path. The folder --out appears when everything
+    is written, never half. Which documents are held out depends on their text alone.
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
@@ -103,13 +105,13 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
         with open(path, "rb") as file:
             if path.suffix != ".jsonl":
                 data = file.read()
-                yield from _not_blank(data.decode(), len(data))
+                yield from _not_blank(decode_text(data, where), len(data))
                 return
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 if not line.strip():
                     continue
-                row = json.loads(line.decode())
+                row = json.loads(decode_text(line, str(path), number))
                 text = row.get(text_field) if isinstance(row, dict) else None
                 if not isinstance(text, str):
                     raise DataError(
@@ -118,8 +120,8 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
                 yield from _not_blank(text, len(line))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except TextError as error:
+        raise DataError(str(error)) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}.") from error
 
@@ -204,7 +206,7 @@ def write_shards(
     """
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(ShardWriter(folder, args.name, split, args.shard_tokens))
+            stack.enter_context(ShardWriter(folder, args.name, split, args.shard_tokens, args.tokenizer))
             for split in ("train", "val")
         ]
         bar = stack.enter_context(tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing"))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.lazy import LazyTensor, Tensor
+from mlra_jax.textfiles import read_text
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -74,8 +75,9 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [path], None
     for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
         if (path / index).is_file():
+            text = read_text(path / index)
             try:
-                listed = json.loads((path / index).read_text())["weight_map"]
+                listed = json.loads(text)["weight_map"]
                 names = sorted(set(listed.values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(

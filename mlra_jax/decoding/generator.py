@@ -105,7 +105,7 @@ class Completion:
     prompt: str
     """As given."""
     text: str
-    """The completion, without stop string or end of text."""
+    """The completion, without stop string or end of text: what its tokens add to the prompt, a space first included."""
     tokens: list[int]
     """Its ids, without end of text. With finish reason `stop` they are those that complete the stop string."""
     finish_reason: FinishReason
@@ -283,6 +283,10 @@ class Generator:
             self._batch(b, options, batch, max_len, every_token) for b in batches
         )
 
+    def _last(self, prompt: FittedPrompt) -> int | None:
+        """The last token of a prompt's text; None: it is empty."""
+        return None if prompt.ids[-1] == self.tokenizer.eot_id else prompt.ids[-1]
+
     def _batch(
         self,
         prompts: list[FittedPrompt],
@@ -305,7 +309,10 @@ class Generator:
             batch=batch,
         )
         owners = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        texts = [RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens) for prompt, _ in owners]
+        texts = [
+            RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens, self._last(prompt))
+            for prompt, _ in owners
+        ]
         longest = max(prompt.max_new_tokens for prompt in prompts)
         received, pending = 0, rows.first_B
         ahead: jax.Array | None = None

@@ -97,7 +97,8 @@ def open_parts(
     Args:
       paths: shards, folders of them (all their `*.bin`) or bucket URLs of either; or `embedded`, the held-out part of
         the corpus in the package. None at all: the validation shards of `config`.
-      config: of the run, with the T of the windows; with `verify`, tokens are compared with their checksums first.
+      config: of the run, with the T of the windows and the tokenizer that shards must have been made with; with
+        `verify`, tokens are compared with their checksums first.
       vocab_size: ids must be below it.
       protocol: `exact`: all tokens, also the last ones, which fill no window; `paper`: `paper_sequences`.
 
@@ -109,7 +110,7 @@ def open_parts(
         if path == "embedded" or not paths:
             shards = open_part(dataclasses.replace(config, path=path), "val", vocab_size)
         else:
-            shards = open_files(path, config.verify)
+            shards = open_files(path, config.verify, config.tokenizer)
         windows = Windows(shards, config.seq_len, vocab_size, tails=True)
         for i, (name, n_tokens) in enumerate(zip(shards.names, shards.n_tokens, strict=True)):
             first, count = windows.first_of_shard(i), int(windows.per_shard[i])

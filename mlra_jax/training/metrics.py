@@ -7,6 +7,7 @@ those parameters too.
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import sys
@@ -46,30 +47,31 @@ class JsonLines:
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._remote = is_remote(self._path)
-        text = self._path.read_text() if self._path.exists() else ""
+        # What is there stays, byte for byte.
+        found = self._path.read_bytes() if self._path.exists() else b""
         # A killed run may have left half a line; what follows must not be glued to it.
-        repair = "\n" if text and not text.endswith("\n") else ""
-        self._text = text + repair if self._remote else ""
+        repair = b"\n" if found and not found.endswith(b"\n") else b""
+        self._lines = [found + repair] if self._remote else []
         self._uploaded = time.monotonic()
         if repair and not self._remote:
             self._append(repair)
 
-    def _append(self, text: str) -> None:
-        with self._path.open("a") as file:
-            file.write(text)
+    def _append(self, line: bytes) -> None:
+        with self._path.open("ab") as file:
+            file.write(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        line = json.dumps({"step": step, **values}) + "\n"
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
         if not self._remote:
             self._append(line)
             return
-        self._text += line
+        self._lines.append(line)
         if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
     def flush(self) -> None:
         if self._remote:
-            self._path.write_text(self._text)
+            self._path.write_bytes(b"".join(self._lines))
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
@@ -175,7 +177,7 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     """The metrics of a run by step, in order of steps.
 
     A resumed run may have written a step twice: the later value of each metric counts. A line that was cut short when
-    the run was killed is passed over.
+    the run was killed, or that is damaged in another way, is passed over.
 
     Args:
       path: a run's folder, or a metrics file.
@@ -191,13 +193,14 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     if not file.exists():
         raise FileNotFoundError(f"No metrics in {path}: expected {file}; is it the folder of a training run?")
     records: dict[int, dict[str, float]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"):
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode())
             step = values.pop("step")
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError):
             continue
-        records.setdefault(step, {}).update(values)
+        if isinstance(step, int):
+            records.setdefault(step, {}).update(values)
     return dict(sorted(records.items()))
 
 

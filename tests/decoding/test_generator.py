@@ -109,10 +109,20 @@ def test_batches_of_any_size_give_the_same_completions_and_compile_once(generato
     assert [c.stats.rows for c in in_parts] == [4] * 8 + [2] * 2
 
 
-def test_an_empty_prompt_is_the_beginning_of_a_text(generator):
+def test_an_empty_prompt_is_the_beginning_of_a_text_and_any_other_is_continued(generator, monkeypatch):
+    continued = []
+
+    class Recording(ByteTokenizer):
+        def stream(self, after=None):
+            continued.append(after)
+            return super().stream(after)
+
+    monkeypatch.setattr(generator, "tokenizer", Recording())
     (empty,) = generator.complete("", max_new_tokens=4)
     assert empty.prompt_tokens == 1
     assert len(empty.tokens) == 4
+    generator.complete("ab", max_new_tokens=4)
+    assert continued == [None, ord("b")]
 
 
 def test_what_does_not_fit_is_refused_with_every_prompt_named(generator):

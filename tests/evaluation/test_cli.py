@@ -18,7 +18,7 @@ TEXT = b"What is written here is read by the model, one byte after the other." *
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("shards")
     for name in ("one", "two"):
-        with ShardWriter(out, name, "val") as writer:
+        with ShardWriter(out, name, "val", tokenizer="byte") as writer:
             writer.write(np.array([256, *TEXT]))
     return out
 
@@ -62,11 +62,15 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
             "data.seq_len=96 is not divisible by mesh axis context=5",
         ),
         ([*data, "--json", str(tmp_path / "no" / "file.json")], "must be a file in a folder that exists"),
-        ([*data, "--tokenizer", "nonsense"], "Unknown tokenizer 'nonsense'"),
+        ([*data, "--tokenizer", "nonsense"], "not with nonsense, which cannot be read here"),
         ([*data, "--step", "4"], "No checkpoint of step 4"),
         (["--data", "absent"], "There is no file or folder absent"),
         (["--tasks", "paper"], "--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]'"),
         (["--limit", "0"], "--limit 0 at least 1"),
+        (
+            [*data, "--tokenizer", "gpt2"],
+            "and 1 more were made with the tokenizer byte (vocabulary 394ecf8e), not with gpt2",
+        ),
     ]
     for options, words in cases:
         with pytest.raises(SystemExit) as ended:
