@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.config import DataConfig
+from mlra_jax.config import DataConfig, require
 from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
 from mlra_jax.data.shards import DataError, open_files
 from mlra_jax.evaluation.load import Evaluated
@@ -104,6 +104,7 @@ def open_parts(
     Raises:
       DataError, ValueError: a shard cannot be used, or is too short; says which.
     """
+    require(Protocol, protocol=protocol)
     parts, faults = [], []
     for path in paths or [config.path]:
         if path == "embedded" or not paths:
