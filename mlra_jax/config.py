@@ -128,11 +128,14 @@ def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
+OPTION = "--"
+
+
 class Validated:
     """A dataclass that can say what is wrong with it: its fields' type hints and ranges, and `conflicts`."""
 
     at: ClassVar[str] = ""
-    """What comes before the names of the fields in messages."""
+    """What comes before the names of the fields in messages; `OPTION` for those of a command alone."""
 
     def conflicts(self) -> list[str]:
         """One sentence for each way in which fields, each legal by itself, do not fit together."""
@@ -140,10 +143,10 @@ class Validated:
 
     def faults(self) -> list[str]:
         """One sentence for each fault; empty when the configuration is legal."""
-        hints, faults = _hints(type(self)), []
+        cls, faults = cast(Any, type(self)), []
         for field in dataclasses.fields(cast(Any, self)):
-            value = getattr(self, field.name)
-            faults += value_faults(f"{self.at}{field.name}", value, hints[field.name])
+            name = field.name.replace("_", "-") if self.at == OPTION else field.name
+            faults += value_faults(f"{self.at}{name}", getattr(self, field.name), _hints(cls)[field.name])
         return faults or self.conflicts()
 
     def validate(self) -> None:
@@ -580,8 +583,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_dict(d: Any) -> TrainConfig:
+EXECUTION = {
+    "model.remat",
+    "model.unroll_layers",
+    "model.gather",
+    "model.attention.form",
+    "data.micro_batch",
+}
+"""Fields that say how a run is computed, on its devices; the parameters and what they mean do not depend on them."""
+
+
+def from_dict(d: Any, *, afresh: bool = False) -> TrainConfig:
     """The legal `TrainConfig` that `to_dict` wrote; fields it lacks take their defaults.
+
+    Args:
+      d: nested dictionaries.
+      afresh: give the fields of `EXECUTION` their defaults, for a command with other devices to choose.
 
     Raises:
       ConfigError: fields are unknown, or their values not legal; all of them are listed.
@@ -595,6 +612,8 @@ def from_dict(d: Any) -> TrainConfig:
         cls = max(classes, key=lambda cls: len(values.keys() & names(cls)))
         fields = {}
         for name, value in values.items():
+            if afresh and f"{at}{name}" in EXECUTION:
+                continue
             if name not in names(cls):
                 unknown.append(f"Unknown field {at}{name}.{nearest(name, names(cls))}")
                 continue

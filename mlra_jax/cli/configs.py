@@ -100,12 +100,13 @@ def _execute(path: Path) -> types.ModuleType:
     return module
 
 
-def load_config(path_or_name: str) -> TrainConfig:
+def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
     """The configuration that the `get_config()` of a file returns, or that a run's `config.json` holds; it is legal.
 
     Args:
       path_or_name: path of a `.py` file or of a run's `config.json`, or a bare name such as `tiny`, looked up in
         `config_folders()`.
+      afresh: leave out of a `config.json` what the run chose for its devices (`mlra_jax.config.EXECUTION`).
 
     Raises:
       ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`; or
@@ -118,7 +119,7 @@ def load_config(path_or_name: str) -> TrainConfig:
         except ValueError as error:
             raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
         with _explaining(path):
-            return from_dict(stored)
+            return from_dict(stored, afresh=afresh)
     if path.suffix != ".py":
         raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
     with _explaining(path):
@@ -136,7 +137,7 @@ def load_config(path_or_name: str) -> TrainConfig:
     return config
 
 
-def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfig:
+def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bool = False) -> TrainConfig:
     """The validated configuration of a command line `CONFIG [--field VALUE ...]`.
 
     `--help` prints every field with its value in CONFIG (its default when there is no CONFIG) and exits with
@@ -145,6 +146,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
     Args:
       argv: the arguments after the program's name.
       prog: the program's name in the help; None: as it was called.
+      afresh: see `load_config`.
 
     Raises:
       ConfigError: CONFIG is missing or cannot be loaded, or the resulting configuration is not legal.
@@ -153,7 +155,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
     names = ", ".join(config_names())
     if argv and not argv[0].startswith("-"):
         chosen, rest = argv[0], argv[1:]
-        default = load_config(chosen)
+        default = load_config(chosen, afresh=afresh)
     elif {"-h", "--help"} & set(argv):
         chosen, rest = "CONFIG", argv
         default = TrainConfig()

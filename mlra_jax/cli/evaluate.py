@@ -15,7 +15,15 @@ import numpy as np
 import tyro
 
 from mlra_jax.cli import command
-from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, TrainConfig, Validated
+from mlra_jax.config import (
+    OPTION,
+    ConfigError,
+    MeshConfig,
+    NotNegative,
+    Positive,
+    TrainConfig,
+    Validated,
+)
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import Generator
 from mlra_jax.distributed import initialize, take_args
@@ -34,7 +42,7 @@ class EvaluateArgs(Validated):
     --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
-    at: ClassVar[str] = "--"
+    at: ClassVar[str] = OPTION
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     data: tuple[str, ...] = ()
@@ -42,7 +50,7 @@ class EvaluateArgs(Validated):
     in the package."""
     tasks: str = ""
     """Tasks of lm-evaluation-harness with commas between them; `paper`: the paper's seven. Needs the extra `eval`."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Checkpoint after so many updates; default: the latest."""
     mesh: MeshConfig = ALL_DEVICES
     """The devices, as in training; default: all of them, with different sequences."""
