@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -17,7 +17,15 @@ import tyro
 from tqdm import tqdm
 
 from mlra_jax.cli import command
-from mlra_jax.config import ConfigError, DataConfig, TrainConfig
+from mlra_jax.config import (
+    OPTION,
+    DataConfig,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    TrainConfig,
+    Validated,
+)
 from mlra_jax.convert import (
     LazyTensor,
     lazy_params_from_official,
@@ -57,27 +65,28 @@ class FromOfficialArgs:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToOfficialArgs:
+class ToOfficialArgs(Validated):
     """Writes the parameters of a checkpoint as the weights of an official PyTorch model.
 
     OUT gets model.safetensors (several files and an index if it would be larger than --max-file-gb) and config.json,
     and appears when all are complete.
     """
 
+    at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
     """Local folder to make."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     with_head: bool = False
     """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
-    max_file_gb: float = 5.0
+    max_file_gb: PositiveFloat = 5.0
     """Size in GB (10^9 bytes) above which the weights are cut into several files."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitLatentsArgs:
+class SplitLatentsArgs(Validated):
     """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further from there.
 
     Each latent head is cut into equal pieces (docs/conversion.md): an MLA with --latent-heads 4 --branches 4 becomes an
@@ -85,19 +94,20 @@ class SplitLatentsArgs:
     trains.
     """
 
+    at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
     """Folder (or bucket URL) to make."""
-    latent_heads: int = 4
+    latent_heads: Positive = 4
     """Latent heads afterwards; a multiple of those before."""
-    branches: int = 4
+    branches: Positive = 4
     """Latent heads that each query head reads and sums afterwards; a multiple of those before."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     key_scale: float | None = None
     """Factor of the branches' keys; None: pieces that a query head reads of one latent head."""
-    seed: int | None = 0
+    seed: NotNegative | None = 0
     """Of the rotation that mixes the pieces; None: not mixed."""
 
 
@@ -157,11 +167,10 @@ def from_official(args: FromOfficialArgs) -> None:
 
 def to_official(args: ToOfficialArgs) -> None:
     """See `ToOfficialArgs`."""
+    args.validate()
     out = Path(args.out).expanduser().absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists; name another --out, or remove it.")
-    if not args.max_file_gb > 0:
-        raise ConfigError([f"--max-file-gb {args.max_file_gb:g} must be positive."])
     config = checkpoints.load_config(args.checkpoint, args.step)
     official = official_from_model_config(config.model, block_size=config.data.seq_len)
     params = checkpoints.lazy_params(args.checkpoint, args.step)
@@ -191,6 +200,7 @@ def to_official(args: ToOfficialArgs) -> None:
 
 def split(args: SplitLatentsArgs) -> None:
     """See `SplitLatentsArgs`."""
+    args.validate()
     _check_new_run(args.out)
     config = checkpoints.load_config(args.checkpoint, args.step)
     split_config(config.model, args.latent_heads, args.branches)  # before anything is read

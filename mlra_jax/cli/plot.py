@@ -6,27 +6,29 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlra_jax.cli import command
+from mlra_jax.config import OPTION, Range, Validated
 from mlra_jax.training.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class PlotArgs:
+class PlotArgs(Validated):
     """Draws the loss curves of one or more training runs."""
 
+    at: ClassVar[str] = OPTION
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders (or bucket URLs) of runs, or their metrics files."""
     out: str = "losses.png"
     """Figure to write; the suffix says the format."""
     x: Literal["step", "tokens"] = "step"
     """What the horizontal axis counts."""
-    smooth: float = 0.0
+    smooth: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Weight of the past in a running mean of the training loss, 0 (none) to below 1."""
 
 
@@ -68,8 +70,7 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
     if not args.runs:
         raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
-    if not 0 <= args.smooth < 1:
-        raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+    args.validate()
     out = pathlib.Path(args.out).expanduser()
     figure = Figure(figsize=(8, 5), layout="constrained")
     formats = figure.canvas.get_supported_filetypes()

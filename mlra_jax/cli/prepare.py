@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from mlra_jax.cli import command
+from mlra_jax.config import OPTION, Range, Validated
 from mlra_jax.data.shards import MAX_ID, DataError, ShardWriter
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.textfiles import TextError, decode_text
@@ -28,7 +29,7 @@ _BATCH_CHARACTERS = 1 << 20  # text that is tokenized at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareArgs:
+class PrepareArgs(Validated):
     """Turns text into token shards: files, folders of .txt, .md and .jsonl files, or a Hugging Face data set.
 
     Every .txt and .md file and every line of a .jsonl file is a document; it is written as the end-of-text id and then
@@ -37,6 +38,7 @@ class PrepareArgs:
     is written, never half. Which documents are held out depends on their text alone.
     """
 
+    at: ClassVar[str] = OPTION
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Text files and folders."""
     out: str = "shards"
@@ -50,10 +52,10 @@ class PrepareArgs:
     holdout: Literal["auto", "documents", "tails"] = "auto"
     """What is held out for validation: whole documents, or the end of every document (at a line break where there is
     one). auto: documents if there are at least 100, else tails."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.1
     """Share that is held out, of the documents or of each document's characters; 0: nothing (training
     needs validation shards: then put some into the folder yourself)."""
-    shard_tokens: int = 10**8
+    shard_tokens: Annotated[int, Range(ge=1, lt=2**31)] = 10**8
     """Tokens in a shard."""
     overwrite: bool = False
     """Replace the folder --out if it exists; it must hold nothing but shards."""
@@ -235,13 +237,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _check(args: PrepareArgs) -> None:
-    faults = []
+    faults = args.faults()
     if bool(args.inputs) == bool(args.hf_dataset):
         faults.append("Name either text files and folders, or one --hf-dataset.")
-    if not 0 <= args.val_fraction < 1:
-        faults.append(f"--val-fraction {args.val_fraction} must be at least 0 and less than 1.")
-    if not 1 <= args.shard_tokens < 2**31:
-        faults.append(f"--shard-tokens {args.shard_tokens} must be between 1 and 2^31 - 1.")
     if not args.name or os.sep in args.name:
         faults.append(f"--name {args.name!r} must be a part of a file name.")
     if "://" in args.out:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.config import DataConfig
+from mlra_jax.config import DataConfig, require
 from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
 from mlra_jax.data.shards import DataError, open_files
+from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.training.step import make_eval_step
 
@@ -105,6 +106,7 @@ def open_parts(
     Raises:
       DataError, ValueError: a shard cannot be used, or is too short; says which.
     """
+    require(Protocol, protocol=protocol)
     parts, faults = [], []
     for path in paths or [config.path]:
         if path == "embedded" or not paths:
@@ -149,6 +151,9 @@ def evaluate(
       parts: see `open_parts`.
       byte_lengths: see `Tokenizer.byte_lengths`; None: bytes are not counted.
       progress: whether to show a bar, if standard error is a terminal.
+
+    Raises:
+      NotFiniteError: the cross-entropy of a part is NaN or infinite.
     """
     sharding, seq_len = model.batch_sharding, model.seq_len
     rows = model.rows(max(part.batches.n_sequences for part in parts))
@@ -185,6 +190,11 @@ def evaluate(
             nats, tokens, *n_bytes = (
                 float(np.sum(column, dtype=np.float64)) for column in zip(*sums, strict=True)
             )
+            if not math.isfinite(nats):
+                raise NotFiniteError(
+                    f"{part.name}: the cross-entropy is {nats}; the weights of this checkpoint are no good, take one "
+                    "from before its training diverged."
+                )
             yield Perplexity(
                 name=part.name,
                 tokens=int(tokens),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ModelConfig, require
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
@@ -56,6 +56,16 @@ def nested(name: str, leaves: DecodeLeaves) -> DecodeLeaves:
     """The same of a module that lies in another one under `name`."""
     prefix = lambda path: f"{name}.{path}"
     return {prefix(k): Relayout(tuple(map(prefix, v.sources)), v.make) for k, v in leaves.items()}
+
+
+def check(config: ModelConfig, layout: Layout) -> None:
+    """Refuses what a module cannot be made of, before it allocates anything.
+
+    Raises:
+      ConfigError: lists every fault of `config`; or `layout` is none.
+    """
+    config.validate()
+    require(Layout, layout=layout)
 
 
 def require_layout(layout: Layout, needed: Layout) -> None:

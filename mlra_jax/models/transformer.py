@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ModelConfig, require
 from mlra_jax.models.attention import attention_class
 from mlra_jax.models.layers import (
     DecodeLeaves,
@@ -19,6 +19,7 @@ from mlra_jax.models.layers import (
     RMSNorm,
     Summed,
     SwiGLU,
+    check,
     nested,
     require_layout,
 )
@@ -27,6 +28,8 @@ from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
     from mlra_jax.decoding.cache import Cache
+
+LogitsOf = Literal["all", "last"]
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES = {
@@ -134,7 +137,7 @@ class Transformer(nnx.Module):
         layout: Layout = "train",
         stacked: bool = True,
     ):
-        config.validate()
+        check(config, layout)
         self.config, self.rules, self.layout = config, rules, layout
         self.embedding = Embedding(config, rngs=rngs, rules=rules)
         make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout)
@@ -208,7 +211,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         n_new_B: jax.Array,
         *,
-        logits: Literal["all", "last"] = "all",
+        logits: LogitsOf = "all",
     ) -> tuple[jax.Array, Cache]:
         """Runs T new tokens of each row against the cache, in the decode layout.
 
@@ -216,12 +219,13 @@ class Transformer(nnx.Module):
           tokens_BT: ids; row b's first `n_new_B[b]` count, the rest is padding.
           cache: donate it to the compiled function; it comes back with the new tokens.
           n_new_B: new tokens of each row, 0 to T; `cache.lengths + n_new_B` must not exceed `cache.capacity`.
-          logits: after every token [B, T, V], or after each row's last new one [B, 1, V].
+          logits: `all`: after every token [B, T, V]; `last`: after each row's last new one [B, 1, V].
 
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
         """
         require_layout(self.layout, "decode")
+        require(LogitsOf, logits=logits)
         start_B = cache.lengths
         with jax.named_scope("embed"):
             x_BTD = self.embedding.encode(tokens_BT)

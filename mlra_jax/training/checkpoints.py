@@ -4,11 +4,12 @@
                          optimizer   the optax state and the step
                          guard       what tells which updates to leave out
                          config      the resolved TrainConfig, JSON
-                         digests     a checksum of each array and of the configuration, JSON (not of converted weights)
+                         digests     a checksum of each array and of the configuration, JSON
 
 STEP is the number of updates made. A step's folder appears under its name only when it is complete (in a bucket: only
-then holds its commit file). What a disk, a copy or a person did to it later shows in the digests: a damaged checkpoint
-is moved aside, never deleted, and the run continues from the one before. Arrays are stored in pieces with their
+then holds its commit file). What a disk, a copy or a person did to it later shows in the digests, with which everything
+that is read here is compared: a run moves a damaged checkpoint aside, never deletes it, and continues from the one
+before; all others refuse it. Arrays are stored in pieces with their
 shapes: a checkpoint knows no mesh, and each process reads just what its own devices hold.
 """
 
@@ -31,18 +32,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mlra_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
+from mlra_jax.config import EXECUTION, CheckpointConfig, ConfigError, TrainConfig, from_dict, to_dict
 from mlra_jax.lazy import LazyStack, LazyTensor
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
-
-# These change neither the parameters nor the function that they define: how it is computed, and memory for time.
-_FREE_MODEL_FIELDS = {"model.remat", "model.unroll_layers", "model.gather", "model.attention.form"}
 
 
 class CheckpointError(ValueError):
@@ -125,18 +124,19 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
 
 
 def load_config(checkpoint: epath.PathLike, step: int | None = None) -> TrainConfig:
-    """The resolved configuration of the run that wrote a checkpoint.
+    """The configuration of the run that wrote a checkpoint; how it was computed (`EXECUTION`) is left to be chosen.
 
     Args:
       checkpoint: see `find_step`.
       step: see `find_step`.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: there is no such checkpoint, or it is damaged.
       ConfigError: the stored configuration has fields that this version does not know.
     """
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return from_dict(checkpointer.restore(find_step(checkpoint, step) / "config"))
+    step_dir = find_step(checkpoint, step)
+    with _explaining_damage(step_dir):
+        return from_dict(_read_config(step_dir)[0], afresh=True)
 
 
 def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
@@ -166,15 +166,21 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
         )
 
 
-def _digest(x: jax.Array) -> jax.Array:
+def _digest(x: Any) -> Any:
     """Sum of the bits of all elements modulo 2^32, each mixed first; integers add up to the same on any mesh.
 
     The mixing is one-to-one, so that one changed element always shows, and several but once in 2^32.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # Wellons' "lowbias32"
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return jnp.sum(bits, dtype=jnp.uint32)
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return bits.sum(dtype="uint32")
+
+
+def _digest_on_host(x: np.ndarray) -> int:
+    """The same of a NumPy array, in pieces that take little memory."""
+    flat, step = np.ascontiguousarray(x).reshape(-1), 1 << 22
+    return sum(int(_digest(flat[i : i + step])) for i in range(0, flat.size, step)) % 2**32
 
 
 # One program: several small ones with collectives, all under way at once, have been seen to wait for one another on
@@ -183,14 +189,18 @@ _digest_each = jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]))
 
 
 def _digests(items: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each item, the digest of each array by its path."""
+    """Of each item, the digest of each array, of JAX or of NumPy, by its path."""
+    found: dict[str, dict[str, int]] = {item: {} for item in items}
     names, arrays = [], []
     for item, tree in items.items():
         for path, array in jax.tree.leaves_with_path(tree):
-            names.append((item, jax.tree_util.keystr(path, simple=True, separator=".")))
-            arrays.append(array)
-    digests = jax.device_get(_digest_each(arrays)).tolist()
-    found: dict[str, dict[str, int]] = {item: {} for item in items}
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if isinstance(array, np.ndarray):
+                found[item][name] = _digest_on_host(array)
+            else:
+                names.append((item, name))
+                arrays.append(array)
+    digests = jax.device_get(_digest_each(arrays)).tolist() if arrays else []
     for (item, name), digest in zip(names, digests, strict=True):
         found[item][name] = digest
     return found
@@ -204,8 +214,8 @@ def _read_json(step_dir: epath.Path, item: str) -> Any:
     return ocp.JsonCheckpointHandler().restore(step_dir / item)
 
 
-def _read_digests(step_dir: epath.Path) -> dict[str, Any] | None:
-    """The digests that were stored; None: converted weights, or of a version that had none.
+def _read_config(step_dir: epath.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration and the digests that were stored; None: by a version that had none.
 
     Raises:
       DamagedError: the configuration is not the one that was stored.
@@ -213,11 +223,11 @@ def _read_digests(step_dir: epath.Path) -> dict[str, Any] | None:
     """
     config = _read_json(step_dir, "config")
     if not (step_dir / "digests").exists():
-        return None
+        return config, None
     digests = _read_json(step_dir, "digests")
     if digests["config"] != _config_digest(config):
         raise DamagedError(f"{step_dir / 'config'} is not what was saved")
-    return digests
+    return config, digests
 
 
 def _read(step_dir: epath.Path, item: str, abstract: Any) -> Any:
@@ -243,6 +253,24 @@ def _check_digests(step_dir: epath.Path, items: dict[str, Any], digests: dict[st
         raise DamagedError(f"{step_dir} holds other values than were saved, in {', '.join(bad)}")
 
 
+def _read_params(
+    step_dir: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct], digests: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Some parameters as they are stored, by dotted path, laid out as in `abstract` (NumPy arrays without a sharding).
+
+    Raises:
+      DamagedError: they are not those that were saved.
+      Exception: what reading a damaged file raises.
+    """
+    tree = nnx.traversals.unflatten_mapping(abstract, sep=".")
+    args = ocp.args.PyTreeRestore(
+        tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+    )
+    found = ocp.PyTreeCheckpointHandler().restore(step_dir / "params", args=args)
+    _check_digests(step_dir, {"params": found}, digests)
+    return _flat(found)
+
+
 def _reason(error: BaseException) -> str:
     """Why something failed, short: the system's words if it has some, else the first of the library's."""
     if isinstance(error, OSError) and error.strerror:
@@ -254,6 +282,19 @@ def _reason(error: BaseException) -> str:
         return os.strerror(int(code[1]))
     text = re.sub(r" \[\w+=.*", "", text.splitlines()[0]).rstrip(".")
     return text if len(text) <= 300 else "... " + text[-300:]  # the end says which file
+
+
+@contextmanager
+def _explaining_damage(step_dir: epath.Path) -> Iterator[None]:
+    """Turns whatever goes wrong while a checkpoint is read into a `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is CheckpointError or isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(
+            f"The checkpoint {step_dir} is damaged ({_reason(error)}); name another step."
+        ) from error
 
 
 _T = TypeVar("_T")
@@ -285,7 +326,7 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
     Args:
       checkpoint: see `find_step`.
       abstract_params: nested dictionary of `jax.ShapeDtypeStruct` with concrete shardings (any mesh); each array is
-        converted to the `dtype` given here. Without conversion, digests are compared.
+        converted to the `dtype` given here, those that change one after the other.
       step: see `find_step`.
 
     Raises:
@@ -293,19 +334,22 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
         is damaged.
     """
     step_dir = find_step(checkpoint, step)
-    try:
+    with _explaining_damage(step_dir):
         _check_tree(step_dir, "params", abstract_params)
-        params = _read(step_dir, "params", abstract_params)
-        stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree
-        if all(a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (params, stored)), strict=True)):
-            _check_digests(step_dir, {"params": params}, _read_digests(step_dir))
-    except Exception as error:
-        if type(error) is CheckpointError:
-            raise
-        raise CheckpointError(
-            f"The checkpoint {step_dir} is damaged ({_reason(error)}); name another step."
-        ) from error
-    return params
+        _, digests = _read_config(step_dir)
+        stored = _flat(ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree)
+        wanted = _flat(abstract_params)
+        as_stored = {
+            name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
+            for name, x in wanted.items()
+        }
+        kept = [name for name, x in wanted.items() if x.dtype == stored[name].dtype]
+        params: dict[str, Any] = {}
+        # One at a time, so that no more than one array is there in both types.
+        for names in filter(None, (kept, *([name] for name in wanted if name not in kept))):
+            read = _read_params(step_dir, {name: as_stored[name] for name in names}, digests)
+            params |= {name: read[name].astype(wanted[name].dtype) for name in names}
+        return nnx.traversals.unflatten_mapping(params, sep=".")
 
 
 def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
@@ -396,10 +440,9 @@ class Checkpoints:
         Raises:
           CheckpointError: the model is another one; every field that differs is named.
         """
-        differences = config_differences(load_config(self.directory, step), config)
-        refused = [
-            d for d in differences if d.startswith("model.") and d.split(":")[0] not in _FREE_MODEL_FIELDS
-        ]
+        stored = from_dict(_read_config(find_step(self.directory, step))[0])
+        differences = config_differences(stored, config)
+        refused = [d for d in differences if d.startswith("model.") and d.split(":")[0] not in EXECUTION]
         if refused:
             raise CheckpointError(
                 f"{self.directory} holds a run of another model; give this one another --name or --out, or take back:"
@@ -453,7 +496,7 @@ class Checkpoints:
           CheckpointError: the model is another one.
         """
         step_dir = find_step(self.directory, step)
-        digests = _on_all(lambda: _read_digests(step_dir))
+        _, digests = _on_all(lambda: _read_config(step_dir))
         changes = self.check_config(step, config)
         wanted = _items(abstract_state)
         if step == 0 and not (step_dir / "optimizer").exists():
@@ -510,15 +553,18 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes `LazyTensor`s and `LazyStack`s into the format of arrays, one after the other and layer by layer.
 
     So no more than one layer of a large stack is in memory. (Should Orbax rename the functions overridden here, arrays
-    would be written whole.)
+    would be written whole, and have no digests.)
     """
 
     def __init__(self, progress: Callable[[int], Any]):
         super().__init__(deepcopy_host_arrays=False)
-        self._progress = progress
+        self._progress, self._name = progress, ""
+        self.digests: dict[str, int] = {}
+        """Of what has been written, by dotted path."""
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
+            self._name = info.name
             await super()._background_serialize([value], [info], [arg])
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
@@ -526,7 +572,9 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         by_layer = isinstance(value, LazyStack) and value.nbytes > _CHUNK_BYTES
         places = [(store[i], layer) for i, layer in enumerate(value.layers)] if by_layer else [(store, value)]
         for place, tensor in places:
-            await place.write(np.asarray(tensor))
+            values = np.asarray(tensor)
+            self.digests[self._name] = (self.digests.get(self._name, 0) + _digest_on_host(values)) % 2**32
+            await place.write(values)
             self._progress(tensor.nbytes)
 
 
@@ -535,7 +583,7 @@ def save_params(
 ) -> None:
     """Writes step 0 of a run with parameters and configuration alone; decoding reads it like any other.
 
-    The step's folder appears when it is complete.
+    The step's folder appears when it is complete; its digests, which are known only then, are added to it.
 
     Args:
       run_dir: must hold no checkpoint yet.
@@ -559,7 +607,7 @@ def save_params(
             return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         return ocp.SaveArgs(chunk_byte_size=x[0].nbytes, shard_axes=(0,))  # each chunk lies in one layer
 
-    run = _absolute(run_dir)
+    run, stored = _absolute(run_dir), to_dict(config)
     with ocp.CheckpointManager(
         run / FOLDER,
         options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
@@ -572,9 +620,15 @@ def save_params(
             0,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
-                config=ocp.args.JsonSave(to_dict(config)),
+                config=ocp.args.JsonSave(stored),
             ),
         )
+    arrays = {name: x for name, x in _flat(params).items() if not isinstance(x, LazyTensor | LazyStack)}
+    found = _digests({"params": arrays})["params"] | lazy.digests
+    if found.keys() == _flat(params).keys():
+        digests = {"params": found, "config": _config_digest(stored)}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(find_step(run, 0) / "digests", args=ocp.args.JsonSave(digests))
     write_config(run, config)
 
 
@@ -591,32 +645,28 @@ def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str
       that going through the layers of one or two of them in turn reads each once.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: there is no such checkpoint, or it is damaged; what is wrong with an array shows when it is read.
     """
-    folder = find_step(checkpoint, step) / "params"
-    handler = ocp.PyTreeCheckpointHandler()
-    stored = handler.metadata(folder).tree
+    step_dir = find_step(checkpoint, step)
+    with _explaining_damage(step_dir):
+        _, digests = _read_config(step_dir)
+        stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree
 
-    kept: dict[tuple[str, ...], np.ndarray] = {}
+    kept: dict[str, np.ndarray] = {}
 
-    def read(path: tuple[str, ...]) -> np.ndarray:
-        if path in kept:
-            return kept[path]
-        for old in list(kept)[:-1]:  # before there is another one
-            del kept[old]
-        item: Any = np.zeros(())  # stands for the array
-        for key in reversed(path):
-            item = {key: item}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        kept[path] = jax.tree.leaves(handler.restore(folder, args=args))[0]
-        return kept[path]
+    def read(name: str, x: Any) -> np.ndarray:
+        if name not in kept:
+            for old in list(kept)[:-1]:  # before there is another one
+                del kept[old]
+            with _explaining_damage(step_dir):
+                kept.update(_read_params(step_dir, {name: jax.ShapeDtypeStruct(x.shape, x.dtype)}, digests))
+        return kept[name]
 
     def lazy(path: tuple[Any, ...], x: Any) -> LazyTensor | LazyStack:
-        keys, dtype = tuple(key.key for key in path), np.dtype(x.dtype)
-        if keys[0] != "layers":
-            return LazyTensor(tuple(x.shape), dtype, lambda: read(keys))
-        layer = lambda i: LazyTensor(tuple(x.shape[1:]), dtype, lambda: read(keys)[i])
+        name, dtype = ".".join(key.key for key in path), np.dtype(x.dtype)
+        if not name.startswith("layers."):
+            return LazyTensor(tuple(x.shape), dtype, lambda: read(name, x))
+        layer = lambda i: LazyTensor(tuple(x.shape[1:]), dtype, lambda: read(name, x)[i])
         return LazyStack(tuple(map(layer, range(x.shape[0]))))
 
     return jax.tree_util.tree_map_with_path(lazy, stored)

@@ -98,12 +98,12 @@ def test_edited_configuration_is_read_again(tmp_path):
 
 def test_unknown_name_is_refused_with_a_suggestion_and_the_list():
     message = failing(load_config, "tinny")
-    assert "No configuration tinny; did you mean tiny?" in message
+    assert "No configuration tinny. Did you mean tiny?" in message
     assert all(name in message for name in PAPER)
 
 
 def test_missing_path_is_refused_with_a_suggestion():
-    assert "did you mean mlra_4?" in failing(load_config, "somewhere/mlra4.py")
+    assert "Did you mean mlra_4?" in failing(load_config, "somewhere/mlra4.py")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,36 @@ def test_misspelt_field_in_a_file_fails_with_a_suggestion(tmp_path):
     text = MINIMAL.replace("name='mine'", "model=ModelConfig(n_layer=3)")
     message = failing(load_config, write(tmp_path / "mine.py", text))
     assert "'n_layer'" in message
-    assert "Did you mean 'n_layers'?" in message
+    assert "Did you mean n_layers?" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "faults"),
+    [
+        (
+            "mine.py",
+            MINIMAL.replace("name='mine'", "steps=0, model=ModelConfig(output_init='zero')"),
+            [
+                "model.output_init='zero' must be one of zeros, normal. Did you mean zeros?",
+                "steps=0 must be at",
+            ],
+        ),
+        (
+            "config.json",
+            '{"steps": "40", "sed": 1}',
+            ["Unknown field sed. Did you mean seed?", "steps='40' must"],
+        ),
+        ("config.json", "[1]", ["The configuration=[1] must be TrainConfig, not list."]),
+        ("config.json", "{", ["is not the config.json of a run"]),
+    ],
+)
+def test_illegal_values_in_a_file_are_listed_with_its_path_before_the_command_line_is_read(
+    tmp_path, name, text, faults
+):
+    path = write(tmp_path / name, text)
+    message = failing(parse_train_args, [path, "--steps", "3"])
+    assert all(fault in message for fault in faults)
+    assert message.count(path) == len(faults)
 
 
 def test_file_that_is_not_python_is_refused(tmp_path):

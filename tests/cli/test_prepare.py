@@ -213,9 +213,9 @@ def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
         (["{tmp}/blank.txt"], "hold no text."),
         (
             ["{tmp}/blank.txt", "--val-fraction", "1"],
-            "--val-fraction 1.0 must be at least 0 and less than 1.",
+            "--val-fraction=1.0 must be at least 0 and less than 1.",
         ),
-        (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens 0 must be"),
+        (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens=0 must be"),
         (["{tmp}/blank.txt", "--name", "a/b"], "--name 'a/b' must be a part of a file name."),
         (["{tmp}/blank.txt", "--out", "gs://b/x"], "written to a local folder"),
         (["{tmp}/blank.txt", "--tokenizer", "gpt9"], "Unknown tokenizer 'gpt9'"),

@@ -54,8 +54,8 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
     data = ["--data", str(folder)]
     cases = [
         ([*data, "--protocol", "paper"], "has 205 tokens; the paper protocol needs at least 577"),
-        ([*data, "--batch-size", "0"], "batch_size=0 at least 1"),
-        ([*data, "--seq-len", "-1"], "seq_len=-1 must be positive"),
+        ([*data, "--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        ([*data, "--seq-len", "-1"], "--seq-len=-1 must be at least 0"),
         ([*data, "--mesh.data", "16"], "needs 16 devices; JAX sees 8"),
         (
             [*data, "--mesh.data", "1", "--mesh.context", "5"],
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
         ([*data, "--step", "4"], "No checkpoint of step 4"),
         (["--data", "absent"], "There is no file or folder absent"),
         (["--tasks", "paper"], "--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]'"),
-        (["--limit", "0"], "--limit 0 at least 1"),
+        (["--limit", "0"], "--limit=0 must be at least 1"),
         (
             [*data, "--tokenizer", "gpt2"],
             "and 1 more were made with the tokenizer byte (vocabulary 394ecf8e), not with gpt2",

@@ -23,6 +23,7 @@ from mlra_jax.models.layers import (
     Layout,
     Relayout,
     RMSNorm,
+    check,
     nested,
     normal,
     parameter,
@@ -78,6 +79,7 @@ class GroupedAttention(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
     ):
+        check(config, layout)
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
         self.config, self.rules, self.layout = config, rules, layout

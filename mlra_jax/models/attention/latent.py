@@ -27,6 +27,7 @@ from mlra_jax.models.layers import (
     Layout,
     Relayout,
     RMSNorm,
+    check,
     decode_product,
     nested,
     normal,
@@ -98,6 +99,7 @@ class LatentAttention(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
     ):
+        check(config, layout)
         a = config.attention
         assert isinstance(a, LatentAttentionConfig)
         self.config, self.rules, self.layout = config, rules, layout

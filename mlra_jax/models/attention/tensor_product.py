@@ -26,6 +26,7 @@ from mlra_jax.models.layers import (
     DecodeLeaves,
     Layout,
     Relayout,
+    check,
     nested,
     parameter,
     product,
@@ -57,6 +58,7 @@ class TensorProductAttention(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
     ):
+        check(config, layout)
         a = config.attention
         assert isinstance(a, TensorProductAttentionConfig)
         self.config, self.rules, self.layout = config, rules, layout

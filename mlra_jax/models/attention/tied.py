@@ -25,6 +25,7 @@ from mlra_jax.models.layers import (
     DecodeLeaves,
     Layout,
     Relayout,
+    check,
     nested,
     normal,
     parameter,
@@ -55,6 +56,7 @@ class TiedAttention(nnx.Module):
     def __init__(
         self, config: ModelConfig, *, rngs: nnx.Rngs, rules: AxisRules = TRAIN_RULES, layout: Layout = "train"
     ):
+        check(config, layout)
         a = config.attention
         assert isinstance(a, TiedAttentionConfig)
         self.config, self.rules, self.layout = config, rules, layout
