@@ -18,8 +18,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from tyro.conf import AvoidSubcommands, arg
 
+from mlra_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """One or more faults in a configuration; the message lists all of them."""
 
     def __init__(self, faults: list[str]):
@@ -403,7 +405,8 @@ class OptimConfig(Validated):
     min_lr: float = 1.6e-5
     """Learning rate at and after `decay_steps`."""
     warmup_steps: int = 2000
-    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0."""
+    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0. A warm-up that would not end before
+    decay_steps takes a tenth of them."""
     decay_steps: int = 100_000
     """Step at which the cosine reaches `min_lr`."""
     beta1: float = 0.9
@@ -424,6 +427,11 @@ class OptimConfig(Validated):
     spike_window: int = 128
     """Updates over which that mean and deviation are taken; before as many were made, nothing is a spike."""
 
+    @property
+    def warmup(self) -> int:
+        """Steps that the warm-up really takes: short runs of a configuration made for long ones have one too."""
+        return self.warmup_steps if self.warmup_steps < self.decay_steps else self.decay_steps // 10
+
     def faults(self) -> list[str]:
         at = "optim."
         faults = []
@@ -431,9 +439,9 @@ class OptimConfig(Validated):
             faults.append(
                 f"{at}lr={self.lr} and {at}min_lr={self.min_lr}: need 0 < lr and 0 <= min_lr <= lr."
             )
-        if not 0 <= self.warmup_steps < self.decay_steps:
+        if self.warmup_steps < 0 or self.decay_steps < 1:
             faults.append(
-                f"{at}warmup_steps={self.warmup_steps} must be less than decay_steps={self.decay_steps}."
+                f"{at}warmup_steps={self.warmup_steps} must not be negative, decay_steps={self.decay_steps} at least 1."
             )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlra_jax.cli import command
+from mlra_jax.errors import UserError
+from mlra_jax.storage import write_whole
 from mlra_jax.training.metrics import read_metrics
 
 
@@ -44,13 +47,13 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
 
     Raises:
       FileNotFoundError: the run has no metrics file.
-      ValueError: the file holds no loss.
+      UserError: the file holds no loss.
     """
     records = read_metrics(run)
     train = [(r[x] if x != "step" else s, r["loss"]) for s, r in records.items() if "loss" in r]
     held_out = [(r[x] if x != "step" else s, r["eval_loss"]) for s, r in records.items() if "eval_loss" in r]
     if not train and not held_out:
-        raise ValueError(f"The metrics of {run} hold no loss yet.")
+        raise UserError(f"The metrics of {run} hold no loss yet.")
     name = pathlib.PurePath(run).stem if run.endswith(".jsonl") else pathlib.PurePath(run).name
     color = None
     if train:
@@ -62,14 +65,23 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
         axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
 
 
+def figure_formats() -> list[str]:
+    """What a figure can be written as: suffixes without their dot."""
+    return sorted(Figure().canvas.get_supported_filetypes())
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Draws the figure and prints its path."""
     args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
     if not args.runs:
-        raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
+        raise UserError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
     if not 0 <= args.smooth < 1:
-        raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+        raise UserError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+    out = pathlib.Path(args.out).expanduser()
+    formats = figure_formats()
+    if out.suffix[1:].lower() not in formats:
+        raise UserError(f"--out {args.out}: the suffix says the format, one of {', '.join(formats)}.")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in args.runs:
@@ -78,9 +90,10 @@ def main(argv: Sequence[str]) -> int:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=out.suffix[1:].lower())
+    write_whole(out, picture.getvalue())
     print(out)
     return 0
 

@@ -8,6 +8,7 @@ same.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -18,6 +19,7 @@ from typing import IO, Any, Literal, Protocol
 import fsspec
 import numpy as np
 
+from mlra_jax.errors import UserError
 from mlra_jax.storage import StorageError, check_storage, is_remote
 
 Split = Literal["train", "val"]
@@ -32,7 +34,7 @@ NO_TOKEN = -1
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """One or more faults in the data; the message lists all of them."""
 
     def __init__(self, *faults: str):
@@ -120,7 +122,8 @@ class ShardWriter:
         if error is None:
             self._finish()
         elif self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk takes no more at the end either
+                self._file.close()
             os.unlink(self._file.name)
 
 

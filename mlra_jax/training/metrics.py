@@ -19,6 +19,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mlra_jax.config import ConfigError, TrainConfig, to_dict
+from mlra_jax.errors import naming
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 
 FILE_NAME = "metrics.jsonl"
@@ -55,7 +56,7 @@ class JsonLines:
             self._append(repair)
 
     def _append(self, text: str) -> None:
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(text)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -384,7 +384,7 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_with_one_sentence(
     monkeypatch.setattr("mlra_jax.training.metrics.JsonLines._append", append)
     assert main([]) == 1
     assert (
-        "No space left on device: 'metrics.jsonl': writing failed; the same command"
+        "metrics.jsonl: No space left on device; make room there, or name another place. Then the same command"
         in capsys.readouterr().err
     )
 
