@@ -67,8 +67,10 @@ def explain(error: BaseException) -> str | None:
         return None
     if error.errno is None or not error.strerror:
         return str(error) or type(error).__name__  # raised with a sentence, or by a library
-    where = f"{' -> '.join(paths)}: " if paths else ""
-    return f"{where}{error.strerror}; {_ADVICE.get(error.errno, 'check the path, and what it is stored on')}."
+    where = " -> ".join(paths) or "standard output, or a file that the system does not name"
+    return (
+        f"{where}: {error.strerror}; {_ADVICE.get(error.errno, 'check the path, and what it is stored on')}."
+    )
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -3,9 +3,9 @@
 JAX alone leaves a process blocked in a collective whose partner is gone until its coordination service aborts it, from
 C++ and with no Python exception. Here a thread of each process, which works however the main thread is blocked, tells
 process 0 through the same service that it is alive; process 0 tells all of them when one is not. When process 0 itself
-hangs, and the service with it, calls to it do not come back: a second thread of the others notices. What kills a process
-before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small child process, which
-lives just to notice that its parent is gone.
+hangs, and the service with it, calls to the service do not come back: a second thread of each other process notices.
+What kills a process before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small
+child process, which lives just to notice that its parent is gone.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ taken care of before JAX is loaded.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import functools
 import importlib
@@ -14,6 +15,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
@@ -32,10 +34,19 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Interrupts anew what was interrupted where Python cannot raise, as in JAX's callback for garbage collection."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _prepare_process() -> None:
-    """Makes Ctrl-C known to `_ending`, and every text printable on any terminal."""
+    """Makes Ctrl-C known to `_ending`, wherever it comes, and every text printable on any terminal."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
