@@ -7,7 +7,6 @@ taken care of before JAX is loaded.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import functools
 import importlib
@@ -37,7 +36,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
     """Interrupts anew what was interrupted where Python cannot raise, as in JAX's callback for garbage collection."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        threading.Timer(0.01, _thread.interrupt_main).start()
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
