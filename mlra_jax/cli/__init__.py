@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import io
+import logging
 import os
 import signal
 import sys
@@ -107,6 +108,7 @@ def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | 
     @functools.wraps(main)
     def entry(argv: Sequence[str] | None = None) -> int | None:
         whole_process = argv is None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it then raises
         if whole_process:
             _prepare_process()
         with _ending(whole_process):

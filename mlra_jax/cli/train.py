@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -29,8 +28,6 @@ def main(argv: Sequence[str]) -> int:
     from mlra_jax.training.loop import DivergedError, train
     from mlra_jax.watchdog import Watchdog
 
-    # Orbax logs a traceback of what it then raises, which is explained below.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     initialize(distributed)
     advice = f"the same command, on every host, continues {config.run_dir} from its last checkpoint"
     with Watchdog(distributed.timeout, advice) as watchdog:

@@ -343,9 +343,12 @@ def _explained(directory: epath.Path) -> Iterator[None]:
 
 
 def _of_storage(error: BaseException | None) -> bool:
-    """Whether a disk or a bucket is the cause, as the system or TensorStore says (whose errors are ValueErrors)."""
+    """Whether a disk or a bucket is the cause, as the system or TensorStore says."""
     while error is not None:
-        if isinstance(error, OSError) or "tensorstore" in str(error):
+        status = isinstance(error, ValueError) and re.match(
+            r"[A-Z]+(_[A-Z]+)*: ", str(error)
+        )  # TensorStore's
+        if isinstance(error, OSError) or status:
             return True
         error = error.__cause__ or error.__context__
     return False

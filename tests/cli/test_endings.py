@@ -15,6 +15,7 @@ from mlra_jax.config import ConfigError
 from mlra_jax.errors import UserError, explain, naming
 from mlra_jax.storage import exclusive, whole_folder, write_whole
 from mlra_jax.training.loop import DivergedError
+from mlra_jax.training.metrics import TensorBoard
 
 
 def full(errno_=errno.ENOSPC, *path):
@@ -116,6 +117,10 @@ def test_a_full_disk_is_one_sentence_with_the_path_and_leaves_nothing_half_writt
         )
     with pytest.raises(OSError, match=r"No space left on device: 'results\.json'"):
         write_whole("results.json", "{}")
+    with pytest.raises(OSError, match=r"No space left on device: '.*events'"):
+        TensorBoard(tmp_path / "events", 0)
+    os.unlink(next((tmp_path / "events").iterdir()))
+    (tmp_path / "events").rmdir()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
