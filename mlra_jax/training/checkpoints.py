@@ -55,7 +55,7 @@ class DamagedError(CheckpointError):
 
 
 class SaveError(ExplainedError, RuntimeError):
-    """A checkpoint could not be written; the message says why, and which ones are safe."""
+    """A checkpoint (or what belongs to a run) could not be written; the message says why, and what is safe."""
 
 
 @dataclasses.dataclass(frozen=True)

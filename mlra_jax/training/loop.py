@@ -22,7 +22,7 @@ from mlra_jax.errors import ExplainedError
 from mlra_jax.hardware import device_memory
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
-from mlra_jax.training.checkpoints import Checkpoints, Restored, owned, write_config
+from mlra_jax.training.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.plan import Plan, resolve
@@ -289,7 +289,12 @@ class _Profiler:
         if self._local is None:
             return
         local, self._local = self._local, None
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except jax.errors.JaxRuntimeError as error:
+            raise SaveError(
+                f"The profile could not be written to {self._folder}: {error}; make room there."
+            ) from error
         if is_remote(self._folder):
             for file in epath.Path(local).rglob("*"):
                 if file.is_file():
