@@ -24,8 +24,10 @@ from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get
 
 from tyro.conf import AvoidSubcommands, arg
 
+from mlra_jax.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """One or more faults in a configuration; the message lists all of them."""
 
     def __init__(self, faults: list[str]):
@@ -474,7 +476,8 @@ class OptimConfig(Validated):
     min_lr: NotNegativeFloat = 1.6e-5
     """Learning rate at and after `decay_steps`."""
     warmup_steps: NotNegative = 2000
-    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0."""
+    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0. A warm-up that would not end before
+    decay_steps takes a tenth of them."""
     decay_steps: Positive = 100_000
     """Step at which the cosine reaches `min_lr`."""
     beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
@@ -495,14 +498,15 @@ class OptimConfig(Validated):
     spike_window: Annotated[int, Range(ge=2)] = 128
     """Updates over which that mean and deviation are taken; before as many were made, nothing is a spike."""
 
+    @property
+    def warmup(self) -> int:
+        """Steps that the warm-up really takes: short runs of a configuration made for long ones have one too."""
+        return self.warmup_steps if self.warmup_steps < self.decay_steps else self.decay_steps // 10
+
     def conflicts(self) -> list[str]:
         at, faults = self.at, []
         if self.min_lr > self.lr:
             faults.append(f"{at}min_lr={self.min_lr} must be at most lr={self.lr}.")
-        if self.warmup_steps >= self.decay_steps:
-            faults.append(
-                f"{at}warmup_steps={self.warmup_steps} must be less than decay_steps={self.decay_steps}."
-            )
         if self.spike_deviations and not self.skip_limit:
             faults.append(
                 f"{at}spike_deviations={self.spike_deviations} needs {at}skip_limit, the number of updates that may be "

@@ -6,8 +6,10 @@ import codecs
 
 from etils import epath
 
+from mlra_jax.errors import UserError
 
-class TextError(ValueError):
+
+class TextError(UserError):
     """Text that is not UTF-8."""
 
 

@@ -107,7 +107,10 @@ def test_the_defaults_are_legal():
         ),
         (OptimConfig(lr=0.0), ["lr=0.0"]),
         (OptimConfig(lr=1e-4, min_lr=1e-3), ["min_lr=0.001"]),
-        (OptimConfig(warmup_steps=10, decay_steps=10), ["warmup_steps=10 must be less than decay_steps=10"]),
+        (
+            OptimConfig(warmup_steps=-1, decay_steps=0),
+            ["warmup_steps=-1 must be at least 0", "decay_steps=0 must be at least 1"],
+        ),
         (OptimConfig(beta1=1.0, beta2=-0.1, eps=0.0), ["beta1=1.0", "beta2=-0.1", "eps=0.0"]),
         (OptimConfig(lr=math.inf), ["lr=inf"]),
         (OptimConfig(lr=math.nan), ["lr=nan"]),

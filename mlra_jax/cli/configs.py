@@ -101,6 +101,19 @@ def _execute(path: Path) -> types.ModuleType:
     return module
 
 
+def _of_its_folder(config: TrainConfig, path: Path) -> TrainConfig:
+    """`config` of the run whose folder holds it as `path`, which may have been moved or copied there."""
+    folder = path.absolute().parent
+    is_run = path.name == "config.json" and (folder / "checkpoints").is_dir()
+    if not is_run or folder.resolve() == Path(config.run_dir).resolve():
+        return config
+    print(
+        f"note: {path} names {config.run_dir} as its run's folder, and was moved or copied; the run is now {folder}.",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(config, out=str(folder))
+
+
 def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
     """The configuration that the `get_config()` of a file returns, or that a run's `config.json` holds; it is legal.
 
@@ -120,7 +133,7 @@ def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
         except json.JSONDecodeError as error:
             raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
         with _explaining(path):
-            return from_dict(stored, afresh=afresh)
+            return _of_its_folder(from_dict(stored, afresh=afresh), path)
     if path.suffix != ".py":
         raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
     with _explaining(path):

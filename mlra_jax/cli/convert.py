@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -37,7 +36,8 @@ from mlra_jax.convert import (
     split_latents,
     write_weights,
 )
-from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.errors import UserError
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote, whole_folder
 from mlra_jax.textfiles import read_text
 from mlra_jax.training import checkpoints
 
@@ -125,9 +125,9 @@ def _read_json(path: Path) -> dict:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object with the fields of the official configuration.")
+        raise UserError(f"{path} must hold a JSON object with the fields of the official configuration.")
     return content
 
 
@@ -175,26 +175,22 @@ def to_official(args: ToOfficialArgs) -> None:
     official = official_from_model_config(config.model, block_size=config.data.seq_len)
     params = checkpoints.lazy_params(args.checkpoint, args.step)
     tensors = official_from_params(params, config.model, with_head=args.with_head)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        with _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress:
+    with (
+        whole_folder(out) as partial,
+        _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress,
+    ):
 
-            def counted(tensor: LazyTensor) -> LazyTensor:
-                def read() -> np.ndarray:
-                    values = np.asarray(tensor)
-                    progress(tensor.nbytes)
-                    return values
+        def counted(tensor: LazyTensor) -> LazyTensor:
+            def read() -> np.ndarray:
+                values = np.asarray(tensor)
+                progress(tensor.nbytes)
+                return values
 
-                return dataclasses.replace(tensor, read=read)
+            return dataclasses.replace(tensor, read=read)
 
-            counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
-            write_weights(unfinished, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
-        (unfinished / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
+        write_weights(partial, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
+        (partial / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
     print(out)
 
 

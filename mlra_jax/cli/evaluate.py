@@ -27,10 +27,12 @@ from mlra_jax.config import (
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import Generator
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.sharding import check_decode_layout
+from mlra_jax.storage import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
     try:
         lengths = get_tokenizer(name).byte_lengths()
         reason = "its tokens have no fixed bytes"
-    except ValueError as error:
+    except UserError as error:
         if args.tokenizer:
             raise
         lengths, reason = None, str(error).rstrip(".")
@@ -215,7 +217,7 @@ def main(argv: Sequence[str]) -> int:
         if first:
             print(task_table(scores, average), flush=True)
     if args.json and first:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from matplotlib.figure import Figure
 
 from mlra_jax.cli import command
 from mlra_jax.config import OPTION, Range, Validated
+from mlra_jax.errors import UserError
+from mlra_jax.storage import write_whole
 from mlra_jax.training.metrics import read_metrics
 
 
@@ -46,13 +49,13 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
 
     Raises:
       FileNotFoundError: the run has no metrics file.
-      ValueError: the file holds no loss.
+      UserError: the file holds no loss.
     """
     records = read_metrics(run)
     train = [(r[x] if x != "step" else s, r["loss"]) for s, r in records.items() if "loss" in r]
     held_out = [(r[x] if x != "step" else s, r["eval_loss"]) for s, r in records.items() if "eval_loss" in r]
     if not train and not held_out:
-        raise ValueError(f"The metrics of {run} hold no loss yet.")
+        raise UserError(f"The metrics of {run} hold no loss yet.")
     name = pathlib.PurePath(run).stem if run.endswith(".jsonl") else pathlib.PurePath(run).name
     color = None
     if train:
@@ -64,18 +67,23 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
         axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
 
 
+def figure_formats() -> list[str]:
+    """What a figure can be written as: suffixes without their dot."""
+    return sorted(Figure().canvas.get_supported_filetypes())
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Draws the figure and prints its path."""
     args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
     if not args.runs:
-        raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
+        raise UserError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
     args.validate()
     out = pathlib.Path(args.out).expanduser()
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
+    formats = figure_formats()
     if out.suffix[1:].lower() not in formats or out.is_dir():
-        raise ValueError(f"--out {args.out} must be a file that ends in .{', .'.join(sorted(formats))}.")
+        raise UserError(f"--out {args.out} must be a file that ends in .{', .'.join(formats)}.")
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in args.runs:
         draw_run(axes, run, args.x, args.smooth)
@@ -84,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
     axes.grid(alpha=0.3)
     axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=out.suffix[1:].lower())
+    write_whole(out, picture.getvalue())
     print(out)
     return 0
 

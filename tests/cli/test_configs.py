@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from mlra_jax.cli import command
 from mlra_jax.cli.configs import config_folders, config_names, load_config, parse_train_args
 from mlra_jax.config import ConfigError, GroupedAttentionConfig, TrainConfig, from_dict, to_dict
 
@@ -258,51 +257,3 @@ def test_every_field_has_help(capsys):
                 assert f"--{prefix}{field.name}" in text
 
     check(TrainConfig(), "")
-
-
-def raising(error: Exception):
-    @command
-    def main(argv):
-        raise error
-
-    return main
-
-
-@pytest.mark.parametrize(
-    ("main", "expected"),
-    [
-        (command(lambda argv: load_config("tinny")), "error: No configuration tinny"),
-        (raising(ConfigError(["It is wrong."])), "error: It is wrong."),
-        (raising(FileNotFoundError(2, "No such file", "x.bin")), "error: [Errno 2] No such file: 'x.bin'"),
-    ],
-)
-def test_a_users_mistake_is_one_line_on_stderr_and_status_2(capsys, main, expected):
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    captured = capsys.readouterr()
-    assert caught.value.code == 2
-    assert captured.out == ""
-    assert captured.err.startswith(expected)
-    assert captured.err.count("\n") == 1
-
-
-def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ValueError, match="not ours"):
-        raising(ValueError("not ours"))([])
-
-
-def test_interrupt_exits_with_130(capsys):
-    @command
-    def main(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as caught:
-        main([])
-    assert caught.value.code == 130
-
-
-def test_command_takes_the_process_arguments_when_given_none(monkeypatch):
-    seen = []
-    monkeypatch.setattr("sys.argv", ["prog", "a", "b"])
-    command(seen.append)()
-    assert seen == [["a", "b"]]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +134,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_made_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "official", "run"]
 
 
-def test_training_takes_a_converted_checkpoint_with_its_own_configuration(official, tmp_path):
+def test_training_takes_a_converted_checkpoint_with_its_own_configuration(official, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["from-official", str(official), "--out", str(run), "--tokenizer", "byte"]) == 0
     text = (run / "config.json").read_text()
@@ -143,6 +144,12 @@ def test_training_takes_a_converted_checkpoint_with_its_own_configuration(offici
     with contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)) as checkpoints:
         assert not (checkpoints.directory / "0" / "optimizer").exists()
         assert checkpoints.check_config(0, config) == ["steps: 100001 -> 2"]
+    shutil.copytree(run, tmp_path / "copy")
+    assert parse_train_args([str(tmp_path / "copy" / "config.json")]).run_dir == str(tmp_path / "copy")
+    assert f"names {run} as its run's folder, and was moved or copied" in capsys.readouterr().err
+    assert parse_train_args([str(tmp_path / "copy" / "config.json"), "--out", "x"]).run_dir == "x"
+    shutil.copy(run / "config.json", tmp_path)  # a configuration without a run
+    assert parse_train_args([str(tmp_path / "config.json")]).run_dir == str(run)
     (run / "config.json").write_bytes(b'{"name": "\xff"}')
     with pytest.raises(TextError, match=r"config.json, line 1, byte 11 is not UTF-8 text"):
         parse_train_args([str(run / "config.json")])

@@ -9,6 +9,7 @@ import pytest
 
 from mlra_jax.cli import evaluate as cli
 from mlra_jax.data.shards import ShardWriter
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation import load
 
 TEXT = b"What is written here is read by the model, one byte after the other." * 3
@@ -85,7 +86,7 @@ def test_without_the_tokenizer_there_is_a_note_and_no_bits_per_byte(
     checkpoint, folder, tmp_path, capsys, monkeypatch
 ):
     def absent(name):
-        raise ValueError("It is not here.")
+        raise UserError("It is not here.")
 
     monkeypatch.setattr(cli, "get_tokenizer", absent)
     out = tmp_path / "results.json"
