@@ -19,9 +19,8 @@ from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.product import has_kernel, swiglu
 from mlra_jax.ops.product import product as rows_product
-from mlra_jax.ops.product import swiglu
-from mlra_jax.ops.product.mosaic_gpu import takes_rows
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import Frequencies, frequencies
 from mlra_jax.sharding import AxisRules, Names, current_mesh
@@ -136,7 +135,7 @@ def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
 
 def _runs_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
     """Whether the rows of x [B, T, ...] are multiplied by `op` on each device, and not by XLA on all."""
-    return chosen(op) is not None or takes_rows(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
+    return chosen(op) is not None or has_kernel(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
 
 
 def decode_product(
