@@ -88,7 +88,12 @@ def test_it_says_why_it_declines_a_device(on):
         ),
         ("0.2.0", "3.6.0", (0, 11, 2), "needs jax-triton 0.3 and Triton 3.6 or later"),
         ("0.4.1", "3.9.0", (0, 12, 0), "needs JAX before 0.12; these are .*: pip install 'jax"),
-        ("0.4.1", "3.7.0", (0, 11, 2), "jax-triton 0.4.1, triton 3.7.0, jax .*: ModuleNotFoundError: .* pip install"),
+        (
+            "0.4.1",
+            "3.7.0",
+            (0, 11, 2),
+            "jax-triton 0.4.1, triton 3.7.0, jax .*: ModuleNotFoundError: .* pip install",
+        ),
     ],
 )
 def test_libraries_that_do_not_fit_are_declined_with_versions_and_what_to_install(
