@@ -25,9 +25,9 @@ from jax.sharding import PartitionSpec as P
 
 from mlra_jax.config import LatentAttentionConfig, ModelConfig
 from mlra_jax.models import LatentAttention
-from mlra_jax.models.layers import rotate
 from mlra_jax.ops import explain
 from mlra_jax.ops.decode import latent_decode_attention
+from mlra_jax.ops.rotary import rotate
 
 QUICK = False  # True: a few steps only, to see that everything runs
 
@@ -157,7 +157,7 @@ def decode_step(attention, x_BTD, kv_latent, k_rope, length):
     new_BTLC = (
         attention.kv_norm(jnp.einsum("BTD,DLC->BTLC", x_BTD, attention.w_kva[...])) * attention.kv_scale
     )
-    new_BTR = rotate(x_BTD @ attention.w_kr[...], positions, config.rope_base)
+    new_BTR = rotate(x_BTD @ attention.w_kr[...], positions, attention.frequencies)
     w_uk, w_uv = (jax.reshard(w[...], P("tensor")) for w in (attention.w_uk, attention.w_uv))
 
     def on_one_device(q_nope, q_rope, new_BTLC, new_BTR, kv_latent, k_rope, w_uk, w_uv, length):
@@ -174,7 +174,7 @@ def decode_step(attention, x_BTD, kv_latent, k_rope, length):
 
     rows, cache = P("data"), (P("data", "tensor"), P("data"))
     split = (rows, rows, P("data", None, "tensor"), rows, *cache, P("tensor"), P("tensor"), whole)
-    q_rope = rotate(q_rope, positions, config.rope_base)
+    q_rope = rotate(q_rope, positions, attention.frequencies)
     arguments = (q_nope, q_rope, new_BTLC, new_BTR, kv_latent, k_rope, w_uk, w_uv, length)
     run = jax.shard_map(on_one_device, in_specs=split, out_specs=(rows, *cache), check_vma=False)
     y_BTNH, *cache = run(*jax.reshard(arguments, split))

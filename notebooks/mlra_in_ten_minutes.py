@@ -21,7 +21,7 @@ from mlra_jax.decoding.cache import values_per_token
 from mlra_jax.decoding.generator import Delta, Generator
 from mlra_jax.decoding.sampling import Sampling
 from mlra_jax.models import from_params, unstack_layers
-from mlra_jax.models.layers import rotate
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.training.loop import train
 
 QUICK = False  # True: a few steps only, to see that everything runs
@@ -118,14 +118,17 @@ plt.show()
 # %%
 def mlra_4(attention, x_BTD):
     """The layer's output [B, T, D] and its attention weights [L, B, N, T, S], from the module's parameters."""
-    a, base, positions = attention.sizes, attention.config.rope_base, jnp.arange(x_BTD.shape[1])
+    a, positions = attention.sizes, jnp.arange(x_BTD.shape[1])
     q_BTA = attention.q_norm(x_BTD @ attention.w_qa[...]) * attention.q_scale
     q_BTNE = jnp.einsum("BTA,ANE->BTNE", q_BTA, attention.w_qb[...])
-    q_nope, q_rope = q_BTNE[..., : a.d_nope], rotate(q_BTNE[..., a.d_nope :], positions, base)
+    q_nope, q_rope = (
+        q_BTNE[..., : a.d_nope],
+        rotate(q_BTNE[..., a.d_nope :], positions, attention.frequencies),
+    )
     latent_BSLC = (
         attention.kv_norm(jnp.einsum("BSD,DLC->BSLC", x_BTD, attention.w_kva[...])) * attention.kv_scale
     )
-    k_rope_BSR = rotate(x_BTD @ attention.w_kr[...], positions, base)
+    k_rope_BSR = rotate(x_BTD @ attention.w_kr[...], positions, attention.frequencies)
 
     k_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uk[...])
     v_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uv[...])

@@ -11,7 +11,6 @@ In the feature-major layout, the one for TPU, W comes before S; `Cache.create` t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -31,16 +30,15 @@ from mlra_jax.config import (
     TiedAttentionConfig,
 )
 from mlra_jax.models.attention.slots import Slots
-from mlra_jax.models.layers import rotary_tables, rotate
+from mlra_jax.ops.append import append_latents, append_tokens
 from mlra_jax.ops.decode import (
     factored_decode_attention,
     grouped_decode_attention,
     latent_decode_attention,
 )
 from mlra_jax.ops.decode.api import Layout
-from mlra_jax.ops.decode.mosaic_tpu_append import append_column
 from mlra_jax.ops.device import current_device
-from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
@@ -118,20 +116,9 @@ class LayerCache:
         """
         arrays = {}
         for name, array in self.arrays.items():
-            tokens = new[name].astype(array.dtype)
-            if tokens.shape[:2] == (1, 1) and self.layout == "token_major":
-                # A second token, that is dropped: XLA would make of a single one three operations on the GPU, to read
-                # what was there, choose, and write.
-                tokens = jnp.pad(tokens, [(0, 0), (0, 1)] + [(0, 0)] * (tokens.ndim - 2))
-            b, t = tokens.shape[:2]
-            token_axis = self._axes(array).index("cache_length")
-            slot_BT = self._slots(array.shape[token_axis], start_B, n_new_B, t)
-            if self.layout == "feature_major" and t == 1 and current_device()[0] == "tpu":
-                arrays[name] = append_column(array, tokens[:, 0], slot_BT[:, 0])
-                continue
-            index: list[Any] = [slice(None)] * array.ndim
-            index[0], index[token_axis] = jnp.arange(b)[:, None], slot_BT
-            arrays[name] = array.at[tuple(index)].set(tokens, mode="drop")
+            capacity = array.shape[self._axes(array).index("cache_length")]
+            slot_BT = self._slots(capacity, start_B, n_new_B, new[name].shape[1])
+            arrays[name] = append_tokens(array, new[name], slot_BT, layout=self.layout)
         return dataclasses.replace(self, arrays=arrays)
 
     def _slots(self, capacity: int, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
@@ -179,7 +166,7 @@ class LatentCache(LayerCache):
         eps: float,
         q_scale: float,
         kv_scale: float,
-        rope_base: float,
+        frequencies: Frequencies,
     ) -> tuple[jax.Array, Self]:
         """Normalises queries and latents, rotates keys, and appends latents and keys.
 
@@ -192,41 +179,29 @@ class LatentCache(LayerCache):
           eps: of the norms.
           q_scale: multiplies the normalised queries.
           kv_scale: multiplies the normalised latents.
-          rope_base: of the rotation's frequencies.
+          frequencies: of the rotation, see `mlra_jax.ops.rotary.rotary_tables`.
 
         Returns:
           The normalised, scaled queries [B, T, A], and the cache.
         """
         kv_latent, k_rope = self.arrays["kv_latent"], self.arrays["k_rope"]
-        (b, t, _), rank, (u, c) = a_BTE.shape, q_gain.shape[0], kv_gain.shape
-        positions_BT = start_B[:, None] + jnp.arange(t)
-        if t == 1 and self.layout == "token_major" and current_device()[0] == "gpu":
-            from mlra_jax.ops.decode.mosaic_gpu_append import append_latents
-
-            half = rotary_tables(positions_BT[:, 0], a_BTE.shape[2] - rank - u * c, rope_base)
-            cos, sin = (x.astype(a_BTE.dtype) for x in half)
-            tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
-            slot_B = self._slots(kv_latent.shape[2], start_B, n_new_B, t)[:, 0]
-            with contextlib.suppress(NotImplementedError):
-                q_BA, kv_latent, k_rope = append_latents(
-                    a_BTE[:, 0],
-                    q_gain,
-                    kv_gain,
-                    *tables,
-                    slot_B,
-                    kv_latent,
-                    k_rope,
-                    eps=eps,
-                    q_scale=q_scale,
-                    kv_scale=kv_scale,
-                )
-                arrays = {"kv_latent": kv_latent, "k_rope": k_rope}
-                return q_BA[:, None], dataclasses.replace(self, arrays=arrays)
-        q_BTA, kv, k_rope = jnp.split(a_BTE, [rank, rank + u * c], axis=2)
-        q_BTA = (rms_norm(q_BTA, q_gain, eps) * q_scale).astype(a_BTE.dtype)
-        kv_latent = rms_norm(kv.reshape(b, t, u, c), kv_gain, eps) * kv_scale
-        new = {"kv_latent": kv_latent, "k_rope": rotate(k_rope, positions_BT, rope_base)}
-        return q_BTA, self.append(new, start_B, n_new_B)
+        t = a_BTE.shape[1]
+        capacity = kv_latent.shape[self._axes(kv_latent).index("cache_length")]
+        q_BTA, kv_latent, k_rope = append_latents(
+            a_BTE,
+            q_gain,
+            kv_gain,
+            start_B[:, None] + jnp.arange(t),
+            self._slots(capacity, start_B, n_new_B, t),
+            kv_latent,
+            k_rope,
+            eps=eps,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
+            frequencies=frequencies,
+            layout=self.layout,
+        )
+        return q_BTA, dataclasses.replace(self, arrays={"kv_latent": kv_latent, "k_rope": k_rope})
 
     def attend(
         self,
@@ -236,7 +211,7 @@ class LatentCache(LayerCache):
         n_new_B: jax.Array,
         *,
         scale: float,
-        rope_base: float | None = None,
+        frequencies: Frequencies | None = None,
     ) -> jax.Array:
         """Absorbed attention of the new queries over the cache.
 
@@ -246,7 +221,7 @@ class LatentCache(LayerCache):
           start_B: see `append`.
           n_new_B: see `append`.
           scale: of the scores.
-          rope_base: of the frequencies by which `q_rope` is rotated first; None: it has been.
+          frequencies: by which `q_rope` is rotated first; None: it has been.
 
         Returns:
           z [B, T, U, M, C].
@@ -254,9 +229,8 @@ class LatentCache(LayerCache):
         t = q_nope.shape[1]
         kv_latent, k_rope = self.arrays["kv_latent"], self.arrays["k_rope"]
         rotary = None
-        if rope_base is not None:
-            width = k_rope.shape[_AXES[self.layout, 3].index(None)]
-            rotary = rotary_tables(start_B[:, None] + jnp.arange(t), width, rope_base)
+        if frequencies is not None:
+            rotary = rotary_tables(start_B[:, None] + jnp.arange(t), frequencies)
         seen = self._visible(start_B, n_new_B, t)
         out, lse = latent_decode_attention(
             q_nope, q_rope, kv_latent, k_rope, seen, scale=scale, rotary=rotary, layout=self.layout

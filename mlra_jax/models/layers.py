@@ -1,4 +1,4 @@
-"""The layers around attention: parameters, RMSNorm, SwiGLU, rotary positions, the tied embedding."""
+"""The layers around attention: parameters, RMSNorm, SwiGLU, rotary frequencies, the tied embedding."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.product import has_kernel, swiglu
 from mlra_jax.ops.product import product as rows_product
-from mlra_jax.ops.product import swiglu
-from mlra_jax.ops.product.mosaic_gpu import takes_rows
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
-from mlra_jax.ops.rotary import turn
+from mlra_jax.ops.rotary import Frequencies, frequencies
 from mlra_jax.sharding import AxisRules, Names, current_mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -146,7 +145,7 @@ def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
 
 def _runs_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
     """Whether the rows of x [B, T, ...] are multiplied by `op` on each device, and not by XLA on all."""
-    return chosen(op) is not None or takes_rows(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
+    return chosen(op) is not None or has_kernel(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
 
 
 def decode_product(
@@ -332,34 +331,9 @@ class RMSNorm(nnx.Module):
         return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
 
 
-def rotary_tables(positions: jax.Array, width: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Float32 cosines and sines of `positions` (integers) at frequencies base**(-2i/R): [*positions.shape, R/2].
-
-    Args:
-      positions: integers.
-      width: R.
-      base: of the frequencies.
-    """
-    half = width // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
-    """Rotary position embedding, half-split: element i pairs with i + R/2 at frequency base**(-2i/R).
-
-    Args:
-      x: [B, T, ..., R].
-      positions: [B, T] or [T], integers.
-      base: of the frequencies.
-
-    Returns:
-      The rotated array in the type of `x`; the tables are computed in float32 and rounded to it.
-    """
-    positions = positions[None] if positions.ndim == 1 else positions
-    tables = rotary_tables(positions, x.shape[-1], base)  # [(B or 1,) T, R/2]
-    return turn(x, *(jnp.expand_dims(table, range(2, x.ndim - 1)) for table in tables))
+def rotary_frequencies(config: ModelConfig, width: int) -> Frequencies:
+    """Of a rotary vector R wide: all that a configuration says of how positions rotate."""
+    return frequencies(width, config.rope_base)
 
 
 def normal(config: ModelConfig) -> Initializer:

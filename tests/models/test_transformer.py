@@ -22,7 +22,8 @@ from mlra_jax.config import (
 from mlra_jax.convert import model_config_from_official, official_from_model_config
 from mlra_jax.decoding.cache import Cache, values_per_token
 from mlra_jax.models import Transformer, from_params, to_decode
-from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU, rotate
+from mlra_jax.models.layers import Embedding, RMSNorm, SwiGLU
+from mlra_jax.ops.rotary import frequencies, rotate
 from mlra_jax.sharding import AxisRules
 
 TINY = ModelConfig(
@@ -206,14 +207,18 @@ def test_half_the_heads_width_apart_elements_are_rotated_by_position_and_frequen
         1j * positions[:, :, None, None] * 100.0 ** (-2 * np.arange(3) / 6)
     )
     expected = np.concatenate([z.real, z.imag], axis=-1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), 100.0), expected, atol=1e-4)
-    same = rotate(jnp.asarray(x), jnp.asarray(positions[0]), 100.0)  # one row of positions for all
+    np.testing.assert_allclose(
+        rotate(jnp.asarray(x), jnp.asarray(positions), frequencies(6, 100.0)), expected, atol=1e-4
+    )
+    same = rotate(
+        jnp.asarray(x), jnp.asarray(positions[0]), frequencies(6, 100.0)
+    )  # one row of positions for all
     np.testing.assert_allclose(same[0], expected[0], atol=1e-4)
 
 
 def test_rotary_tables_are_rounded_to_the_type_of_the_input():
     x = jnp.ones((1, 1, 2), jnp.bfloat16)
-    out = rotate(x, jnp.array([3]), 10000.0)
+    out = rotate(x, jnp.array([3]), frequencies(2, 10000.0))
     assert out.dtype == jnp.bfloat16
     cos, sin = (jnp.asarray(f(3.0), jnp.bfloat16) for f in (math.cos, math.sin))
     assert out[0, 0].tolist() == [float(cos - sin), float(cos + sin)]

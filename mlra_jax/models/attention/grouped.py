@@ -29,9 +29,10 @@ from mlra_jax.models.layers import (
     parameter,
     product,
     require_layout,
-    rotate,
+    rotary_frequencies,
 )
 from mlra_jax.ops.attention import causal_attention
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class GroupedAttention(nnx.Module):
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
         h, rank = a.d_head, a.q_lora_rank
         self.softmax_scale = 1 / math.sqrt(h)
+        self.frequencies = rotary_frequencies(config, h)
         self.slots = Slots.of(config, rules)
         new = lambda shape, names: parameter(rngs, rules, shape, names, init, dtype)
         q_in, q_axis = (rank, rules.fitting("rank", rank)) if rank else (d, "embed")
@@ -122,7 +124,7 @@ class GroupedAttention(nnx.Module):
 
     def _project(self, x_BTD: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H]."""
-        rules, dtype, base = self.rules, self.compute_dtype, self.config.rope_base
+        rules, dtype = self.rules, self.compute_dtype
         train = self.layout == "train"
         q_names, kv_names = ("batch", "length", "heads", None), ("batch", "length", self.kv_axis, None)
         project = lambda equation, x, w, names: product(rules, equation, x, w, out=names)
@@ -137,7 +139,7 @@ class GroupedAttention(nnx.Module):
         else:
             q = project("BTD,NHD->BTNH", q_in, self.w_q, q_names)
             k, v = project("BTD,GUHD->GBTUH", x_BTD, self.w_kv, (None, *kv_names))
-        return rotate(q, positions, base), rotate(k, positions, base), v
+        return rotate(q, positions, self.frequencies), rotate(k, positions, self.frequencies), v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.

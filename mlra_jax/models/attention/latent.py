@@ -34,12 +34,13 @@ from mlra_jax.models.layers import (
     parameter,
     products,
     require_layout,
-    rotate,
+    rotary_frequencies,
     stored,
     weight,
 )
 from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.remat import HEADS, PRODUCT, QUERIES
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class LatentAttention(nnx.Module):
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
         rank, latent, h, r = a.q_lora_rank, a.d_latent, a.d_nope, a.d_rope
         self.softmax_scale = 1 / math.sqrt(h + r)  # of the expanded form, whatever C is
+        self.frequencies = rotary_frequencies(config, r)
         self.q_scale = math.sqrt(d / rank) if a.scale_latents else 1.0
         self.kv_scale = math.sqrt(d / latent) if a.scale_latents else 1.0
         self.branch_scale = 1 / math.sqrt(a.n_branches) if a.scale_latents else 1.0
@@ -198,9 +200,9 @@ class LatentAttention(nnx.Module):
             rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=heads) for w in (w_qb[..., :h], w_qb[..., h:])
         )
         # Kept as it is used, for the rotation needs nothing to be differentiated.
-        q_rope = checkpoint_name(rotate(q_rope, positions, self.config.rope_base), PRODUCT)
+        q_rope = checkpoint_name(rotate(q_rope, positions, self.frequencies), PRODUCT)
         kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
-        k_rope = rotate(k_rope_BTR, positions, self.config.rope_base)
+        k_rope = rotate(k_rope_BTR, positions, self.frequencies)
         up = (None, "heads", self._stored_rank, None)
         attend = rules.shard_map(self._attend, (heads, heads, (*row, None), row, up, up), heads)
         w_uk, w_uv = (stored(w, dtype) for w in (self.w_uk, self.w_uv))
@@ -299,7 +301,7 @@ class LatentAttention(nnx.Module):
                     eps=self.config.norm_eps,
                     q_scale=self.q_scale,
                     kv_scale=self.kv_scale,
-                    rope_base=self.config.rope_base,
+                    frequencies=self.frequencies,
                 )
 
         # All devices have computed the same q_BTA and k_rope, which is what the check wants to be told.
@@ -332,7 +334,7 @@ class LatentAttention(nnx.Module):
                     start,
                     n_new,
                     scale=self.softmax_scale,
-                    rope_base=self.config.rope_base,
+                    frequencies=self.frequencies,
                 )
             z_BTJUMC = z_BTUMC.reshape(b, t, j, u, m, c)
             # Batch axes first: einsum would make of "->BTUMH" a bfloat16 product that XLA lacks on the CPU.

@@ -31,10 +31,11 @@ from mlra_jax.models.layers import (
     parameter,
     product,
     require_layout,
-    rotate,
+    rotary_frequencies,
     uniform,
 )
 from mlra_jax.ops.attention import causal_attention
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class TensorProductAttention(nnx.Module):
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         d, n, h = config.d_model, config.n_heads, a.d_head
         self.softmax_scale = 1 / math.sqrt(h)
+        self.frequencies = rotary_frequencies(config, h)
         self.slots = Slots.of(config, rules)
 
         def new(shape: tuple[int, ...], names: tuple[str | None, ...], fan: int) -> nnx.Param:
@@ -105,7 +107,7 @@ class TensorProductAttention(nnx.Module):
 
         The head factors are divided by the number of products that they take part in.
         """
-        rules, base = self.rules, self.config.rope_base
+        rules, turned = self.rules, lambda b: rotate(b, positions, self.frequencies)
         q_rank, rank = self.sizes.q_rank, self.sizes.rank
         heads, whole = ("batch", "length", "heads", None), ("batch", "length", None, None)
         project = lambda equation, w, names: product(rules, equation, x_BTD, w, out=names)
@@ -120,8 +122,8 @@ class TensorProductAttention(nnx.Module):
             a_k, a_v = project("BTD,GUrD->GBTUr", self.w_akv, kv_names)
             b = project("BTD,rHD->BTrH", self.w_b, whole)
             b_q, b_k, b_v = jnp.split(b, [q_rank, q_rank + rank], axis=2)
-        q = rules.einsum("BTNr,BTrH->BTNH", a_q / q_rank, rotate(b_q, positions, base), out=heads)
-        return q, a_k / rank, rotate(b_k, positions, base), a_v / rank, b_v
+        q = rules.einsum("BTNr,BTrH->BTNH", a_q / q_rank, turned(b_q), out=heads)
+        return q, a_k / rank, turned(b_k), a_v / rank, b_v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.

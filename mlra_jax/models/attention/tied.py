@@ -31,8 +31,9 @@ from mlra_jax.models.layers import (
     parameter,
     product,
     require_layout,
-    rotate,
+    rotary_frequencies,
 )
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TiedAttention(nnx.Module):
         d, n, dtype, init = config.d_model, config.n_heads, config.param_dtype, normal(config)
         h, self.d_rope = a.d_head, a.d_rope
         self.softmax_scale = 1 / math.sqrt(h)
+        self.frequencies = rotary_frequencies(config, a.d_rope)
         self.slots = Slots.of(config, rules)
         new = lambda shape, names: parameter(rngs, rules, shape, names, init, dtype)
         if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
@@ -93,7 +95,7 @@ class TiedAttention(nnx.Module):
         self, x_BTD: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """q_nope and rotated q_rope [B, T, N, R], kv [B, T, K (or U), H], rotated k_rope [B, T, R]."""
-        rules, base, r = self.rules, self.config.rope_base, self.d_rope
+        rules, r = self.rules, self.d_rope
         row = ("batch", "length")
 
         def project(w: nnx.Param, axes: str, *names: str | None) -> jax.Array:
@@ -103,7 +105,8 @@ class TiedAttention(nnx.Module):
         q = project(self.w_q, "NH", "heads", None)
         kv = project(self.w_kv, "KH", self.kv_axis, None)
         k_rope = project(self.w_kr, "R", None)
-        return q[..., :r], rotate(q[..., r:], positions, base), kv, rotate(k_rope, positions, base)
+        turned = lambda x: rotate(x, positions, self.frequencies)
+        return q[..., :r], turned(q[..., r:]), kv, turned(k_rope)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Causal attention of whole sequences at positions 0 to T - 1, in the training layout.

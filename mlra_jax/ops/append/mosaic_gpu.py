@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from mlra_jax.ops.hopper import THREADS, check_device, plgpu
 from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 
 
 def _store(ref: Any, value: jax.Array) -> None:
@@ -43,7 +44,7 @@ def _kernel(
     heads, slots, width = kv_latent_ref.shape[1:]
     rank, rotary = q_ref.shape[1], k_rope_ref.shape[2]
     slot = slot_ref[b]
-    there = slot < slots
+    there = (slot >= 0) & (slot < slots)
 
     def norm(start: Any, gain_ref: Any, scale: float) -> jax.Array:
         n = gain_ref.shape[0]
@@ -76,46 +77,38 @@ def _kernel(
 
 
 def append_latents(
-    a_BE: jax.Array,
+    a_BTE: jax.Array,
     q_gain_A: jax.Array,
     kv_gain_UC: jax.Array,
-    cos_BR: jax.Array,
-    sin_BR: jax.Array,
-    slot_B: jax.Array,
+    position_BT: jax.Array,
+    slot_BT: jax.Array,
     kv_latent: jax.Array,
     k_rope: jax.Array,
     *,
     eps: float,
     q_scale: float,
     kv_scale: float,
+    frequencies: Frequencies,
+    layout: str,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalises a token's query and latents, rotates its key, and writes latents and key into the cache in place.
+    """See `mlra_jax.ops.append.append_latents`; for one token of each row, and token-major caches.
 
-    Args:
-      a_BE: products of the token with W_qa, W_kva and W_kr, side by side: [B, A + U*C + R], bfloat16.
-      q_gain_A: of the query's norm.
-      kv_gain_UC: of the latents' norms.
-      cos_BR: cosines of each row's position, those of R/2 frequencies twice.
-      sin_BR: sines, those for the first half of the elements negative.
-      slot_B: int32; dropped where there is no such slot.
-      kv_latent: token-major cache [B, U, S, C]; donate it.
-      k_rope: token-major cache [B, S, R]; donate it.
-      eps: of the norms.
-      q_scale: multiplies the normalised query.
-      kv_scale: multiplies the normalised latents.
-      interpret: `plgpu.InterpretGPUParams` run the kernel on the CPU.
-
-    Returns:
-      The normalised, scaled query [B, A], and the two caches.
+    `interpret`: `plgpu.InterpretGPUParams` run the kernel on the CPU.
 
     Raises:
       NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernel takes.
     """
     check_device(interpret)
+    if layout != "token_major":
+        raise NotImplementedError(f"the kernel that appends latents writes token-major caches, not {layout}.")
     b, heads, _, width = kv_latent.shape
     rank, rotary = q_gain_A.shape[0], k_rope.shape[2]
-    if {x.dtype for x in (a_BE, kv_latent, k_rope)} != {jnp.dtype(jnp.bfloat16)}:
+    if a_BTE.shape[1] != 1:
+        raise NotImplementedError(
+            f"the kernel that appends latents takes one token of each row; got {a_BTE.shape[1]}."
+        )
+    if {x.dtype for x in (a_BTE, kv_latent, k_rope)} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError("the kernel that appends latents takes bfloat16.")
     if rank % (4 * THREADS) or width % THREADS or rotary % 64 or not rotary:
         raise NotImplementedError(
@@ -128,8 +121,8 @@ def append_latents(
         caches = jax.new_ref(kv_latent), jax.new_ref(k_rope)  # changed in place: no copy of a donated cache
         q_BA = plgpu.kernel(
             functools.partial(_kernel, eps=eps, q_scale=q_scale, kv_scale=kv_scale),
-            out_type=jax.ShapeDtypeStruct((b, rank), a_BE.dtype),
-            scratch_types=[plgpu.SMEM((2 * rotary,), a_BE.dtype)],
+            out_type=jax.ShapeDtypeStruct((b, rank), a_BTE.dtype),
+            scratch_types=[plgpu.SMEM((2 * rotary,), a_BTE.dtype)],
             grid=(b, heads + 2),
             grid_names=("row", "part"),
             num_threads=1,
@@ -138,6 +131,8 @@ def append_latents(
             interpret=interpret,
             kernel_name="append_latents",
         )(*given, *caches)
-        return q_BA, *(jax.freeze(cache) for cache in caches)
+        return q_BA[:, None], *(jax.freeze(cache) for cache in caches)
 
-    return unchecked(run)(None, slot_B, a_BE, q_gain_A, kv_gain_UC, cos_BR, sin_BR, kv_latent, k_rope)
+    cos, sin = (x.astype(a_BTE.dtype) for x in rotary_tables(position_BT[:, 0], frequencies))
+    tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+    return unchecked(run)(None, slot_BT[:, 0], a_BTE[:, 0], q_gain_A, kv_gain_UC, *tables, kv_latent, k_rope)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mlra_jax.ops.device import current_device
 from mlra_jax.ops.manual import unchecked
 
 LANES = 128
@@ -18,36 +19,43 @@ LANES = 128
 def _kernel(slot_ref: Any, token_ref: Any, array_ref: Any, out_ref: Any, *, n_slots: int) -> None:
     # token [1, X, W, 1]; array and out [1, X, W, LANES]: the lanes that hold the slot
     slot = slot_ref[pl.program_id(0)]
-    first = jnp.minimum(slot // LANES, n_slots // LANES - 1) * LANES
+    first = jnp.clip(slot // LANES, 0, n_slots // LANES - 1) * LANES
     lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 3)
     out_ref[...] = jnp.where(lane == slot - first, token_ref[...], array_ref[...])
 
 
-def append_column(
-    array: jax.Array, tokens: jax.Array, slot_B: jax.Array, *, interpret: Any = False
+def append_tokens(
+    array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, layout: str, interpret: Any = False
 ) -> jax.Array:
-    """The array with row b's token in slot `slot_B[b]`; dropped where there is no such slot.
+    """See `mlra_jax.ops.append.append_tokens`; for one token of each row.
 
     XLA would give a scatter over lanes, or an update of one, another layout than the attention kernel reads, and copy
     the cache there and back. Here a tile of 128 slots of each row goes through VMEM.
 
     Args:
       array: feature-major cache [B, ..., W, S], S a multiple of 128; donate it.
-      tokens: [B, ..., W].
-      slot_B: int32.
+      tokens: [B, 1, ..., W], in the type of the cache.
+      slot_BT: int32.
+      layout: of the cache.
       interpret: runs the kernel on the CPU.
 
     Raises:
-      NotImplementedError: S is no multiple of 128.
+      NotImplementedError: not a TPU, not a feature-major cache of whole tiles, or several tokens of a row.
     """
+    if not interpret and current_device()[0] != "tpu":
+        raise NotImplementedError("It needs a TPU.")
+    if layout != "feature_major":
+        raise NotImplementedError(f"It needs a feature_major cache; this one is {layout}.")
+    if tokens.shape[1] != 1:
+        raise NotImplementedError(f"It appends one token of each row; got {tokens.shape[1]}.")
     b, *middle, width, slots = array.shape
     if slots % LANES:
-        raise NotImplementedError(f"a cache of {slots} slots is not made of whole tiles of {LANES}.")
+        raise NotImplementedError(f"It needs a cache of whole tiles of {LANES} slots; got {slots}.")
 
     def run(_: None, slot_B: jax.Array, tokens: jax.Array, array: jax.Array) -> jax.Array:
         heads = functools.reduce(lambda x, y: x * y, middle, 1)
         last = slots // LANES - 1
-        tile = lambda i, slot: (i, 0, 0, jnp.minimum(slot[i] // LANES, last))
+        tile = lambda i, slot: (i, 0, 0, jnp.clip(slot[i] // LANES, 0, last))
         out = pl.pallas_call(
             functools.partial(_kernel, n_slots=slots),
             out_shape=jax.ShapeDtypeStruct((b, heads, width, slots), array.dtype),
@@ -66,4 +74,4 @@ def append_column(
         )(slot_B, tokens.reshape(b, heads, width, 1), array.reshape(b, heads, width, slots))
         return out.reshape(array.shape)
 
-    return unchecked(run)(None, slot_B, tokens.astype(array.dtype), array)
+    return unchecked(run)(None, slot_BT[:, 0], tokens, array)
