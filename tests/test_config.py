@@ -25,6 +25,7 @@ from mlra_jax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    ExecutionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -234,8 +235,8 @@ def test_stored_fields_that_are_unknown_or_illegal_are_refused_all_at_once():
 
 
 def test_what_a_run_chose_for_its_devices_is_left_out_if_asked():
-    model = ModelConfig(remat="dots", gather="step", attention=LatentAttentionConfig(form="expanded"))
-    stored = TrainConfig(model=model, data=DataConfig(micro_batch=3, seq_len=64))
+    execution = ExecutionConfig("expanded", remat="dots", gather="step")
+    stored = TrainConfig(execution=execution, data=DataConfig(micro_batch=3, seq_len=64))
     assert from_dict(to_dict(stored)) == stored
     assert from_dict(to_dict(stored), afresh=True) == TrainConfig(data=DataConfig(seq_len=64))
 

@@ -167,18 +167,19 @@ def test_file_that_is_not_python_is_refused(tmp_path):
     assert "is not a Python file" in failing(load_config, write(tmp_path / "mine.yaml", "a: 1\n"))
 
 
-def test_overrides_change_what_they_name_and_nothing_else():
+def test_overrides_change_what_they_name_and_nothing_else(capsys):
     options = "--optim.lr 3e-4 --mesh.tensor=4 --model.attention.n-branches 2 --log.no_tensorboard"
-    changed = parse_train_args(["mlra_4", *options.split(), "--execution.remat", "dots", "--name", "x"])
+    changed = parse_train_args(["mlra_4", *options.split(), "--model.remat", "dots", "--name", "x"])
     base = load_config("mlra_4")
     expected = to_dict(base)
     expected["optim"]["lr"] = 3e-4
     expected["mesh"]["tensor"] = 4
     expected["model"]["attention"]["n_branches"] = 2
     expected["log"]["tensorboard"] = False
-    expected["model"]["remat"] = "dots"
+    expected["execution"]["remat"] = "dots"
     expected["name"] = "x"
     assert to_dict(changed) == expected
+    assert capsys.readouterr().err == "--model.remat is called --execution.remat now.\n"
 
 
 def test_profile_is_short_for_the_number_of_steps_to_record():

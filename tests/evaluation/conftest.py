@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
@@ -76,8 +76,9 @@ def checkpoint(evaluated, tmp_path_factory) -> str:
     params = evaluated((2, 2, 2, 1)).params
     checkpoints = Checkpoints(run, CONFIG.checkpoint)
     # What a run on GPUs chooses for itself is nothing to those who read its checkpoints on other devices.
-    model = dataclasses.replace(CONFIG.model, gather="step", unroll_layers="yes")
-    chosen = dataclasses.replace(CONFIG, model=model, data=dataclasses.replace(CONFIG.data, micro_batch=7))
+    execution = ExecutionConfig(gather="step", unroll_layers="yes")
+    data = dataclasses.replace(CONFIG.data, micro_batch=7)
+    chosen = dataclasses.replace(CONFIG, execution=execution, data=data)
     checkpoints.save(3, TrainState(params, opt_state=jax.numpy.zeros(()), step=jax.numpy.int32(3)), chosen)
     checkpoints.close()
     return str(run)

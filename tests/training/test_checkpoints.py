@@ -113,8 +113,8 @@ def test_configuration_comes_back_but_for_how_the_run_was_computed(trained):
     config, _, _, _ = trained
     loaded = load_config(config.run_dir)
     differing = {d.split(":")[0] for d in config_differences(config, loaded)}
-    assert differing == {"model.remat", "data.micro_batch"}
-    assert (loaded.model.remat, loaded.data.micro_batch) == ("auto", 0)
+    assert differing == {"execution.remat", "data.micro_batch"}
+    assert (loaded.execution.remat, loaded.data.micro_batch) == ("auto", 0)
 
 
 @pytest.mark.parametrize("inner", ["", "checkpoints", "checkpoints/5"])
