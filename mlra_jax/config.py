@@ -638,14 +638,14 @@ def from_dict(d: Any, *, afresh: bool = False) -> TrainConfig:
                 {k: v for k, v in values.items() if k != "type"},
             )
         names = [f.name for f in dataclasses.fields(cls)]
-        faults.extend(
-            f"Unknown field {at}{name}.{nearest(name, names)}" for name in values if name not in names
-        )
         fields = {}
-        for name in values.keys() & set(names):
+        for name, value in values.items():
+            if name not in names:
+                faults.append(f"Unknown field {at}{name}.{nearest(name, names)}")
+                continue
             hint = _hints(cls)[name]
             is_part = isinstance(hint, type) and issubclass(hint, Validated)
-            fields[name] = build(hint, values[name], f"{at}{name}.") if is_part else values[name]
+            fields[name] = build(hint, value, f"{at}{name}.") if is_part else value
         return cls(**fields)
 
     config = build(TrainConfig, upgraded(d), "")

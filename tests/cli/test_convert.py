@@ -154,7 +154,7 @@ def test_training_takes_a_converted_checkpoint_with_its_own_configuration(offici
     with pytest.raises(TextError, match=r"config.json, line 1, byte 11 is not UTF-8 text"):
         parse_train_args([str(run / "config.json")])
     (run / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config.json is not the config.json of a run"):
+    with pytest.raises(ConfigError, match=r"config.json: The configuration=\[\] must be TrainConfig"):
         parse_train_args([str(run / "config.json")])
 
 

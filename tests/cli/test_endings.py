@@ -128,7 +128,7 @@ def test_a_figure_in_an_unknown_format_is_refused(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     with pytest.raises(SystemExit):
         plot.main([str(tmp_path), "--out", str(tmp_path / "losses.doc")])
-    assert "the suffix says the format, one of " in capsys.readouterr().err
+    assert "losses.doc must be a file that ends in ." in capsys.readouterr().err
 
 
 def test_a_name_that_an_error_has_is_kept():
