@@ -7,7 +7,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 Frequencies = tuple[float, ...]
 """Radians per position of each of R/2 pairs. Python's floats are float64: `jax.Array`s would not do."""
@@ -23,6 +22,8 @@ def frequencies(width: int, base: float) -> Frequencies:
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
+# A function of its own holds its numbers. Else they would be inputs of layers that are computed anew, and each of those
+# would make tables for itself; so the compiler sees that those of all layers are the same.
 @functools.partial(jax.jit, static_argnames="frequencies")
 def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array, jax.Array]:
     """Float32 cosines and sines of positions times frequencies, [*positions.shape, R/2].
@@ -34,14 +35,9 @@ def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.A
       positions: integers from 0 to 2**31 - 1.
       frequencies: radians per position.
     """
-    if not frequencies:
-        return (jnp.zeros((*positions.shape, 0), jnp.float32),) * 2
     # Turns per position as 64-bit fractions, in two halves. A Python float times a power of two is exact.
     turns = [int(f / (2 * math.pi) * 2.0**64) for f in frequencies]
-    # Number by number: an array would be an input of layers that are computed anew, and all that follows from it too,
-    # where otherwise the tables of all layers are one.
-    numbers = lambda ns: jnp.concatenate([jnp.full(1, np.uint32(n)) for n in ns])
-    high, low = (numbers([x >> bits & 0xFFFFFFFF for x in turns]) for bits in (32, 0))
+    high, low = (jnp.array([x >> bits & 0xFFFFFFFF for x in turns], jnp.uint32) for bits in (32, 0))
     p = positions.astype(jnp.uint32)[..., None]
     upper = lambda x: x >> 16
     lower = lambda x: x & 0xFFFF
