@@ -58,7 +58,7 @@ def split_kernel(
         q_rope = tl.load(q_rope_ptr + address[:, None] * R + rope[None, :], mask=real[:, None], other=0.0)
 
     capacity: tl.constexpr = S * N if N else S
-    seen = tl.minimum(tl.maximum(tl.load(kv_len_ptr + query, mask=real, other=0), 0), capacity)
+    seen = tl.minimum(tl.load(kv_len_ptr + query, mask=real, other=0), capacity)
     end = tl.max(seen, axis=0)
     blocks = tl.cdiv(end, BLOCK_TOKENS)
     # Blocks that every row sees whole need no mask; a share that lies past them begins with its own first block.
