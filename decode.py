@@ -2,7 +2,7 @@
 
 import sys
 
-from mlra_jax.cli.decode import main
+from mlra_jax.cli.entry import decode
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(decode())

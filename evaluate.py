@@ -2,7 +2,7 @@
 
 import sys
 
-from mlra_jax.cli.evaluate import main
+from mlra_jax.cli.entry import evaluate
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(evaluate())

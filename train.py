@@ -2,7 +2,7 @@
 
 import sys
 
-from mlra_jax.cli.train import main
+from mlra_jax.cli.entry import train
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(train())

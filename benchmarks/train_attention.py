@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,37 +56,46 @@ def forward_flops(case: str, batch: int, tokens: int) -> float:
     return batch * heads * m * 2 * widths * tokens * (tokens + 1) / 2
 
 
-def cut_by(cut: str, parts: Any, v: jax.Array | None) -> mosaic_gpu.Config:
-    """The heuristic's cut with the fields of `cut`, as in "block=128,stages=3", changed."""
+def parse_cut(text: str) -> dict[str, int]:
+    """Fields of a `mosaic_gpu.Config` in the form "block=128,stages=3"."""
+    fields = [field.name for field in dataclasses.fields(mosaic_gpu.Config)]
+    changes = dict(re.findall(r"(\w+)=(\d+)", text))
+    if not changes.keys() <= {*fields} or ",".join(f"{k}={v}" for k, v in changes.items()) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like block=128,stages=3, of {', '.join(fields)}")
+    return {name: int(value) for name, value in changes.items()}
+
+
+def cut_by(changes: Mapping[str, int], parts: Any, v: jax.Array | None) -> mosaic_gpu.Config:
+    """The heuristic's cut with some of its fields changed."""
     shape = mosaic_gpu._shape(parts, v)
-    changes = {name: int(value) for name, value in (field.split("=") for field in cut.split(","))}
-    return dataclasses.replace(mosaic_gpu._config(None, shape), **changes)
+    return dataclasses.replace(mosaic_gpu._config(None, shape, None), **changes)
 
 
-def run(case: str, name: str, args: argparse.Namespace, cut: str = "") -> str:
+def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] | None = None) -> str:
     """A line of the table."""
+    title = ",".join(f"{k}={n}" for k, n in cut.items()) if cut else name
     parts, v, d_out = make(case, args.batch, args.tokens)
     attend = functools.partial(causal_attention_parts, scale=0.07, implementation=name)
-    if cut:
-        config = cut_by(cut, parts, v)
-        attend = functools.partial(mosaic_gpu.causal_attention, scale=0.07, q_start=0, config=config)
 
     def both(parts: Any, v: Any, d_out: jax.Array) -> Any:
         out, pullback = jax.vjp(attend, parts, v)
         return out, pullback(d_out)
 
     try:
+        if cut:
+            config = cut_by(cut, parts, v)
+            attend = functools.partial(mosaic_gpu.causal_attention, scale=0.07, q_start=0, config=config)
         forward = measure(jax.jit(attend).lower(parts, v).compile(), (parts, v), calls=1, runs=args.runs)
         whole = measure(
             jax.jit(both).lower(parts, v, d_out).compile(), (parts, v, d_out), calls=1, runs=args.runs
         )
     except NotImplementedError as e:
-        return f"| {case} | {name} | {e} | | | | |"
+        return f"| {case} | {title} | {e} | | | | |"
     flops = forward_flops(case, args.batch, args.tokens)
     kernels = sorted(whole.kernels.items(), key=lambda kernel: -kernel[1])[:4]
     shown = ", ".join(f"{kernel[:32]} {us:.0f}" for kernel, us in kernels)
     return (
-        f"| {case} | {cut or name} | {forward.us:.0f} | {flops / forward.us / 1e6:.0f} | {whole.us:.0f} | "
+        f"| {case} | {title} | {forward.us:.0f} | {flops / forward.us / 1e6:.0f} | {whole.us:.0f} | "
         f"{3.5 * flops / whole.us / 1e6:.0f} | {shown} |"
     )
 
@@ -103,7 +113,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
-        "--cuts", nargs="+", default=[], metavar="FIELD=N,...", help="of the kernels for Hopper"
+        "--cuts",
+        nargs="+",
+        type=parse_cut,
+        default=[],
+        metavar="FIELD=N,...",
+        help="of the kernels for Hopper",
     )
     args = parser.parse_args()
     print(

@@ -6,8 +6,8 @@ DIR holds shards of GPT-2 tokens, written by `mlra-prepare` or the official Fine
 tokens are 9.8 B, drawn from all of them.
 
 Hardware    one GPU with 80 GB
-Wall time   not run
-Result      not run
+Wall time   not trained to its end
+Result      not trained to its end
 """
 
 from mlra_jax.attention.latent import LatentAttentionConfig

@@ -93,7 +93,10 @@ def field_texts(cls: type) -> dict[str, str]:
 
 
 def shown_type(of: Any) -> str:
-    """What may be given for a field: its choices, or the name of its type."""
+    """What may be given for a field: its choices, or the name of its type and its range."""
+    if typing.get_origin(of) is typing.Annotated:
+        kind, *marks = typing.get_args(of)
+        return " ".join([shown_type(kind), *(str(mark) for mark in marks if isinstance(mark, config.Range))])
     if typing.get_origin(of) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(of))
     return {bool: "switch", str: "text", int: "integer", float: "number"}[of]
@@ -107,7 +110,7 @@ def shown_default(value: Any) -> str:
 
 def section(heading: str, prefix: str, cls: type, remark: str) -> str:
     """A heading, what the class is, and a table of its options."""
-    texts, hints = field_texts(cls), typing.get_type_hints(cls)
+    texts, hints = field_texts(cls), typing.get_type_hints(cls, include_extras=True)
     lines = [f"## {heading}", "", f"`{cls.__name__}`. {inspect.getdoc(cls)}", ""]
     lines += [*remark.splitlines(), ""] if remark else []
     lines += ["| option | value | default | |", "| --- | --- | --- | --- |"]

@@ -1,8 +1,9 @@
 """Frozen configuration dataclasses and their validation.
 
 A configuration is plain data: it can be printed, compared, derived with `dataclasses.replace`, parsed from the
-command line and stored as JSON beside the weights. Derived quantities are properties. Every class has `faults()`,
-which returns one sentence for each thing that is wrong; `validate()` raises `ConfigError` with all of them at once.
+command line and stored as JSON beside the weights. Derived quantities are properties. A field's type hint says which
+values are legal, with a `Range` where not every number is; `faults()` returns one sentence for each thing that is
+wrong, and `validate()` raises `ConfigError` with all of them at once.
 
 Letters in shapes: B batch, T query positions, S cached positions, D `d_model`, N `n_heads`, K KV heads, L
 `n_latent_heads`, C `d_latent`, M `heads_per_latent`, H `d_nope` or `d_head` (also the value width), R `d_rope`,
@@ -13,17 +14,37 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
+import functools
 import math
+import operator
 import os
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+import reprlib
+import types
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from tyro.conf import arg
+
+from mlra_jax.errors import UserError
 
 if TYPE_CHECKING:
     from mlra_jax.attention.base import Attention
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """One or more faults in a configuration; the message lists all of them."""
 
     def __init__(self, faults: list[str]):
@@ -32,20 +53,120 @@ class ConfigError(ValueError):
         super().__init__(many + "\n  - ".join(faults))
 
 
-def at_least_one(config: Any, where: str, *names: str) -> list[str]:
-    return [
-        f"{where}{name}={getattr(config, name)} must be at least 1."
-        for name in names
-        if getattr(config, name) < 1
-    ]
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Which numbers a field may hold, in its type: `Annotated[int, Range(ge=1)]`. NaN never is one of them."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = math.inf
+    """None lets infinity in."""
+    also: tuple[float, ...] = ()
+    """Values outside the range that have a meaning of their own."""
+
+    def __contains__(self, value: float) -> bool:
+        ends = (
+            (operator.ge, self.ge),
+            (operator.gt, self.gt),
+            (operator.le, self.le),
+            (operator.lt, self.lt),
+        )
+        return value in self.also or (
+            value > -math.inf and all(end is None or holds(value, end) for holds, end in ends)
+        )
+
+    def __str__(self) -> str:
+        ends = (("at least", self.ge), ("more than", self.gt), ("at most", self.le), ("less than", self.lt))
+        words = [f"{word} {end}" for word, end in ends if end is not None and end != math.inf]
+        also = f" (or {', '.join(map(str, self.also))})" if self.also else ""
+        return (" and ".join(words) or "finite") + also
+
+
+Positive = Annotated[int, Range(ge=1)]
+NotNegative = Annotated[int, Range(ge=0)]
+PositiveFloat = Annotated[float, Range(gt=0)]
+NotNegativeFloat = Annotated[float, Range(ge=0)]
+Seed = Annotated[int, Range(ge=0, lt=2**32)]
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+def nearest(name: object, known: Any) -> str:
+    """The hint `Did you mean X?`, after a space, if one of the `known` names is like `name`; else empty."""
+    close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def value_faults(name: str, value: Any, hint: Any, limits: Range = Range()) -> list[str]:
+    """What is wrong with `value` for a field or argument `name` whose type hint is `hint`; empty if nothing is."""
+    options = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return value_faults(name, value, options[0], *(o for o in options[1:] if isinstance(o, Range)))
+    if get_origin(hint) is Literal:
+        if value in options:
+            return []
+        known = ", ".join(map(str, options))
+        return [f"{name}={reprlib.repr(value)} must be one of {known}.{nearest(value, options)}"]
+    if get_origin(hint) is tuple:
+        if isinstance(value, list | tuple):
+            return [fault for x in value for fault in value_faults(name, x, options[0])]
+        return [f"{name}={reprlib.repr(value)} must be several values, a tuple."]
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None and types.NoneType in options:
+            return []
+        classes = tuple(o for o in options if o is not types.NoneType)
+        if len(classes) == 1:
+            return value_faults(name, value, classes[0])
+    else:
+        classes = (hint,)
+    accepted = (*classes, int) if float in classes else classes
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in classes):
+        kinds = " or ".join(_KINDS.get(c, c.__name__) for c in classes)
+        return [f"{name}={reprlib.repr(value)} must be {kinds}, not {type(value).__name__}."]
+    if isinstance(value, Validated):
+        return value.faults()
+    if isinstance(value, int | float) and value not in limits:
+        finite = "" if abs(value) < math.inf else " and finite"
+        return [f"{name}={value} must be {limits}{finite}."]
+    return []
+
+
+def require(hint: Any, **arguments: Any) -> None:
+    """Refuses arguments of a function whose values are not legal for the type hint.
+
+    Raises:
+      ConfigError: names each of them.
+    """
+    if faults := [fault for name, value in arguments.items() for fault in value_faults(name, value, hint)]:
+        raise ConfigError(faults)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
+OPTION = "--"
 
 
 class Validated:
-    """A configuration that can say what is wrong with it."""
+    """A dataclass that can say what is wrong with it: its fields' type hints and ranges, and `conflicts`."""
+
+    at: ClassVar[str] = ""
+    """What comes before the names of the fields in messages; `OPTION` for those of a command alone."""
+
+    def conflicts(self) -> list[str]:
+        """One sentence for each way in which fields, each legal by itself, do not fit together."""
+        return []
 
     def faults(self) -> list[str]:
         """One sentence for each fault; empty when the configuration is legal."""
-        raise NotImplementedError
+        cls, faults = cast(Any, type(self)), []
+        for field in dataclasses.fields(cast(Any, self)):
+            name = field.name.replace("_", "-") if self.at == OPTION else field.name
+            faults += value_faults(f"{self.at}{name}", getattr(self, field.name), _hints(cls)[field.name])
+        return faults or self.conflicts()
 
     def validate(self) -> None:
         """Raises `ConfigError` listing every fault."""
@@ -68,6 +189,7 @@ class AttentionConfig(Validated):
     Counts are of one layer. `n_heads` is N, the model's query heads.
     """
 
+    at: ClassVar[str] = "model.attention."
     n_branches: int = 1
     """J: cached heads that each query head reads and sums."""
     cached_heads_field: ClassVar[str] = "attention.n_kv_heads"
@@ -127,19 +249,28 @@ class AttentionConfig(Validated):
         raise ConfigError(["Only latent attention (MLA, GLA, MLRA) has a latent that can be split."])
 
 
+def uneven(config: AttentionConfig, name: str, multiple: int = 2) -> list[str]:
+    """A fault if a rotary width cannot be cut into pairs, in `multiple / 2` equal parts."""
+    if getattr(config, name) % multiple == 0:
+        return []
+    even = "even" if multiple == 2 else f"a multiple of {multiple}"
+    return [f"{config.at}{name}={getattr(config, name)} must be {even}; rotary elements come in pairs."]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Validated):
     """The paper's decoder-only transformer: tied embeddings, RMSNorm, SwiGLU, half-split RoPE, no biases."""
 
-    vocab_size: int = 50304
+    at: ClassVar[str] = "model."
+    vocab_size: Positive = 50304
     """Rows of the tied embedding; ids past the tokenizer's own stay in the training softmax (as in the paper)."""
-    n_layers: int = 24
+    n_layers: Positive = 24
     """Transformer layers."""
-    d_model: int = 3072
+    d_model: Positive = 3072
     """D: width of the residual stream."""
-    n_heads: int = 24
+    n_heads: Positive = 24
     """N: query heads."""
-    d_ff: int = 9880
+    d_ff: Positive = 9880
     """F: hidden width of the SwiGLU MLP."""
     attention: AttentionConfig = dataclasses.field(default_factory=lambda: attention_type("latent")())
     """Which attention, and its sizes."""
@@ -147,11 +278,11 @@ class ModelConfig(Validated):
     """Multiply the heads' output by sigmoid(W_g x) before the output projection."""
     output_init: Literal["zeros", "normal"] = "zeros"
     """Initial output projections of attention and MLP: zeros (paper) or normal like the rest (ablation)."""
-    init_std: float = 0.02
+    init_std: PositiveFloat = 0.02
     """Standard deviation of the normal initialisation; TPA's factors are uniform, whatever it is."""
-    rope_base: float = 10000.0
+    rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
-    norm_eps: float = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     """Added to the mean square in every RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of matrix products and attention; the residual stream, norms and softmax are float32 always."""
@@ -168,25 +299,16 @@ class ModelConfig(Validated):
         """M: query heads that read one cached head."""
         return self.n_heads * self.attention.n_branches // self.cached_heads
 
-    def faults(self) -> list[str]:
-        at = "model."
-        faults = at_least_one(self, at, "vocab_size", "n_layers", "d_model", "n_heads", "d_ff")
-        a = self.attention
-        inner = a.faults()
-        if not faults and not inner:
-            groups, what = self.cached_heads // a.n_branches, a.cached_heads_field
-            if a.n_branches > 1:
-                what = "the number of head groups n_latent_heads/n_branches"
-            if self.n_heads % groups:
-                inner.append(
-                    f"{at}n_heads={self.n_heads} is not divisible by {what}={groups}; "
-                    "every latent or KV head must serve the same number of query heads."
-                )
-        faults += inner
-        for name in ("init_std", "norm_eps", "rope_base"):
-            if not 0 < getattr(self, name) < math.inf:
-                faults.append(f"{at}{name}={getattr(self, name)} must be positive and finite.")
-        return faults
+    def conflicts(self) -> list[str]:
+        groups, what = self.cached_heads // self.attention.n_branches, self.attention.cached_heads_field
+        if self.attention.n_branches > 1:
+            what = "the number of head groups n_latent_heads/n_branches"
+        if self.n_heads % groups == 0:
+            return []
+        return [
+            f"{self.at}n_heads={self.n_heads} is not divisible by {what}={groups}; "
+            "every latent or KV head must serve the same number of query heads."
+        ]
 
 
 Remat = Literal["auto", "none", "products", "dots", "mlp", "attention", "full"]
@@ -198,6 +320,7 @@ class ExecutionConfig(Validated):
     """How a model's whole sequences are computed on the devices at hand. It defines no numbers, so it is chosen afresh
     wherever a checkpoint is read (by the planner, where it is left open)."""
 
+    at: ClassVar[str] = "execution."
     attention_form: Literal["auto", "expanded", "absorbed"] = "auto"
     """How latent attention computes whole sequences: per-head keys and values (expanded), or queries moved into the
     latent space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
@@ -216,33 +339,28 @@ class ExecutionConfig(Validated):
     least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
     1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
 
-    def faults(self) -> list[str]:
-        return []
+
+MeshSize = Annotated[int, Range(ge=1, also=(-1,))]
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Validated):
     """Sizes of the device mesh; their product is the number of devices used. One size may be -1: what is left."""
 
-    data: int = -1
+    at: ClassVar[str] = "mesh."
+    data: MeshSize = -1
     """Data parallelism: devices that hold copies of the parameters and different sequences."""
-    fsdp: int = 1
+    fsdp: MeshSize = 1
     """Fully sharded data parallelism: different sequences, parameters split over D."""
-    tensor: int = 1
+    tensor: MeshSize = 1
     """Tensor parallelism: query heads in training, latent heads in decoding, MLP width and vocabulary in both."""
-    context: int = 1
+    context: MeshSize = 1
     """Context parallelism: tokens of a sequence in training, tokens of the cache in decoding."""
 
-    def faults(self) -> list[str]:
+    def conflicts(self) -> list[str]:
         sizes = dataclasses.asdict(self)
-        faults = [
-            f"mesh.{k}={v} must be at least 1 (or -1: what is left)."
-            for k, v in sizes.items()
-            if v < 1 and v != -1
-        ]
-        if sum(v == -1 for v in sizes.values()) > 1:
-            faults.append(f"At most one mesh size may be -1; got {sizes}.")
-        return faults
+        several = list(sizes.values()).count(-1) > 1
+        return [f"At most one mesh size may be -1 (what is left); got {sizes}."] if several else []
 
     def resolve(self, n_devices: int) -> MeshConfig:
         """The same mesh with -1 replaced so that the sizes multiply to `n_devices`.
@@ -270,48 +388,37 @@ class MeshConfig(Validated):
 class DataConfig(Validated):
     """Where tokens come from and how they become batches."""
 
+    at: ClassVar[str] = "data."
     path: str = "embedded"
     """`embedded` (the corpus in the package), or a folder or bucket URL of `*_train_*.bin` and `*_val_*.bin` shards."""
     verify: bool = False
     """Read every shard once before training, and compare it with the checksum that `mlra-prepare` writes into it."""
     tokenizer: str = "byte"
     """`byte`, `gpt2`, or the path of a `tokenizers` JSON file; stored with the model for decoding."""
-    seq_len: int = 2048
+    seq_len: Positive = 2048
     """T: tokens in a sequence."""
-    global_batch: int = 480
+    global_batch: Positive = 480
     """Sequences in one optimizer step, over all devices."""
-    micro_batch: int = 0
+    micro_batch: NotNegative = 0
     """Sequences that one data-parallel device (data x fsdp) processes at a time; accumulation is derived from it.
     0: what fits and is fastest by estimate (1 where the memory is unknown)."""
     order: Literal["shuffled", "sequential", "official"] = "shuffled"
     """shuffled: a new permutation of windows each epoch, from the seed; sequential: file order; official: the order
     of the paper's PyTorch code, in which rank r of `official_ranks` reads every `official_ranks`-th file."""
-    official_ranks: int = 8
+    official_ranks: Positive = 8
     """Ranks whose interleaving `order=official` reproduces."""
-    read_threads: int = 4
+    read_threads: Positive = 4
     """Threads that read windows ahead of the device."""
-    prefetch: int = 8
+    prefetch: Positive = 8
     """Global batches read ahead."""
 
-    def faults(self) -> list[str]:
-        at = "data."
-        faults = at_least_one(
-            self,
-            at,
-            "seq_len",
-            "global_batch",
-            "official_ranks",
-            "read_threads",
-            "prefetch",
-        )
-        if self.micro_batch < 0:
-            faults.append(f"{at}micro_batch={self.micro_batch} must be at least 1, or 0: what fits.")
-        if not faults and self.order == "official" and self.global_batch % self.official_ranks:
-            faults.append(
-                f"{at}global_batch={self.global_batch} is not divisible by official_ranks={self.official_ranks}, "
-                "which order=official needs."
-            )
-        return faults
+    def conflicts(self) -> list[str]:
+        if self.order != "official" or self.global_batch % self.official_ranks == 0:
+            return []
+        return [
+            f"{self.at}global_batch={self.global_batch} is not divisible by official_ranks={self.official_ranks}, "
+            "which order=official needs."
+        ]
 
     def accumulation(self, n_data_shards: int) -> int:
         """Micro-batches in one optimizer step on `n_data_shards` = data x fsdp devices; counts `micro_batch` 0 as 1.
@@ -335,57 +442,44 @@ class DataConfig(Validated):
 class OptimConfig(Validated):
     """AdamW with linear warm-up from exactly 0 and cosine decay (the paper's recipe)."""
 
-    lr: float = 1.6e-4
+    at: ClassVar[str] = "optim."
+    lr: PositiveFloat = 1.6e-4
     """Peak learning rate."""
-    min_lr: float = 1.6e-5
+    min_lr: NotNegativeFloat = 1.6e-5
     """Learning rate at and after `decay_steps`."""
-    warmup_steps: int = 2000
-    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0."""
-    decay_steps: int = 100_000
+    warmup_steps: NotNegative = 2000
+    """Step k < warmup_steps has rate lr * k / warmup_steps: 0 at step 0. A warm-up that would not end before
+    decay_steps takes a tenth of them."""
+    decay_steps: Positive = 100_000
     """Step at which the cosine reaches `min_lr`."""
-    beta1: float = 0.9
+    beta1: Annotated[float, Range(ge=0, lt=1)] = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: Annotated[float, Range(ge=0, lt=1)] = 0.95
     """Decay of the second moment."""
-    eps: float = 1e-8
+    eps: PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegativeFloat = 0.1
     """Decoupled weight decay, on every parameter (norm gains and embedding too)."""
-    clip_norm: float = 1.0
+    clip_norm: Annotated[float, Range(gt=0, lt=None)] = 1.0
     """Gradients are scaled down to this global norm."""
-    skip_limit: int = 0
+    skip_limit: NotNegative = 0
     """Updates in a row that may be left out because loss or gradient norm is NaN, infinite or a spike; one more ends
     the run. 0: the first NaN does, and spikes are not looked for."""
-    spike_deviations: float = 0.0
+    spike_deviations: NotNegativeFloat = 0.0
     """A loss or gradient norm so many standard deviations above its running mean is a spike; 0: none is."""
-    spike_window: int = 128
+    spike_window: Annotated[int, Range(ge=2)] = 128
     """Updates over which that mean and deviation are taken; before as many were made, nothing is a spike."""
 
-    def faults(self) -> list[str]:
-        at = "optim."
-        faults = []
-        if not 0 < self.lr < math.inf or not 0 <= self.min_lr <= self.lr:
-            faults.append(
-                f"{at}lr={self.lr} and {at}min_lr={self.min_lr}: need 0 < lr and 0 <= min_lr <= lr."
-            )
-        if not 0 <= self.warmup_steps < self.decay_steps:
-            faults.append(
-                f"{at}warmup_steps={self.warmup_steps} must be less than decay_steps={self.decay_steps}."
-            )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                faults.append(f"{at}{name}={getattr(self, name)} must be in [0, 1).")
-        if not (0 < self.eps < math.inf and self.clip_norm > 0 and 0 <= self.weight_decay < math.inf):
-            faults.append(
-                f"{at}eps={self.eps} and clip_norm={self.clip_norm} must be positive, "
-                f"weight_decay={self.weight_decay} not negative."
-            )
-        if self.skip_limit < 0 or not 0 <= self.spike_deviations < math.inf or self.spike_window < 2:
-            faults.append(
-                f"{at}skip_limit={self.skip_limit} and spike_deviations={self.spike_deviations} must not be negative, "
-                f"spike_window={self.spike_window} at least 2."
-            )
-        elif self.spike_deviations and not self.skip_limit:
+    @property
+    def warmup(self) -> int:
+        """Steps that the warm-up really takes: short runs of a configuration made for long ones have one too."""
+        return self.warmup_steps if self.warmup_steps < self.decay_steps else self.decay_steps // 10
+
+    def conflicts(self) -> list[str]:
+        at, faults = self.at, []
+        if self.min_lr > self.lr:
+            faults.append(f"{at}min_lr={self.min_lr} must be at most lr={self.lr}.")
+        if self.spike_deviations and not self.skip_limit:
             faults.append(
                 f"{at}spike_deviations={self.spike_deviations} needs {at}skip_limit, the number of updates that may be "
                 "left out in a row."
@@ -397,44 +491,34 @@ class OptimConfig(Validated):
 class CheckpointConfig(Validated):
     """When checkpoints are written and how many are kept."""
 
-    every: int = 1000
+    at: ClassVar[str] = "checkpoint."
+    every: Positive = 1000
     """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
+    keep: Positive = 2
     """Most recent checkpoints kept."""
-    keep_every: int = 0
+    keep_every: NotNegative = 0
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
-
-    def faults(self) -> list[str]:
-        faults = at_least_one(self, "checkpoint.", "every", "keep")
-        if self.keep_every < 0:
-            faults.append(f"checkpoint.keep_every={self.keep_every} must not be negative.")
-        return faults
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig(Validated):
     """What is measured and where it goes."""
 
-    every: int = 10
+    at: ClassVar[str] = "log."
+    every: Positive = 10
     """Steps between lines of metrics."""
-    eval_every: int = 1000
+    eval_every: Positive = 1000
     """Steps between evaluations on the held-out windows; the last step is always evaluated."""
-    eval_sequences: int = 200
+    eval_sequences: Positive = 200
     """Held-out sequences in one evaluation, always the same ones: the first of the validation shards."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. Needs the `wandb` package."""
-    profile_start: int = 10
+    profile_start: NotNegative = 10
     """First step that `--profile` records, counted from the first step this process runs (which compiles)."""
-    profile_steps: Annotated[int, arg(aliases=("--profile",))] = 0
+    profile_steps: Annotated[int, Range(ge=0), arg(aliases=("--profile",))] = 0
     """Steps that the profiler records into the run's `profile` folder; 0: off."""
-
-    def faults(self) -> list[str]:
-        faults = at_least_one(self, "log.", "every", "eval_every", "eval_sequences")
-        if self.profile_start < 0 or self.profile_steps < 0:
-            faults.append("log.profile_start and log.profile_steps must not be negative.")
-        return faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,7 +532,7 @@ class TrainConfig(Validated):
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
     execution: ExecutionConfig = ExecutionConfig()
-    """How a train step runs."""
+    """How whole sequences are computed."""
     data: DataConfig = DataConfig()
     """The tokens."""
     optim: OptimConfig = OptimConfig()
@@ -459,9 +543,9 @@ class TrainConfig(Validated):
     """Checkpoints."""
     log: LogConfig = LogConfig()
     """Metrics, evaluation, profile."""
-    steps: int = 100_001
+    steps: Positive = 100_001
     """Optimizer updates in all (steps 0 to steps - 1)."""
-    seed: int = 5000
+    seed: Seed = 5000
     """Of the initial parameters and of the data order."""
     compilation_cache: str = "~/.cache/mlra_jax/xla"
     """Folder in which XLA's compiled programs are kept between runs; empty: none."""
@@ -470,22 +554,6 @@ class TrainConfig(Validated):
     def run_dir(self) -> str:
         """Folder or URL that holds the run; a leading `~`, which shells leave in `--out=~/x`, is expanded."""
         return os.path.expanduser(self.out) or f"runs/{self.name}"
-
-    def faults(self) -> list[str]:
-        faults = at_least_one(self, "", "steps")
-        if not 0 <= self.seed < 2**32:
-            faults.append(f"seed={self.seed} must be at least 0 and less than 2**32.")
-        for part in (
-            self.model,
-            self.execution,
-            self.data,
-            self.optim,
-            self.mesh,
-            self.checkpoint,
-            self.log,
-        ):
-            faults += part.faults()
-        return faults
 
 
 def attention_type(name: str) -> type[AttentionConfig]:
@@ -530,64 +598,63 @@ _FIELDS_BEFORE_TYPES = {
 """By which field of an attention without a `type`, as earlier versions wrote it, its family is known."""
 
 
-def upgraded(d: dict[str, Any]) -> dict[str, Any]:
+def upgraded(d: Any) -> Any:
     """What an earlier version's `to_dict` wrote, as this one's would write it."""
+    model = d.get("model") if isinstance(d, dict) else None
+    if not isinstance(model, dict):
+        return d
     d = copy.deepcopy(d)
+    model, execution = d["model"], d.setdefault("execution", {})
+    attention = model.get("attention")
     for old, new in MOVED.items():
-        *path, name = old.split(".")
-        place: Any = d
-        for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        if isinstance(place, dict) and name in place:
-            section, field = new.split(".")
-            d.setdefault(section, {}).setdefault(field, place.pop(name))
-    attention = d["model"].get("attention") if isinstance(d.get("model"), dict) else None
+        holder, name = (attention if "attention" in old else model), old.split(".")[-1]
+        if isinstance(holder, dict) and name in holder and isinstance(execution, dict):
+            execution.setdefault(new.removeprefix("execution."), holder.pop(name))
     if isinstance(attention, dict) and "type" not in attention:
-        known = [family for field, family in _FIELDS_BEFORE_TYPES.items() if field in attention]
-        d["model"]["attention"] = {"type": known[0] if known else "latent", **attention}
+        known = (family for field, family in _FIELDS_BEFORE_TYPES.items() if field in attention)
+        model["attention"] = {"type": next(known, "latent"), **attention}
     return d
 
 
-def from_dict(d: dict[str, Any]) -> TrainConfig:
-    """The `TrainConfig` that `to_dict` wrote, in this version or an earlier one; fields it lacks take their defaults.
+def from_dict(d: Any, *, afresh: bool = False) -> TrainConfig:
+    """The legal `TrainConfig` that `to_dict` wrote, in this version or an earlier one.
+
+    Args:
+      d: nested dictionaries; fields that they lack take their defaults.
+      afresh: give what says how the run is computed (`execution`, `data.micro_batch`) its defaults, for a command with
+        other devices to choose.
 
     Raises:
-      ConfigError: a field is unknown, all of them listed.
+      ConfigError: fields are unknown, or their values not legal; all of them are listed.
     """
     faults: list[str] = []
 
-    def build(cls: type, values: dict[str, Any], where: str) -> Any:
-        parts = {f.name: f.default_factory for f in dataclasses.fields(cls)}
-        kwargs = {}
+    def build(cls: Any, values: Any, at: str) -> Any:
+        if not isinstance(values, dict):
+            return values
+        if cls is AttentionConfig:
+            cls, values = (
+                attention_type(str(values["type"])),
+                {k: v for k, v in values.items() if k != "type"},
+            )
+        names = [f.name for f in dataclasses.fields(cls)]
+        fields = {}
         for name, value in values.items():
-            if name not in parts:
-                faults.append(f"Unknown field {where}{name} in the stored configuration.")
-            elif name == "attention":
-                family = attention_type(value["type"])
-                kwargs[name] = build(
-                    family, {k: v for k, v in value.items() if k != "type"}, f"{where}{name}."
-                )
-            elif isinstance(value, dict):
-                kwargs[name] = build(_PARTS[name], value, f"{where}{name}.")
-            else:
-                kwargs[name] = value
-        return cls(**kwargs)
+            if name not in names:
+                faults.append(f"Unknown field {at}{name}.{nearest(name, names)}")
+                continue
+            hint = _hints(cls)[name]
+            is_part = isinstance(hint, type) and issubclass(hint, Validated)
+            fields[name] = build(hint, value, f"{at}{name}.") if is_part else value
+        return cls(**fields)
 
     config = build(TrainConfig, upgraded(d), "")
-    if faults:
+    if faults := faults + value_faults("The configuration", config, TrainConfig):
         raise ConfigError(faults)
+    if afresh:
+        data = dataclasses.replace(config.data, micro_batch=DataConfig.micro_batch)
+        config = dataclasses.replace(config, execution=ExecutionConfig(), data=data)
     return config
-
-
-_PARTS: dict[str, type] = {
-    "model": ModelConfig,
-    "execution": ExecutionConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "mesh": MeshConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
-}
 
 
 def __getattr__(name: str) -> Any:

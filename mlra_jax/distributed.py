@@ -13,36 +13,35 @@ import signal
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from mlra_jax.config import ConfigError, Validated
+from mlra_jax.config import ConfigError, NotNegative, Range, Validated
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig(Validated):
     """How this process finds the others; it differs from process to process and is no part of a run's configuration."""
 
+    at: ClassVar[str] = "distributed."
     auto: bool = False
     """Ask JAX to find the cluster (a TPU pod, Slurm, Open MPI, Kubernetes); the default under `srun` and
     `mpirun`, and for TPU slices in Kubernetes."""
     coordinator: str = ""
     """HOST:PORT of process 0, the same on every process, for a cluster that JAX does not know."""
-    processes: int = 0
+    processes: NotNegative = 0
     """Number of processes, with `coordinator`."""
-    process_id: int = -1
+    process_id: Annotated[int, Range(ge=-1)] = -1
     """Which of them this one is, from 0, with `coordinator`."""
-    timeout: float = 40.0
+    timeout: Annotated[float, Range(ge=1)] = 40.0
     """Seconds within which all processes end when one of them dies."""
 
-    def faults(self) -> list[str]:
-        at = "distributed."
-        if not 1 <= self.timeout < math.inf:
-            return [f"{at}timeout={self.timeout} must be at least 1 second."]
+    def conflicts(self) -> list[str]:
+        at = self.at
         given = bool(self.coordinator), self.processes != 0, self.process_id != -1
         if any(given) and not all(given):
             return [f"{at}coordinator, {at}processes and {at}process_id go together; give all three."]

@@ -10,6 +10,8 @@ import re
 
 import jax
 
+from mlra_jax.errors import UserError
+
 GIB = 2**30
 
 
@@ -85,11 +87,11 @@ def named_accelerator(name: str) -> Accelerator:
     """The accelerator with a short name of `KINDS`, or of a `jax.Device.device_kind`.
 
     Raises:
-      ValueError: it is not known; names those that are.
+      UserError: it is not known; names those that are.
     """
     chip = find_accelerator(KINDS.get(name.lower(), name))
     if chip is None:
-        raise ValueError(
+        raise UserError(
             f"No accelerator {name!r} is known; known are {', '.join(KINDS)}, or what JAX calls a device."
         )
     return chip

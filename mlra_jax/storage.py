@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import fsspec
+from etils import epath
+
+from mlra_jax.errors import UserError, naming
 
 RUN_PROTOCOLS = ("gs", "s3")
 """Buckets that a run or a checkpoint can be in: those that both etils and Orbax know."""
@@ -19,7 +25,7 @@ _PACKAGES = {
 }
 
 
-class StorageError(ValueError):
+class StorageError(UserError):
     """A URL whose storage cannot be used here."""
 
 
@@ -51,3 +57,102 @@ def check_storage(path: str | os.PathLike[str], protocols: Collection[str] = ())
         raise StorageError(f"Using {path} needs another library: pip install '{package}'.") from error
     except ValueError as error:
         raise StorageError(f"{path}: fsspec knows no storage called {protocol}://.") from error
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file that is never half there: it has its name, or replaces what had it, once it is on the disk.
+
+    Args:
+      path: local, or a bucket URL (buckets hold whole objects only).
+      content: text is written as UTF-8.
+
+    Raises:
+      OSError: it cannot be written; names the path.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_remote(path):
+        epath.Path(path).write_bytes(data)
+        return
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with naming(path), unfinished.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | os.PathLike[str], use: str) -> Iterator[None]:
+    """Holds the lock file `path` while inside, so that no other process does; the lock dies with its process.
+
+    Guards local folders, and those of network file systems that have `flock` (of others, and of buckets, it knows
+    nothing). What a killed process left of the file locks nothing.
+
+    Args:
+      path: in a local folder that exists, or in a bucket.
+      use: what the lock is for, as the beginning of a sentence.
+
+    Raises:
+      UserError: another process holds it.
+      OSError: the file cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None  # type: ignore[assignment]
+    if fcntl is None or is_remote(path):
+        yield
+        return
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"{use} by another process, which still runs; wait for it or name another place."
+            ) from None
+        except OSError:  # the file system has no locks
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # the one that held it has removed the file since it was opened here
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)  # before it is given up: what is opened after this is another file
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A local folder to fill, which is never half there: `path` names it, in place of what had that name, at the end.
+
+    Until then it lies beside, under a name that ends in `.partial`; an exception inside removes it.
+
+    Raises:
+      UserError: another process is about to make the same folder.
+      OSError: it cannot be written; names a path.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = lambda suffix: path.with_name(f"{path.name}.{suffix}")
+    partial, replaced = beside("partial"), beside("replaced")
+    with exclusive(beside("lock"), f"{path} is being made"):
+        for left in (partial, replaced):  # by a killed process
+            shutil.rmtree(left, ignore_errors=True)
+        try:
+            with naming(path):
+                partial.mkdir()
+                yield partial
+            if path.exists():
+                path.replace(replaced)
+            partial.replace(path)
+        finally:
+            for left in (partial, replaced):
+                shutil.rmtree(left, ignore_errors=True)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.decoding.engine import compile_step
+from mlra_jax.errors import UserError
 from mlra_jax.hardware import GIB, KINDS, device_memory, find_accelerator
 from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
@@ -34,12 +35,12 @@ def described_devices(name: str) -> list[jax.Device]:
         of one host or several (`h100:8`, `h100:4x8`: 4 hosts of 8); GPUs are those of `GPUS`.
 
     Raises:
-      ValueError: no such topology, or the plugin that knows it is not installed.
+      UserError: no such topology, or the plugin that knows it is not installed.
     """
     slices, _, slice_name = name.rpartition("*")
     generation, _, shape = slice_name.partition(":")
     if (slices and not slices.isdigit()) or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(
+        raise UserError(
             f"{name!r} is not a topology; it has a name such as v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, "
             "2*v5e:16x16 (two slices), h100:8, h100:4x8 (4 hosts of 8)."
         )
@@ -50,7 +51,7 @@ def described_devices(name: str) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **several).devices
     except Exception as e:  # whatever the plugin raises
-        raise ValueError(
+        raise UserError(
             f"The TPU topology {name!r} cannot be described: {e}. It needs `pip install libtpu` and a name such as "
             "v5e:4x4, v5p:2x2x1, v6e:4x4."
         ) from e
@@ -60,7 +61,7 @@ def topology_mesh(name: str, config: MeshConfig) -> Mesh:
     """The mesh that `config` describes over the devices of a topology (`described_devices`).
 
     Raises:
-      ValueError: no such topology, or its plugin is not installed.
+      UserError: no such topology, or its plugin is not installed.
       ConfigError: the mesh does not multiply to its number of devices.
     """
     return make_mesh(config, described_devices(name))
@@ -75,11 +76,11 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
       hosts: how many hosts.
 
     Raises:
-      ValueError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
+      UserError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
     """
     chip = find_chip(kind)
     if chip is None:
-        raise ValueError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
+        raise UserError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
     major, minor = divmod(chip.capability, 10)
     accelerator = find_accelerator(kind)
     memory = accelerator.memory if accelerator else 24 * GIB
@@ -100,7 +101,7 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
             platform="cuda", topology_name=shape, topology=shape, target_config=description
         ).devices
     except Exception as e:  # whatever the plugin raises
-        raise ValueError(
+        raise UserError(
             f"The GPU {kind!r} cannot be described: {e}. It needs `pip install jax-cuda13-plugin` of JAX's own version."
         ) from e
 

@@ -2,9 +2,10 @@
 
 JAX alone leaves a process blocked in a collective whose partner is gone until its coordination service aborts it, from
 C++ and with no Python exception. Here a thread of each process, which works however the main thread is blocked, tells
-process 0 through the same service that it is alive; process 0 tells all of them when one is not. What kills a process
-before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small child process, which
-lives just to notice that its parent is gone.
+process 0 through the same service that it is alive; process 0 tells all of them when one is not. When process 0 itself
+hangs, and the service with it, calls to the service do not come back: a second thread of each other process notices.
+What kills a process before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small
+child process, which lives just to notice that its parent is gone.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class Watchdog:
         self._interval = timeout / 8
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._heard = time.monotonic()  # when the service last answered
 
     @property
     def alone(self) -> bool:
@@ -85,7 +87,12 @@ class Watchdog:
         why = "if nothing above says why, perhaps for lack of memory"
         if not self.alone:
             why += "" if self._id == 0 else "; or process 0, which holds the others together, is gone"
+            self._heard = time.monotonic()
             self._thread.start()
+            if self._id != 0:
+                threading.Thread(
+                    target=self._watch_service, name="watchdog of process 0", daemon=True
+                ).start()
         self._last_words = LastWords(f"error: {who} was killed or crashed ({why}); {self._advice}.")
         return self
 
@@ -157,7 +164,17 @@ class Watchdog:
                     if silent:
                         self._post(f"process {', '.join(silent)} died, or its host cannot be reached")
                 found = dict(self._client.key_value_dir_get(f"{_FOLDER}/end"))
+                self._heard = time.monotonic()
                 if found and not self._leaving.is_set():
                     self._leaving.set()
-                    print(f"error: {next(iter(found.values()))}; {self._advice}.", file=sys.stderr)
-                    self._end(1)
+                    self._end_for(next(iter(found.values())))
+
+    def _watch_service(self) -> None:
+        while not self._leaving.wait(self._interval):
+            if time.monotonic() - self._heard > self._timeout / 2 and not self._leaving.is_set():
+                self._leaving.set()
+                self._end_for("process 0, which holds the others together, does not answer")
+
+    def _end_for(self, reason: str) -> None:
+        print(f"error: {reason}; {self._advice}.", file=sys.stderr)
+        self._end(1)

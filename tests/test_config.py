@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import pathlib
+from typing import get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -10,12 +12,20 @@ from hypothesis import strategies as st
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.registry import BUILT_IN, attention_type
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
+from mlra_jax.cli.collectives import CollectivesArgs
+from mlra_jax.cli.convert import SplitLatentsArgs, ToOfficialArgs
+from mlra_jax.cli.describe import DescribeArgs
+from mlra_jax.cli.evaluate import EvaluateArgs
+from mlra_jax.cli.plot import PlotArgs
+from mlra_jax.cli.prepare import PrepareArgs
 from mlra_jax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    ExecutionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -24,6 +34,9 @@ from mlra_jax.config import (
     from_dict,
     to_dict,
 )
+from mlra_jax.decoding.generator import GenerationOptions
+from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.distributed import DistributedConfig
 
 
 def test_the_defaults_are_legal():
@@ -36,7 +49,7 @@ def test_the_defaults_are_legal():
         (LatentAttentionConfig(n_branches=3), ["n_branches=3 does not divide n_latent_heads=4"]),
         (LatentAttentionConfig(kv_lora_rank=510), ["kv_lora_rank=510 is not divisible by n_latent_heads=4"]),
         (LatentAttentionConfig(d_rope=3), ["d_rope=3 must be even"]),
-        (LatentAttentionConfig(d_rope=-2), ["d_rope=-2 must be even and not negative"]),
+        (LatentAttentionConfig(d_rope=-2), ["d_rope=-2 must be at least 0"]),
         (LatentAttentionConfig(q_lora_rank=0, d_nope=-1), ["q_lora_rank=0 must be", "d_nope=-1 must be"]),
         (
             LatentAttentionConfig(n_branches=3, kv_lora_rank=510, d_rope=3),
@@ -44,7 +57,7 @@ def test_the_defaults_are_legal():
         ),
         (GroupedAttentionConfig(d_head=7), ["d_head=7 must be even"]),
         (GroupedAttentionConfig(n_kv_heads=0), ["n_kv_heads=0 must be at least 1"]),
-        (GroupedAttentionConfig(q_lora_rank=-1), ["q_lora_rank=-1 must not be negative; 0 is none"]),
+        (GroupedAttentionConfig(q_lora_rank=-1), ["q_lora_rank=-1 must be at least 0"]),
         (TiedAttentionConfig(d_head=6), ["d_head=6 must be a multiple of 4"]),
         (TiedAttentionConfig(n_tied_heads=0), ["n_tied_heads=0 must be at least 1"]),
         (TensorProductAttentionConfig(rank=0, q_rank=0), ["rank=0 must be", "q_rank=0 must be"]),
@@ -69,9 +82,24 @@ def test_the_defaults_are_legal():
             ModelConfig(
                 n_layers=0, d_ff=-3, init_std=0.0, rope_base=-1.0, attention=GroupedAttentionConfig(0)
             ),
-            ["n_layers=0", "d_ff=-3", "n_kv_heads=0", "init_std=0.0", "rope_base=-1.0"],
+            ["n_layers=0", "d_ff=-3", "n_kv_heads=0", "init_std=0.0", "rope_base=-1.0 must be more than 0"],
         ),
-        (MeshConfig(data=0), ["mesh.data=0 must be at least 1"]),
+        (MeshConfig(data=0), ["mesh.data=0 must be at least 1 (or -1)"]),
+        (
+            ModelConfig(output_init="zero"),
+            ["output_init='zero' must be one of zeros, normal. Did you mean zeros?"],
+        ),
+        (DataConfig(order=3), ["data.order=3 must be one of shuffled, sequential, official"]),
+        (
+            TrainConfig(steps="40", seed=True, out=pathlib.Path("x"), optim=OptimConfig(beta1=None)),
+            [
+                "out=PosixPath('x') must be a text, not PosixPath",
+                "optim.beta1=None must be a number, not NoneType",
+                "steps='40' must be a whole number, not str",
+                "seed=True must be a whole number, not bool",
+            ],
+        ),
+        (ModelConfig(attention=MeshConfig()), ["must be AttentionConfig, not MeshConfig"]),
         (MeshConfig(data=-1, tensor=-1), ["At most one mesh size may be -1"]),
         (DataConfig(seq_len=0, prefetch=0), ["seq_len=0", "prefetch=0"]),
         (
@@ -80,19 +108,22 @@ def test_the_defaults_are_legal():
         ),
         (OptimConfig(lr=0.0), ["lr=0.0"]),
         (OptimConfig(lr=1e-4, min_lr=1e-3), ["min_lr=0.001"]),
-        (OptimConfig(warmup_steps=10, decay_steps=10), ["warmup_steps=10 must be less than decay_steps=10"]),
+        (
+            OptimConfig(warmup_steps=-1, decay_steps=0),
+            ["warmup_steps=-1 must be at least 0", "decay_steps=0 must be at least 1"],
+        ),
         (OptimConfig(beta1=1.0, beta2=-0.1, eps=0.0), ["beta1=1.0", "beta2=-0.1", "eps=0.0"]),
         (OptimConfig(lr=math.inf), ["lr=inf"]),
         (OptimConfig(lr=math.nan), ["lr=nan"]),
         (OptimConfig(weight_decay=math.inf), ["weight_decay=inf"]),
         (OptimConfig(weight_decay=math.nan), ["weight_decay=nan"]),
         (OptimConfig(clip_norm=math.nan), ["clip_norm=nan"]),
-        (ModelConfig(init_std=math.inf), ["init_std=inf must be positive and finite"]),
-        (ModelConfig(init_std=math.nan), ["init_std=nan must be positive and finite"]),
-        (TrainConfig(seed=-1), ["seed=-1 must be at least 0 and less than 2**32"]),
-        (TrainConfig(seed=2**32), ["seed=4294967296 must be at least 0 and less than 2**32"]),
-        (CheckpointConfig(every=0, keep_every=-1), ["every=0", "keep_every=-1 must not be negative"]),
-        (LogConfig(every=0, profile_steps=-1), ["every=0", "profile_steps must not be negative"]),
+        (ModelConfig(init_std=math.inf), ["init_std=inf must be more than 0 and finite"]),
+        (ModelConfig(init_std=math.nan), ["init_std=nan must be more than 0 and finite"]),
+        (TrainConfig(seed=-1), ["seed=-1 must be at least 0 and less than 4294967296"]),
+        (TrainConfig(seed=2**32), ["seed=4294967296 must be at least 0 and less than"]),
+        (CheckpointConfig(every=0, keep_every=-1), ["every=0", "keep_every=-1 must be at least 0"]),
+        (LogConfig(every=0, profile_steps=-1), ["every=0", "profile_steps=-1 must be at least 0"]),
     ],
     ids=lambda x: type(x).__name__ if dataclasses.is_dataclass(x) else "",
 )
@@ -101,7 +132,7 @@ def test_every_fault_is_said_in_one_sentence(config, said):
     assert len(faults) == len(said)
     for fault, part in zip(faults, said, strict=True):
         assert part in fault
-        assert fault.endswith(".")
+        assert fault[-1] in ".?"
         assert "\n" not in fault
     with pytest.raises(ConfigError) as error:
         config.validate()
@@ -177,21 +208,69 @@ def test_json_gives_the_configuration_back(attention):
 
 def test_fields_that_a_stored_configuration_lacks_take_their_defaults():
     stored = to_dict(TrainConfig(seed=7))
-    del stored["steps"], stored["model"]["remat"], stored["log"]
+    del stored["steps"], stored["execution"], stored["log"]
     assert from_dict(stored) == TrainConfig(seed=7)
     stored["model"]["attention"] = {"n_kv_heads": 6, "d_head": 128}  # as before there were low-rank queries
     assert from_dict(stored).model.attention == GroupedAttentionConfig(6, 128)
 
 
-def test_unknown_stored_fields_are_refused_all_at_once():
+def test_stored_fields_that_are_unknown_or_illegal_are_refused_all_at_once():
     stored = to_dict(TrainConfig())
-    stored["speed"] = 1
+    stored |= {"stepz": 1, "data": 3, "steps": "40"}
     stored["model"]["depth"] = 2
+    stored["model"]["attention"]["n_kv_heads"] = 3
+    stored["optim"]["lr"] = math.nan
     with pytest.raises(ConfigError) as error:
         from_dict(stored)
-    assert len(error.value.faults) == 2
-    assert "model.depth" in str(error.value)
-    stored = to_dict(TrainConfig())
-    stored["model"]["attention"]["n_kv_heads"] = 3
-    with pytest.raises(ConfigError, match="No attention configuration has the fields"):
-        from_dict(stored)
+    assert error.value.faults == [
+        "Unknown field model.attention.n_kv_heads. Did you mean n_latent_heads?",
+        "Unknown field model.depth.",
+        "Unknown field stepz. Did you mean steps?",
+        "data=3 must be DataConfig, not int.",
+        "optim.lr=nan must be more than 0 and finite.",
+        "steps='40' must be a whole number, not str.",
+    ]
+    with pytest.raises(ConfigError, match=r"The configuration=\[\] must be TrainConfig, not list"):
+        from_dict([])
+
+
+def test_what_a_run_chose_for_its_devices_is_left_out_if_asked():
+    execution = ExecutionConfig("expanded", remat="dots", gather="step")
+    stored = TrainConfig(execution=execution, data=DataConfig(micro_batch=3, seq_len=64))
+    assert from_dict(to_dict(stored)) == stored
+    assert from_dict(to_dict(stored), afresh=True) == TrainConfig(data=DataConfig(seq_len=64))
+
+
+COMMANDS = [
+    *(CollectivesArgs, DescribeArgs, EvaluateArgs, PlotArgs, PrepareArgs, SplitLatentsArgs, ToOfficialArgs),
+    *(DistributedConfig, GenerationOptions, Sampling),
+]
+PARTS = [
+    *(
+        ModelConfig,
+        ExecutionConfig,
+        MeshConfig,
+        DataConfig,
+        OptimConfig,
+        CheckpointConfig,
+        LogConfig,
+        TrainConfig,
+    ),
+    *map(attention_type, BUILT_IN),
+]
+
+
+@pytest.mark.parametrize("cls", [*PARTS, *COMMANDS], ids=lambda cls: cls.__name__)
+def test_every_field_refuses_another_type_a_misspelt_choice_and_an_impossible_number(cls):
+    needed = {f.name: ("x",) if f.name == "runs" else "x" for f in dataclasses.fields(cls)}
+    legal = cls(**{f.name: needed[f.name] for f in dataclasses.fields(cls) if f.default is f.default_factory})
+    assert legal.faults() == []
+    hints = get_type_hints(cls)
+    for name in (f.name for f in dataclasses.fields(cls)):
+        kinds = get_args(hints[name]) or (hints[name],)
+        wrong = [object(), 3 if str in kinds or bool in kinds else "misspelt"]
+        if int in kinds or float in kinds:
+            wrong += [True, -math.inf, math.nan, *([-(10**6)] if name != "key_scale" else [])]
+        for value in wrong:
+            (fault,) = dataclasses.replace(legal, **{name: value}).faults()
+            assert name in fault.replace("-", "_")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shlex
 import sys
 
 import jax
@@ -22,14 +23,12 @@ from mlra_jax.config import ConfigError, ExecutionConfig, MeshConfig, from_dict,
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
 from mlra_jax.training.checkpoints import find_step
 
-SMALL = [
-    *"""
-    --model.n_layers 1 --model.d_model 32 --model.d_ff 32 --model.attention.q_lora_rank 16 --data.micro_batch 1
-    --model.attention.kv_lora_rank 32 --model.attention.d_nope 8 --model.attention.d_rope 8 --data.seq_len 32
-    --checkpoint.every 4 --log.eval_sequences 8 --log.no_tensorboard --optim.warmup_steps 2 --optim.decay_steps 8
-    """.split(),
-    *("--compilation_cache", ""),
-]
+OPTIONS = """
+--model.n_layers 1 --model.d_model 32 --model.d_ff 32 --model.attention.q_lora_rank 16 --data.micro_batch 1
+--model.attention.kv_lora_rank 32 --model.attention.d_nope 8 --model.attention.d_rope 8 --data.seq_len 32
+--checkpoint.every 4 --log.eval_sequences 8 --log.no_tensorboard --optim.warmup_steps 2 --optim.decay_steps 8
+"""
+SMALL = [*shlex.split(OPTIONS), "--compilation_cache", ""]
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,8 @@ with Watchdog(seconds, "start all again") as watchdog:
             watchdog.wait_for_verdict()
     elif how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
     else:
         watchdog.leave("the disk is full.", 1)
 """
@@ -49,7 +51,10 @@ def end(how, victim):
         for i in range(2)
     ]
     try:
-        errors = [p.communicate(timeout=100)[1] for p in processes]
+        errors = ["", ""]
+        for i in sorted(range(2), key=lambda i: i == victim):
+            errors[i] = processes[i].communicate(timeout=100)[1]
+            processes[victim].kill()  # if it is only stopped
     finally:
         for p in processes:
             p.kill()
@@ -82,6 +87,14 @@ def test_without_process_0_which_holds_them_together_the_last_words_say_so():
     assert error.splitlines()[-1].endswith(
         "process 0, which holds the others together, is gone); start all again."
     )
+
+
+def test_a_process_0_that_only_hangs_is_noticed_too():
+    _, (status, error) = end("stopped", 0)
+    assert status == 1
+    assert sentences(error) == [
+        "error: process 0, which holds the others together, does not answer; start all again."
+    ]
 
 
 def test_last_words_are_said_only_if_nothing_else_was(capfd):

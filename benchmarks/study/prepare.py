@@ -16,7 +16,7 @@ from benchmarks.study.corpora import SOURCES, find_archives
 from benchmarks.study.models import VOCAB
 from mlra_jax.cli.prepare import main as write_shards
 from mlra_jax.cli.prepare import split_document
-from mlra_jax.data.shards import DataError, Split, open_shards
+from mlra_jax.data.shards import DataError, Split, open_shards, without_tokenizer
 from mlra_jax.data.tokenizers import END_OF_TEXT, get_tokenizer
 
 VAL_FRACTION = 0.03
@@ -123,7 +123,7 @@ def prepare(downloads: Path, out: Path, names: Sequence[str] = tuple(SOURCES)) -
     shards = {part: open_shards(str(out / "shards"), part) for part in parts}
     digest = hashlib.sha256()
     for path in sorted((out / "shards").iterdir()):
-        digest.update(path.read_bytes())
+        digest.update(without_tokenizer(path.read_bytes()))  # of which shards once told nothing
     lengths = get_tokenizer(str(out / "tokenizer.json")).byte_lengths()
     assert lengths is not None
     description = {

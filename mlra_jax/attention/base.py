@@ -17,7 +17,15 @@ from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import ExecutionConfig, ModelConfig
-from mlra_jax.model.layers import DecodeLeaves, Layout, WithLayout, lay_out_for_decoding, normal, parameter
+from mlra_jax.model.layers import (
+    DecodeLeaves,
+    Layout,
+    WithLayout,
+    check,
+    lay_out_for_decoding,
+    normal,
+    parameter,
+)
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, Names, decode_rules
 
 ROWS: Names = ("batch", "length", None)
@@ -52,6 +60,7 @@ class Attention(WithLayout):
         layout: Layout = "train",
         execution: ExecutionConfig = ExecutionConfig(),
     ):
+        check(config, layout)
         self.config, self.rules, self.layout, self.execution = config, rules, layout, execution
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.shards = HeadShards.of(config, rules)

@@ -21,7 +21,15 @@ from mlra_jax.attention.base import HEADS, ROWS, Attention
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, at_least_one
+from mlra_jax.config import (
+    AttentionConfig,
+    CacheArray,
+    ExecutionConfig,
+    ModelConfig,
+    NotNegative,
+    Positive,
+    uneven,
+)
 from mlra_jax.model.layers import (
     DecodeLeaves,
     Layout,
@@ -41,11 +49,11 @@ from mlra_jax.sharding import TRAIN_RULES, AxisRules
 class GroupedAttentionConfig(AttentionConfig):
     """MHA (n_kv_heads = n_heads), GQA, MQA (n_kv_heads = 1), and MFA (n_kv_heads = 1, wide, with a low-rank query)."""
 
-    n_kv_heads: int = 24
+    n_kv_heads: Positive = 24
     """K: key-value heads; KV head k serves the contiguous query heads k*N/n_kv_heads onwards."""
-    d_head: int = 128
+    d_head: Positive = 128
     """H: width of a query, key and value head; all of it is rotary."""
-    q_lora_rank: int = 0
+    q_lora_rank: NotNegative = 0
     """A: width of the compressed, normalised query that MFA makes queries from; 0: they are made from the input."""
 
     @classmethod
@@ -72,14 +80,8 @@ class GroupedAttentionConfig(AttentionConfig):
     def share(self, cached_heads: int) -> Self:
         return dataclasses.replace(self, n_kv_heads=cached_heads)
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = at_least_one(self, at, "n_kv_heads", "d_head")
-        if self.q_lora_rank < 0:
-            faults.append(f"{at}q_lora_rank={self.q_lora_rank} must not be negative; 0 is none.")
-        if not faults and self.d_head % 2:
-            faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
-        return faults
+    def conflicts(self) -> list[str]:
+        return uneven(self, "d_head")
 
 
 def attend_grouped(

@@ -30,7 +30,9 @@ from mlra_jax.config import (
     ConfigError,
     ExecutionConfig,
     ModelConfig,
-    at_least_one,
+    NotNegative,
+    Positive,
+    uneven,
 )
 from mlra_jax.model.layers import (
     DecodeLeaves,
@@ -46,7 +48,7 @@ from mlra_jax.model.layers import (
     stored,
     weight,
 )
-from mlra_jax.ops.append import normalize_and_append
+from mlra_jax.ops.append import append_latents
 from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.remat import HEADS as HEADS_OUTPUT
@@ -62,17 +64,17 @@ class LatentAttentionConfig(AttentionConfig):
     MLA is (1, 1), GLA-2 (2, 1), GLA-4 (4, 1), MLRA-2 (4, 2), MLRA-4 (4, 4) as (n_latent_heads, n_branches).
     """
 
-    n_latent_heads: int = 4
+    n_latent_heads: Positive = 4
     """L: latent heads in the KV cache; the axis that tensor parallelism splits when decoding."""
-    n_branches: int = 4
+    n_branches: Positive = 4
     """J: latent heads that each query head reads and sums; the number in MLRA-2 and MLRA-4."""
-    q_lora_rank: int = 1024
+    q_lora_rank: Positive = 1024
     """A: width of the compressed query."""
-    kv_lora_rank: int = 512
+    kv_lora_rank: Positive = 512
     """Width of all latent heads together, L * C."""
-    d_nope: int = 128
+    d_nope: Positive = 128
     """H: per-head width of the position-free part of query and key, and of the value."""
-    d_rope: int = 64
+    d_rope: NotNegative = 64
     """R: width of the rotary part of the query, and of the one rotary key shared by all heads."""
     scale_latents: bool = True
     """Variance-preserving scales: sqrt(D/A) on the query, sqrt(D/C) on the latents, 1/sqrt(J) on the branch sum.
@@ -144,13 +146,8 @@ class LatentAttentionConfig(AttentionConfig):
             )
         return new
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = at_least_one(
-            self, at, "n_latent_heads", "n_branches", "q_lora_rank", "kv_lora_rank", "d_nope"
-        )
-        if faults:
-            return faults
+    def conflicts(self) -> list[str]:
+        at, faults = self.at, []
         if self.n_latent_heads % self.n_branches:
             faults.append(
                 f"{at}n_branches={self.n_branches} does not divide n_latent_heads={self.n_latent_heads}; "
@@ -161,11 +158,7 @@ class LatentAttentionConfig(AttentionConfig):
                 f"{at}kv_lora_rank={self.kv_lora_rank} is not divisible by n_latent_heads={self.n_latent_heads}; "
                 "the latent is cut into heads of equal width."
             )
-        if self.d_rope < 0 or self.d_rope % 2:
-            faults.append(
-                f"{at}d_rope={self.d_rope} must be even and not negative; rotary elements come in pairs."
-            )
-        return faults
+        return faults + uneven(self, "d_rope")
 
 
 def _by_head(a: jax.Array, b: jax.Array, contracted: str, names: tuple[str, str]) -> jax.Array:
@@ -502,17 +495,18 @@ class LatentAttention(Attention):
     ) -> tuple[jax.Array, LayerCache]:
         """On each device: the normalised queries [B, T, A], and its cache with the new latents and rotary keys."""
         t = a_BTXE.shape[1]
-        q_BTA, kv_latent, k_rope = normalize_and_append(
+        q_BTA, kv_latent, k_rope = append_latents(
             a_BTXE.squeeze(2),
             q_gain_A,
             kv_gain_UC,
-            rotary_tables(start_B[:, None] + jnp.arange(t), self.frequencies),
+            start_B[:, None] + jnp.arange(t),
             cache.positions(start_B, n_new_B, t),
             cache["kv_latent"],
             cache["k_rope"],
             eps=self.config.norm_eps,
             q_scale=self.q_scale,
             kv_scale=self.kv_scale,
+            frequencies=self.frequencies,
             layout=cache.layout,
         )
         return q_BTA, dataclasses.replace(cache, arrays={"kv_latent": kv_latent, "k_rope": k_rope})

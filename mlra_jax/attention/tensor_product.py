@@ -24,7 +24,7 @@ from mlra_jax.attention.base import HEADS, Attention
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, at_least_one
+from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, Positive, uneven
 from mlra_jax.model.layers import (
     DecodeLeaves,
     Layout,
@@ -45,11 +45,11 @@ from mlra_jax.sharding import TRAIN_RULES, AxisRules
 class TensorProductAttentionConfig(AttentionConfig):
     """TPA: the queries, keys and values of all heads are sums of few products of a head factor and a width factor."""
 
-    rank: int = 2
+    rank: Positive = 2
     """Products that make keys, and that make values; their factors are what is cached."""
-    q_rank: int = 6
+    q_rank: Positive = 6
     """Products that make queries."""
-    d_head: int = 128
+    d_head: Positive = 128
     """H: width of a query, key and value head; all of it is rotary."""
 
     cached_heads_field: ClassVar[str] = "n_heads"
@@ -77,12 +77,8 @@ class TensorProductAttentionConfig(AttentionConfig):
         factors = self.q_rank + 2 * self.rank
         return itemsize * (3 * n_heads * self.d_head + factors * (n_heads + self.d_head))
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = at_least_one(self, at, "rank", "q_rank", "d_head")
-        if not faults and self.d_head % 2:
-            faults.append(f"{at}d_head={self.d_head} must be even; rotary elements come in pairs.")
-        return faults
+    def conflicts(self) -> list[str]:
+        return uneven(self, "d_head")
 
 
 class TensorProductAttention(Attention):

@@ -24,7 +24,7 @@ from mlra_jax.attention.grouped import attend_grouped
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, at_least_one
+from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, Positive, uneven
 from mlra_jax.model.layers import DecodeLeaves, Layout, Relayout, nested, product, rotary_frequencies
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.rotary import rotate
@@ -35,9 +35,9 @@ from mlra_jax.sharding import TRAIN_RULES, AxisRules
 class TiedAttentionConfig(AttentionConfig):
     """GTA: the first half of a KV head is key and value at once; the rotary half of the key is shared by all heads."""
 
-    n_tied_heads: int = 6
+    n_tied_heads: Positive = 6
     """K: key-value heads; head k serves the contiguous query heads k*N/n_tied_heads onwards."""
-    d_head: int = 128
+    d_head: Positive = 128
     """H: width of a query, key and value head; the second half of query and key is rotary."""
 
     cached_heads_field: ClassVar[str] = "attention.n_tied_heads"
@@ -71,14 +71,8 @@ class TiedAttentionConfig(AttentionConfig):
     def share(self, cached_heads: int) -> Self:
         return dataclasses.replace(self, n_tied_heads=cached_heads)
 
-    def faults(self) -> list[str]:
-        at = "model.attention."
-        faults = at_least_one(self, at, "n_tied_heads", "d_head")
-        if not faults and self.d_head % 4:
-            faults.append(
-                f"{at}d_head={self.d_head} must be a multiple of 4; rotary elements come in pairs, in half of it."
-            )
-        return faults
+    def conflicts(self) -> list[str]:
+        return uneven(self, "d_head", 4)
 
 
 class TiedAttention(Attention):

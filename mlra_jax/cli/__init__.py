@@ -1,67 +1,125 @@
-"""The console commands, and what they share: how a user's mistake is reported.
+"""The console commands, and what they share: how they begin, and how they end when something is in their way.
 
 `mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-evaluate`, `mlra-prepare`, `mlra-plot`, `mlra-convert` and
-`mlra-describe` are the `main` functions of the modules in this package.
+`mlra-describe` are the `main` functions of the modules in this package. This module imports nothing heavy: Ctrl-C is
+taken care of before JAX is loaded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
+import io
+import logging
 import os
+import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
 
-from mlra_jax.config import ConfigError
+from mlra_jax.errors import explain, naming
 
-_PACKAGE = Path(__file__).resolve().parents[1]
-# A user's mistake wherever it is raised; the second kind only where this package's own code raised it.
-_ALWAYS = (
-    ConfigError,
-    FileNotFoundError,
-    FileExistsError,
-    NotADirectoryError,
-    IsADirectoryError,
-    PermissionError,
-)
-_WHEN_OURS = (ValueError, NotImplementedError, ImportError)
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of programs that a SIGINT ends."""
+
+_interrupted = False
 
 
-def is_users(error: BaseException) -> bool:
-    """Whether `error` says what the user did wrong: a path, or something that this package itself refused.
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
-    A ValueError from deeper down (JAX, NumPy, ...) is a bug of ours, and its traceback is needed.
-    """
-    if isinstance(error, _ALWAYS):
-        return True
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return isinstance(error, _WHEN_OURS) and _PACKAGE in Path(raised_in).resolve().parents
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Interrupts anew what was interrupted where Python cannot raise, as in JAX's callback for garbage collection."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _prepare_process() -> None:
+    """Makes Ctrl-C known to `_ending`, wherever it comes, and every text printable on any terminal."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _unraisable
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _end_interrupted(whole_process: bool) -> NoReturn:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        print("interrupted", file=sys.stderr, flush=True)
+    if whole_process:
+        os._exit(INTERRUPTED)  # XLA's threads may be at work, and crash in an interpreter that shuts down
+    raise SystemExit(INTERRUPTED) from None
+
+
+def _flush() -> None:
+    """Raises now, with a name, what the interpreter would say about standard output at its exit."""
+    if sys.stdout is None or sys.stdout.closed:
+        return
+    try:
+        with naming("standard output"):
+            sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # what is left of the text must not raise again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+
+
+@contextlib.contextmanager
+def _ending(whole_process: bool) -> Iterator[None]:
+    """Turns what ends a command too soon into a sentence and an exit status; see `command`."""
+    try:
+        try:
+            yield
+        finally:
+            _flush()
+    except BaseException as error:
+        # Libraries turn an interrupt into errors of their own, but it stays one.
+        if isinstance(error, KeyboardInterrupt) or (whole_process and _interrupted):
+            _end_interrupted(whole_process)
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | None]:
-    """Makes `main(argv)` the entry point of a console command: called without `argv` it takes `sys.argv[1:]`.
+    """Makes `main(argv)` a console command: called without `argv` it takes `sys.argv[1:]`, and the process is its own.
 
-    A user's mistake (a `ConfigError` or other ValueError, NotImplementedError or ImportError that this package
-    raised, or a path that is missing or not permitted) becomes `error: ...` on standard error and exit status 2;
-    anything else keeps its traceback. Ctrl-C exits with 130; a closed pipe (`mlra-decode ... | head`) ends quietly.
+    What `explain` has a sentence for (a user's mistake, a path or disk or stream that fails) becomes `error: ...` on
+    standard error and exit status 2; anything else keeps its traceback, with status 1. Ctrl-C ends with status 130,
+    the process at once. A closed pipe (`mlra-decode ... | head`) ends quietly, with status 1. What the terminal's
+    encoding lacks is printed with backslashes.
     """
 
     @functools.wraps(main)
     def entry(argv: Sequence[str] | None = None) -> int | None:
-        try:
+        whole_process = argv is None
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs a traceback of what it then raises
+        if whole_process:
+            _prepare_process()
+        with _ending(whole_process):
             return main(sys.argv[1:] if argv is None else argv)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BrokenPipeError:
-            # The interpreter flushes standard output once more at exit, which would raise again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        except Exception as error:
-            if not is_users(error):
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
 
     return entry
+
+
+def run(name: str) -> int | None:
+    """Runs the console command `name` as this process: imports its module, and calls its `main`."""
+    _prepare_process()
+    with _ending(whole_process=True):
+        module = importlib.import_module(f"{__name__}.{name}")
+    return module.main()

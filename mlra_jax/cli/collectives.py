@@ -10,13 +10,14 @@ import dataclasses
 import math
 import sys
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import tyro
 
 from mlra_jax.cli import command
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import MeshConfig
+from mlra_jax.config import OPTION, MeshConfig, Positive, Validated
 from mlra_jax.decoding.collectives import step_collectives, table
 from mlra_jax.decoding.sampling import GREEDY, Sampling
 from mlra_jax.sharding import check_decode_layout, make_mesh
@@ -25,20 +26,21 @@ _FOUR_DEVICES = MeshConfig(data=1, tensor=4)
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectivesArgs:
+class CollectivesArgs(Validated):
     """Prints what the decode step of a configuration moves between devices, as a Markdown table."""
 
+    at: ClassVar[str] = OPTION
     config: tyro.conf.Positional[str] = "mlra_4"
     """Name or path of a configuration."""
     mesh: MeshConfig = _FOUR_DEVICES
     """The devices, simulated."""
     split_heads: bool = True
     """Whether the query heads of W_qb and W_o are split over tensor."""
-    layers: int = 4
+    layers: Positive = 4
     """Layers that are compiled: enough to tell what happens in each from what happens once."""
-    batch: int = 1
+    batch: Positive = 1
     """Rows."""
-    max_len: int = 4096
+    max_len: Positive = 4096
     """Tokens in the cache."""
     sample: bool = False
     """Draw tokens instead of taking the most probable ones."""
@@ -48,7 +50,7 @@ class CollectivesArgs:
 def main(argv: Sequence[str]) -> int:
     """Prints the table."""
     args = tyro.cli(CollectivesArgs, args=argv, prog="python -m mlra_jax.cli.collectives")
-    args.mesh.validate()
+    args.validate()
     n_devices = math.prod(dataclasses.asdict(args.mesh).values())
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", n_devices)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import itertools
@@ -24,7 +23,8 @@ from pathlib import Path
 import tyro
 
 from mlra_jax import config as config_module
-from mlra_jax.config import MOVED, ConfigError, TrainConfig, from_dict
+from mlra_jax.config import MOVED, ConfigError, TrainConfig, from_dict, nearest
+from mlra_jax.textfiles import read_text
 
 _serial = itertools.count()
 
@@ -51,23 +51,21 @@ def _find(path_or_name: str) -> Path:
         if place.is_file():
             return place
     names = config_names()
-    close = difflib.get_close_matches(given.stem, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(
         [
-            f"No configuration {path_or_name}; {hint}Give the path of a Python file that defines get_config() or of a "
-            f"run's config.json, or one of: {', '.join(names)}."
+            f"No configuration {path_or_name}.{nearest(given.stem, names)} Give the path of a Python file that defines "
+            f"get_config() or of a run's config.json, or one of: {', '.join(names)}."
         ]
     )
 
 
 @contextlib.contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Turns an error raised by the configuration file `path` or its neighbours into one sentence: where and what."""
+    """Turns an error raised by the configuration file `path` or its neighbours into sentences: where and what."""
     try:
         yield
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {fault}" for fault in error.faults]) from error
     except SyntaxError as error:
         raise ConfigError([f"{error.filename}, line {error.lineno}: {error.msg}."]) from error
     except Exception as error:
@@ -86,8 +84,7 @@ def _suggestion(error: Exception) -> str:
     cls = getattr(config_module, call[1], None) if call else None
     if call is None or not dataclasses.is_dataclass(cls):
         return ""
-    close = difflib.get_close_matches(call[2], [f.name for f in dataclasses.fields(cls)], n=1)
-    return f". Did you mean '{close[0]}'?" if close else ""
+    return "." + nearest(call[2], [f.name for f in dataclasses.fields(cls)])
 
 
 def _execute(path: Path) -> types.ModuleType:
@@ -104,22 +101,39 @@ def _execute(path: Path) -> types.ModuleType:
     return module
 
 
-def load_config(path_or_name: str) -> TrainConfig:
-    """The configuration that the `get_config()` of a file returns; not yet validated, since overrides may follow.
+def _of_its_folder(config: TrainConfig, path: Path) -> TrainConfig:
+    """`config` of the run whose folder holds it as `path`, which may have been moved or copied there."""
+    folder = path.absolute().parent
+    is_run = path.name == "config.json" and (folder / "checkpoints").is_dir()
+    if not is_run or folder.resolve() == Path(config.run_dir).resolve():
+        return config
+    print(
+        f"note: {path} names {config.run_dir} as its run's folder, and was moved or copied; the run is now {folder}.",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(config, out=str(folder))
+
+
+def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
+    """The configuration that the `get_config()` of a file returns, or that a run's `config.json` holds; it is legal.
 
     Args:
       path_or_name: path of a `.py` file or of a run's `config.json`, or a bare name such as `tiny`, looked up in
         `config_folders()`.
+      afresh: leave out of a `config.json` what the run chose for its devices (see `from_dict`).
 
     Raises:
-      ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`.
+      ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`; or
+        what it returns is not legal: all faults are listed.
     """
     path = _find(path_or_name)
     if path.suffix == ".json":
         try:
-            return from_dict(json.loads(path.read_text()))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            stored = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
             raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
+        with _explaining(path):
+            return _of_its_folder(from_dict(stored, afresh=afresh), path)
     if path.suffix != ".py":
         raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
     with _explaining(path):
@@ -132,6 +146,8 @@ def load_config(path_or_name: str) -> TrainConfig:
         raise ConfigError(
             [f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."]
         )
+    with _explaining(path):
+        config.validate()
     return config
 
 
@@ -145,7 +161,7 @@ def _renamed(word: str) -> str:
     return "=".join([f"--{new}", *value])
 
 
-def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfig:
+def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bool = False) -> TrainConfig:
     """The validated configuration of a command line `CONFIG [--field VALUE ...]`.
 
     `--help` prints every field with its value in CONFIG (its default when there is no CONFIG) and exits with
@@ -154,6 +170,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
     Args:
       argv: the arguments after the program's name.
       prog: the program's name in the help; None: as it was called.
+      afresh: see `load_config`.
 
     Raises:
       ConfigError: CONFIG is missing or cannot be loaded, or the resulting configuration is not legal.
@@ -163,7 +180,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None) -> TrainConfi
     names = ", ".join(config_names())
     if argv and not argv[0].startswith("-"):
         chosen, rest = argv[0], argv[1:]
-        default = load_config(chosen)
+        default = load_config(chosen, afresh=afresh)
     elif {"-h", "--help"} & set(argv):
         chosen, rest = "CONFIG", argv
         default = TrainConfig()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ import tyro
 from tqdm import tqdm
 
 from mlra_jax.cli import command
-from mlra_jax.config import ConfigError, DataConfig, TrainConfig
+from mlra_jax.config import OPTION, DataConfig, NotNegative, Positive, PositiveFloat, TrainConfig, Validated
 from mlra_jax.convert import (
     LazyTensor,
     lazy_params_from_official,
@@ -29,7 +28,9 @@ from mlra_jax.convert import (
     split_latents,
     write_weights,
 )
-from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.errors import UserError
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote, whole_folder
+from mlra_jax.textfiles import read_text
 from mlra_jax.training import checkpoints
 
 CONFIG_FILE = "config.json"
@@ -56,27 +57,28 @@ class FromOfficialArgs:
 
 
 @dataclasses.dataclass(frozen=True)
-class ToOfficialArgs:
+class ToOfficialArgs(Validated):
     """Writes the parameters of a checkpoint as the weights of an official PyTorch model.
 
     OUT gets model.safetensors (several files and an index if it would be larger than --max-file-gb) and config.json,
     and appears when all are complete.
     """
 
+    at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
     """Local folder to make."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     with_head: bool = False
     """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
-    max_file_gb: float = 5.0
+    max_file_gb: PositiveFloat = 5.0
     """Size in GB (10^9 bytes) above which the weights are cut into several files."""
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitLatentsArgs:
+class SplitLatentsArgs(Validated):
     """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further from there.
 
     Each latent head is cut into equal pieces (docs/conversion.md): an MLA with --latent-heads 4 --branches 4 becomes an
@@ -84,19 +86,20 @@ class SplitLatentsArgs:
     trains.
     """
 
+    at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
     """Folder (or bucket URL) to make."""
-    latent_heads: int = 4
+    latent_heads: Positive = 4
     """Latent heads afterwards; a multiple of those before."""
-    branches: int = 4
+    branches: Positive = 4
     """Latent heads that each query head reads and sums afterwards; a multiple of those before."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     key_scale: float | None = None
     """Factor of the branches' keys; None: pieces that a query head reads of one latent head."""
-    seed: int | None = 0
+    seed: NotNegative | None = 0
     """Of the rotation that mixes the pieces; None: not mixed."""
 
 
@@ -110,12 +113,13 @@ def _progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}; name the official configuration with --config FILE.json.")
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise UserError(f"{path} is not JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object with the fields of the official configuration.")
+        raise UserError(f"{path} must hold a JSON object with the fields of the official configuration.")
     return content
 
 
@@ -155,40 +159,36 @@ def from_official(args: FromOfficialArgs) -> None:
 
 def to_official(args: ToOfficialArgs) -> None:
     """See `ToOfficialArgs`."""
+    args.validate()
     out = Path(args.out).expanduser().absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists; name another --out, or remove it.")
-    if not args.max_file_gb > 0:
-        raise ConfigError([f"--max-file-gb {args.max_file_gb:g} must be positive."])
     config = checkpoints.load_config(args.checkpoint, args.step)
     official = official_from_model_config(config.model, block_size=config.data.seq_len)
     params = checkpoints.lazy_params(args.checkpoint, args.step)
     tensors = official_from_params(params, config.model, with_head=args.with_head)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was killed
-    unfinished.mkdir(parents=True)
-    try:
-        with _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress:
+    with (
+        whole_folder(out) as partial,
+        _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress,
+    ):
 
-            def counted(tensor: LazyTensor) -> LazyTensor:
-                def read() -> np.ndarray:
-                    values = np.asarray(tensor)
-                    progress(tensor.nbytes)
-                    return values
+        def counted(tensor: LazyTensor) -> LazyTensor:
+            def read() -> np.ndarray:
+                values = np.asarray(tensor)
+                progress(tensor.nbytes)
+                return values
 
-                return dataclasses.replace(tensor, read=read)
+            return dataclasses.replace(tensor, read=read)
 
-            counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
-            write_weights(unfinished, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
-        (unfinished / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
+        write_weights(partial, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
+        (partial / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
     print(out)
 
 
 def split(args: SplitLatentsArgs) -> None:
     """See `SplitLatentsArgs`."""
+    args.validate()
     _check_new_run(args.out)
     config = checkpoints.load_config(args.checkpoint, args.step)
     split_config(config.model, args.latent_heads, args.branches)  # before anything is read

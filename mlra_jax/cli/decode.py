@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, TextIO
 
 import jax
@@ -19,6 +19,7 @@ from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator, fit_prompts
 from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.textfiles import decode_text, read_text
 from mlra_jax.training.checkpoints import load_config
 
 
@@ -66,15 +67,13 @@ def read_prompts(file: str) -> list[str]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ConfigError: it is not UTF-8, or a line of a .jsonl file is no prompt.
+      TextError: it is not UTF-8.
+      ConfigError: standard input cannot be read, or a line of a .jsonl file is no prompt.
     """
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{file} is not UTF-8 text: {error.reason} at byte {error.start}."]) from error
+    text = decode_text(_standard_input(), "standard input") if file == "-" else read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not file.endswith(".jsonl"):
-        return [line.removesuffix("\r") for _, line in lines]
+        return [line for _, line in lines]
     prompts = []
     for number, line in lines:
         try:
@@ -88,6 +87,17 @@ def read_prompts(file: str) -> list[str]:
             )
         prompts.append(prompt)
     return prompts
+
+
+def _standard_input() -> bytes:
+    try:
+        if sys.stdin is None:  # as Python has it when the shell has closed it
+            raise OSError(errno.EBADF, "it is closed")
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise ConfigError(
+            [f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."]
+        ) from error
 
 
 def _prompts(args: DecodeArgs) -> list[str]:

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,16 @@ from flax import nnx
 from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.cli import command
 from mlra_jax.cli.configs import parse_train_args
-from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import (
+    OPTION,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    NotNegative,
+    Positive,
+    TrainConfig,
+    Validated,
+)
 from mlra_jax.decoding.engine import PREFILL_BYTES
 from mlra_jax.hardware import GIB, KINDS, Accelerator, named_accelerator
 from mlra_jax.model import Transformer
@@ -34,17 +43,19 @@ TENSOR = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class DescribeArgs:
+class DescribeArgs(Validated):
     """Describes a configuration: mlra-describe CONFIG [options of this command] [--field VALUE ...].
 
-    CONFIG and the fields are as for train.py: a name such as mlra_4, a file, or a run's config.json.
+    CONFIG and the fields are as for train.py: a name such as mlra_4, a file, or a run's config.json (of which what the
+    run chose for its devices is chosen anew: micro-batch, remat, gather).
     """
 
+    at: ClassVar[str] = OPTION
     device: str = ""
     """Accelerator, such as h100, a100 or v5e, for what fits on it; empty: that part is left out."""
-    devices: int = 8
+    devices: Positive = 8
     """How many of them train; they make up the configuration's mesh."""
-    context: int = 0
+    context: NotNegative = 0
     """Cached tokens at which decoding is described; 0: the configuration's data.seq_len."""
     json: bool = False
     """Print JSON."""
@@ -293,17 +304,15 @@ def main(argv: Sequence[str]) -> int:
     args, rest = tyro.cli(
         DescribeArgs, args=argv, prog="mlra-describe", return_unknown_args=True, use_underscores=False
     )
+    args.validate()
     if args.device:
         named_accelerator(args.device)  # before anything is computed
-    for name, value in (("--devices", args.devices), ("--context", args.context + 1)):
-        if value < 1:
-            raise ConfigError([f"{name} must be at least {int(name == '--devices')}."])
     jax.config.update("jax_platforms", "cpu")
     with contextlib.suppress(
         RuntimeError
     ):  # JAX runs already, in another program: with the devices that it has
         jax.config.update("jax_num_cpu_devices", args.devices)
-    config = parse_train_args(rest, prog="mlra-describe")
+    config = parse_train_args(rest, prog="mlra-describe", afresh=True)
     context = args.context or config.data.seq_len
     result = describe(config, context=context, device=args.device, n_devices=args.devices)
     print(json.dumps(result, indent=2) if args.json else render(result))

@@ -8,25 +8,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 import tyro
 
 from mlra_jax.cli import command
-from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
+from mlra_jax.config import OPTION, ConfigError, MeshConfig, NotNegative, Positive, TrainConfig, Validated
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.decoding.generator import Generator
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.sharding import check_decode_layout
+from mlra_jax.storage import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateArgs:
+class EvaluateArgs(Validated):
     """Measures a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
 
     Without --data and --tasks: perplexity of the held-out shards of the run. A table goes to standard output. On
@@ -34,6 +36,7 @@ class EvaluateArgs:
     --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
+    at: ClassVar[str] = OPTION
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     data: tuple[str, ...] = ()
@@ -41,22 +44,22 @@ class EvaluateArgs:
     in the package."""
     tasks: str = ""
     """Tasks of lm-evaluation-harness with commas between them; `paper`: the paper's seven. Needs the extra `eval`."""
-    step: int | None = None
+    step: NotNegative | None = None
     """Checkpoint after so many updates; default: the latest."""
     mesh: MeshConfig = ALL_DEVICES
     """The devices, as in training; default: all of them, with different sequences."""
     protocol: Protocol = "exact"
     """exact: every token of a shard but its first is predicted; paper: whole batches of six windows, at most 1e8
     tokens."""
-    seq_len: int = 0
+    seq_len: NotNegative = 0
     """Tokens of a window, and most tokens of a task's sequence; 0: as in training."""
-    batch_size: int = 8
+    batch_size: Positive = 8
     """Sequences that each data-parallel device (data x fsdp) takes at a time."""
     verify: bool = False
     """Compare the shards' tokens with their checksums first."""
-    fewshot: int = 0
+    fewshot: NotNegative = 0
     """Examples that tasks put before each question."""
-    limit: int | None = None
+    limit: Positive | None = None
     """Evaluate so many documents of each task, to try out."""
     task_folder: str = ""
     """Folder of further tasks, as YAML files."""
@@ -84,7 +87,7 @@ def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
     try:
         lengths = get_tokenizer(name).byte_lengths()
         reason = "its tokens have no fixed bytes"
-    except ValueError as error:
+    except UserError as error:
         if args.tokenizer:
             raise
         lengths, reason = None, str(error).rstrip(".")
@@ -155,6 +158,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     distributed, argv = take_args(argv)
     args = tyro.cli(EvaluateArgs, args=argv, prog="mlra-evaluate")
+    args.validate()
     initialize(distributed)
 
     # Everything that can be refused is refused here, before parameters are read.
@@ -163,10 +167,6 @@ def main(argv: Sequence[str]) -> int:
         args.checkpoint, args.mesh, seq_len=args.seq_len, batch_size=args.batch_size, step=args.step
     )
     config = plan.config
-    if args.fewshot < 0 or (args.limit is not None and args.limit < 1):
-        raise ConfigError(
-            [f"--fewshot {args.fewshot} must not be negative, --limit {args.limit} at least 1."]
-        )
     out = Path(args.json).expanduser()
     if args.json and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError([f"--json {args.json} must be a file in a folder that exists."])
@@ -209,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
         if first:
             print(task_table(scores, average), flush=True)
     if args.json and first:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0
 
 

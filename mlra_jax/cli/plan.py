@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
 
     from mlra_jax.cli.configs import parse_train_args
 
-    config = parse_train_args(argv, prog=f"mlra-plan {_TOPOLOGY} NAME [{_ESTIMATE}]")
+    config = parse_train_args(argv, prog=f"mlra-plan {_TOPOLOGY} NAME [{_ESTIMATE}]", afresh=True)
     # The compilers of devices that are not there, on whatever machine this is.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     import jax

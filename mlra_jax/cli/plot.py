@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlra_jax.cli import command
+from mlra_jax.config import OPTION, Range, Validated
+from mlra_jax.errors import UserError
+from mlra_jax.storage import write_whole
 from mlra_jax.training.metrics import read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
-class PlotArgs:
+class PlotArgs(Validated):
     """Draws the loss curves of one or more training runs."""
 
+    at: ClassVar[str] = OPTION
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders (or bucket URLs) of runs, or their metrics files."""
     out: str = "losses.png"
     """Figure to write; the suffix says the format."""
     x: Literal["step", "tokens"] = "step"
     """What the horizontal axis counts."""
-    smooth: float = 0.0
+    smooth: Annotated[float, Range(ge=0, lt=1)] = 0.0
     """Weight of the past in a running mean of the training loss, 0 (none) to below 1."""
 
 
@@ -44,13 +49,13 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
 
     Raises:
       FileNotFoundError: the run has no metrics file.
-      ValueError: the file holds no loss.
+      UserError: the file holds no loss.
     """
     records = read_metrics(run)
     train = [(r[x] if x != "step" else s, r["loss"]) for s, r in records.items() if "loss" in r]
     held_out = [(r[x] if x != "step" else s, r["eval_loss"]) for s, r in records.items() if "eval_loss" in r]
     if not train and not held_out:
-        raise ValueError(f"The metrics of {run} hold no loss yet.")
+        raise UserError(f"The metrics of {run} hold no loss yet.")
     name = pathlib.PurePath(run).stem if run.endswith(".jsonl") else pathlib.PurePath(run).name
     color = None
     if train:
@@ -62,14 +67,22 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
         axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
 
 
+def figure_formats() -> list[str]:
+    """What a figure can be written as: suffixes without their dot."""
+    return sorted(Figure().canvas.get_supported_filetypes())
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Draws the figure and prints its path."""
     args = tyro.cli(PlotArgs, args=argv, prog="mlra-plot")
     if not args.runs:
-        raise ValueError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
-    if not 0 <= args.smooth < 1:
-        raise ValueError(f"--smooth {args.smooth} must be at least 0 and less than 1.")
+        raise UserError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
+    args.validate()
+    out = pathlib.Path(args.out).expanduser()
+    formats = figure_formats()
+    if out.suffix[1:].lower() not in formats or out.is_dir():
+        raise UserError(f"--out {args.out} must be a file that ends in .{', .'.join(formats)}.")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in args.runs:
@@ -78,9 +91,10 @@ def main(argv: Sequence[str]) -> int:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=out.suffix[1:].lower())
+    write_whole(out, picture.getvalue())
     print(out)
     return 0
 

@@ -6,35 +6,39 @@ import dataclasses
 import itertools
 import json
 import os
-import shutil
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from mlra_jax.cli import command
+from mlra_jax.config import OPTION, Range, Validated
 from mlra_jax.data.shards import MAX_ID, DataError, ShardWriter
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.storage import whole_folder
+from mlra_jax.textfiles import TextError, decode_text
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 _BATCH_CHARACTERS = 1 << 20  # text that is tokenized at a time
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareArgs:
+class PrepareArgs(Validated):
     """Turns text into token shards: files, folders of .txt, .md and .jsonl files, or a Hugging Face data set.
 
     Every .txt and .md file and every line of a .jsonl file is a document; it is written as the end-of-text id and then
-    its tokens. Folders are read with all below them, sorted by path. The folder --out appears when everything is
-    written, never half. Which documents are held out depends on their text alone.
+    its tokens. Text is UTF-8; a byte-order mark is dropped, and lines end in a line feed where they ended in carriage
+    return and line feed. Folders are read with all below them, sorted by path. The folder --out appears when everything
+    is written, never half. Which documents are held out depends on their text alone.
     """
 
+    at: ClassVar[str] = OPTION
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Text files and folders."""
     out: str = "shards"
@@ -48,10 +52,10 @@ class PrepareArgs:
     holdout: Literal["auto", "documents", "tails"] = "auto"
     """What is held out for validation: whole documents, or the end of every document (at a line break where there is
     one). auto: documents if there are at least 100, else tails."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.1
     """Share that is held out, of the documents or of each document's characters; 0: nothing (training
     needs validation shards: then put some into the folder yourself)."""
-    shard_tokens: int = 10**8
+    shard_tokens: Annotated[int, Range(ge=1, lt=2**31)] = 10**8
     """Tokens in a shard."""
     overwrite: bool = False
     """Replace the folder --out if it exists; it must hold nothing but shards."""
@@ -103,13 +107,13 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
         with open(path, "rb") as file:
             if path.suffix != ".jsonl":
                 data = file.read()
-                yield from _not_blank(data.decode(), len(data))
+                yield from _not_blank(decode_text(data, where), len(data))
                 return
             for number, line in enumerate(file, 1):
                 where = f"{path}, line {number}"
                 if not line.strip():
                     continue
-                row = json.loads(line.decode())
+                row = json.loads(decode_text(line, str(path), number))
                 text = row.get(text_field) if isinstance(row, dict) else None
                 if not isinstance(text, str):
                     raise DataError(
@@ -118,8 +122,8 @@ def read_file(path: Path, text_field: str) -> Iterator[Document]:
                 yield from _not_blank(text, len(line))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}.") from error
+    except TextError as error:
+        raise DataError(str(error)) from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error}.") from error
 
@@ -204,7 +208,7 @@ def write_shards(
     """
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(ShardWriter(folder, args.name, split, args.shard_tokens))
+            stack.enter_context(ShardWriter(folder, args.name, split, args.shard_tokens, args.tokenizer))
             for split in ("train", "val")
         ]
         bar = stack.enter_context(tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing"))
@@ -233,13 +237,9 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _check(args: PrepareArgs) -> None:
-    faults = []
+    faults = args.faults()
     if bool(args.inputs) == bool(args.hf_dataset):
         faults.append("Name either text files and folders, or one --hf-dataset.")
-    if not 0 <= args.val_fraction < 1:
-        faults.append(f"--val-fraction {args.val_fraction} must be at least 0 and less than 1.")
-    if not 1 <= args.shard_tokens < 2**31:
-        faults.append(f"--shard-tokens {args.shard_tokens} must be between 1 and 2^31 - 1.")
     if not args.name or os.sep in args.name:
         faults.append(f"--name {args.name!r} must be a part of a file name.")
     if "://" in args.out:
@@ -279,27 +279,14 @@ def main(argv: Sequence[str]) -> int:
     else:
         holdout = "tails" if n_documents is not None and n_documents < 100 else "documents"
 
-    # Written beside the folder and renamed at the end: what has the folder's name is whole.
     out = Path(args.out).expanduser()
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out) as partial:
         n_tokens = write_shards(documents, partial, args, tokenizer, holdout, n_bytes)
         if not n_tokens["train"] or (args.val_fraction and not n_tokens["val"]):
             raise DataError(
                 f"Nothing is left for {'training' if n_tokens['val'] else 'validation'} with --holdout {holdout} and "
                 f"--val-fraction {args.val_fraction}; try --holdout tails, another fraction, or more text."
             )
-        replaced = out.with_name(out.name + ".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)  # a killed run may have left it
-        if out.exists():
-            os.replace(out, replaced)
-        os.replace(partial, out)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     print(f"{out}: {n_tokens['train']:,} tokens for training, {n_tokens['val']:,} held out ({holdout}).")
     return 0
 

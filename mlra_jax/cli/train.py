@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
-from mlra_jax.cli import command, is_users
-
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+from mlra_jax.cli import command
+from mlra_jax.errors import explain, is_refusal
 
 
 @command
@@ -28,12 +25,9 @@ def main(argv: Sequence[str]) -> int:
     distributed, argv = take_args(argv)
     config = parse_train_args(argv)
 
-    from mlra_jax.training.checkpoints import SaveError
     from mlra_jax.training.loop import DivergedError, train
     from mlra_jax.watchdog import Watchdog
 
-    # Orbax logs a traceback of what it then raises, which is explained below.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     initialize(distributed)
     advice = f"the same command, on every host, continues {config.run_dir} from its last checkpoint"
     with Watchdog(distributed.timeout, advice) as watchdog:
@@ -41,25 +35,21 @@ def main(argv: Sequence[str]) -> int:
             train(config)
             return 0
         except Exception as error:
-            users = is_users(error)
-            if not users and not isinstance(error, DivergedError):
-                explained = isinstance(error, SaveError) or _is_disk(error)
-                if watchdog.alone and not explained:
+            message = explain(error)
+            refused = message is not None and is_refusal(error)
+            if not refused and not isinstance(error, DivergedError):
+                if watchdog.alone and message is None:
                     raise
                 watchdog.wait_for_verdict()  # all of this may come from another process's death
-                if not explained:
-                    traceback.print_exc()
-            message = str(error)
-            if _is_disk(error):
-                message = f"{error}: writing failed; {advice} when the cause is gone."
+                if isinstance(error, OSError):
+                    message = f"{message} Then {advice}."
+            if message is None:
+                traceback.print_exc()
+                message = str(error)
             print(f"error: {message}", file=sys.stderr)
-            status = 2 if users else 1
+            status = 2 if refused else 1
             watchdog.leave(message, status)
             return status
-
-
-def _is_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) and error.errno in _DISK
 
 
 if __name__ == "__main__":

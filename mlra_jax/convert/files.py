@@ -15,7 +15,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlra_jax.convert.torch_files import open_torch
+from mlra_jax.errors import UserError
 from mlra_jax.lazy import LazyTensor, Tensor
+from mlra_jax.textfiles import read_text
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -39,7 +41,7 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder, or one that the index lists is missing.
-      ValueError: a file cannot be read (see `open_torch`), or holds numbers that are not floating point; two files hold
+      UserError: a file cannot be read (see `open_torch`), or holds numbers that are not floating point; two files hold
         the same name; or the files hold other tensors than the index lists.
     """
     path = Path(path).expanduser()
@@ -50,15 +52,15 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         is_safetensors = file.suffix == ".safetensors"
         for name, tensor in (open_safetensors if is_safetensors else open_torch)(file).items():
             if name in tensors:
-                raise ValueError(f"{file} holds {name}, which another file in {path} holds too.")
+                raise UserError(f"{file} holds {name}, which another file in {path} holds too.")
             if tensor.dtype not in _NAMES:
-                raise ValueError(
+                raise UserError(
                     f"{file}: {name} is of type {tensor.dtype}; expected one of {', '.join(map(str, _NAMES))}."
                 )
             tensors[name], found[name] = tensor, file.name
     if listed is not None and listed != found:
         wrong = sorted(name for name in {**listed, **found} if listed.get(name) != found.get(name))
-        raise ValueError(
+        raise UserError(
             f"The files in {path} do not hold what its index lists:\n  - "
             + "\n  - ".join(
                 f"{name}: listed in {listed.get(name, 'no file')}, found in {found.get(name, 'none')}"
@@ -74,11 +76,12 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         return [path], None
     for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
         if (path / index).is_file():
+            text = read_text(path / index)
             try:
-                listed = json.loads((path / index).read_text())["weight_map"]
+                listed = json.loads(text)["weight_map"]
                 names = sorted(set(listed.values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{path / index} is not an index of weights: it has no weight_map."
                 ) from error
             missing = [name for name in names if not (path / name).is_file()]
@@ -95,7 +98,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a whole safetensors file, or holds numbers that are not floating point.
+      UserError: it is not a whole safetensors file, or holds numbers that are not floating point.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -112,12 +115,12 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
             for name, entry in entries.items():
                 shape, dtype = tuple(entry.get_shape()), entry.get_dtype()
                 if dtype not in _DTYPES:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: {name} is of type {dtype}; expected one of {', '.join(_DTYPES)}."
                     )
                 tensors[name] = LazyTensor(shape, _DTYPES[dtype], functools.partial(read, name))
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}.") from error
+        raise UserError(f"{path} is not a whole safetensors file: {error}.") from error
     return tensors
 
 

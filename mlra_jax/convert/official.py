@@ -25,10 +25,11 @@ from mlra_jax.attention.registry import BUILT_IN, attention_name
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
+from mlra_jax.errors import UserError
 from mlra_jax.lazy import LazyStack, LazyTensor, Tensor
 
 
-class ConvertError(ValueError):
+class ConvertError(UserError):
     """The tensors or parameters are not those of the model."""
 
 

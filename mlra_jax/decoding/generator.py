@@ -17,11 +17,11 @@ import jax
 import numpy as np
 import tyro
 
-from mlra_jax.config import ConfigError, MeshConfig, Validated
+from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
 from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
-from mlra_jax.decoding.sampling import GREEDY, Sampling
+from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
 from mlra_jax.decoding.text import FinishReason, RowText
 
 STEPS_BETWEEN_STOPS = 16
@@ -32,41 +32,34 @@ STEPS_BETWEEN_STOPS = 16
 class GenerationOptions(Validated):
     """What to generate from each prompt."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: Positive = 128
     """Tokens of a completion, at most."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = GREEDY
     """How each token is drawn."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the drawing. A completion depends on its prompt, this and the sample's number, not on the other prompts."""
-    n: int = 1
+    n: Positive = 1
     """Samples of each prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Ends a completion before this string; repeat it for several."""
     ignore_eos: bool = False
     """Go on after the end-of-text token."""
-    max_len: int = 0
+    max_len: NotNegative = 0
     """Tokens that the cache holds for each row, prompt and completion together; 0: what the longest one needs."""
     overflow: Literal["refuse", "truncate-left", "shorten"] = "refuse"
     """What happens where prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the
     prompt; shorten ends the completion early."""
-    batch_size: int = 64
+    batch_size: Positive = 64
     """Rows (prompts times samples) that are generated at a time, at most."""
 
-    def faults(self) -> list[str]:
-        faults = self.sampling.faults()
-        for name in ("max_new_tokens", "n", "batch_size"):
-            if getattr(self, name) < 1:
-                faults.append(f"{name}={getattr(self, name)} must be at least 1.")
+    def conflicts(self) -> list[str]:
+        faults = []
         if self.n > 1 and self.sampling.temperature == 0:
             faults.append(f"n={self.n} greedy samples would all be the same; give a temperature above 0.")
-        if 1 <= self.batch_size < self.n:
+        if self.batch_size < self.n:
             faults.append(
                 f"batch_size={self.batch_size} must be at least n={self.n}: a prompt's samples are one batch."
             )
-        if self.max_len < 0:
-            faults.append(f"max_len={self.max_len} must not be negative (0: what is needed).")
-        if self.seed < 0 or self.seed >= 2**32:
-            faults.append(f"seed={self.seed} must be from 0 to 2^32 - 1.")
         if "" in self.stop:
             faults.append("A stop string must not be empty.")
         return faults
@@ -124,7 +117,7 @@ class Completion:
     prompt: Prompt
     """As given."""
     text: str
-    """The completion, without stop string or end of text."""
+    """The completion, without stop string or end of text: what its tokens add to the prompt, a space first included."""
     tokens: list[int]
     """Its ids, without end of text. With finish reason `stop` they are those that complete the stop string."""
     finish_reason: FinishReason
@@ -275,6 +268,7 @@ class Generator:
         Raises:
           ConfigError: an option or token id is not legal, or prompt and completion do not fit max_len or the devices'
             memory.
+          NotFiniteError: the logits after a text are NaN or infinite; names the prompt and the position.
           TypeError: there is no such option.
           ValueError: one prompt was given, not as a list, and several samples asked for.
         """
@@ -317,6 +311,10 @@ class Generator:
             self._batch(b, options, batch, max_len, every_token) for b in batches
         )
 
+    def _last(self, prompt: FittedPrompt) -> int | None:
+        """The last token of a prompt's text; None: it is empty."""
+        return None if prompt.ids[-1] == self.tokenizer.eot_id else prompt.ids[-1]
+
     def _batch(
         self,
         prompts: list[FittedPrompt],
@@ -339,7 +337,10 @@ class Generator:
             batch=batch,
         )
         owners = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        texts = [RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens) for prompt, _ in owners]
+        texts = [
+            RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens, self._last(prompt))
+            for prompt, _ in owners
+        ]
         longest = max(prompt.max_new_tokens for prompt in prompts)
         received, pending = 0, rows.first_B
         ahead: jax.Array | None = None
@@ -353,6 +354,12 @@ class Generator:
                 if text.done:
                     continue
                 for token in tokens[:, row]:
+                    if token == NO_NUMBER and not text.done:
+                        raise NotFiniteError(
+                            f"Prompt {prompt.index}, sample {sample}: the logits for the token at position "
+                            f"{len(prompt.ids) + len(text.tokens)} are NaN or infinite; the weights of this checkpoint "
+                            "are no good, take one from before its training diverged."
+                        )
                     if token != NO_TOKEN:
                         text.push(int(token))
                 if text.finish_reason == "stop":

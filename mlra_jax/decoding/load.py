@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, require
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.model.layers import Layout
@@ -154,6 +154,9 @@ def load_model(
       CheckpointError: there is no such checkpoint, or its parameters are not those of its configuration.
       ValueError: the tokenizer is not available here.
     """
+    require(Layout, layout=layout)
+    require(SplitHeads, split_heads=split_heads)
+    require(ParamDtype, param_dtype=param_dtype)
     config = load_config(checkpoint, step)
     model_config = config.model
     devices = decode_devices(mesh)

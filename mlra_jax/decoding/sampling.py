@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.config import Validated
+from mlra_jax.config import NotNegative, Range, Validated
+from mlra_jax.errors import ExplainedError
 from mlra_jax.sharding import AxisRules
 
-_COLDEST = 1e-6  # a lower temperature would overflow
+NO_NUMBER = -2
+"""Stands for the token of a row whose logits leave no choice: one is NaN or +infinity, or all are -infinity."""
+
+
+class NotFiniteError(ExplainedError, ValueError):
+    """What a model gives for a text is NaN or infinite; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,33 +28,20 @@ class Sampling(Validated):
     Tokens whose logits tie with the last one that a filter keeps are kept too.
     """
 
-    temperature: float = 0.0
+    # Float32 logits divided by less would overflow; by more, they would all be equal.
+    temperature: Annotated[float, Range(ge=1e-6, le=1e6, also=(0,))] = 0.0
     """Divides the logits; 0 takes the most probable token (greedy)."""
-    top_k: int = 0
+    top_k: NotNegative = 0
     """Keep the k most probable tokens; 0: all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
     """Keep the most probable tokens, as few as have this probability together; 1: all."""
-    min_p: float = 0.0
+    min_p: Annotated[float, Range(ge=0, le=1)] = 0.0
     """Keep the tokens that have at least this share of the most probable one's probability; 0: all."""
 
-    def faults(self) -> list[str]:
-        faults = []
-        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
-            faults.append(
-                f"temperature={self.temperature} must be 0 (greedy), or finite and at least {_COLDEST}."
-            )
-        if self.top_k < 0:
-            faults.append(f"top_k={self.top_k} must not be negative (0: all tokens).")
-        if not 0 < self.top_p <= 1:
-            faults.append(f"top_p={self.top_p} must be more than 0 and at most 1 (1: all tokens).")
-        if not 0 <= self.min_p <= 1:
-            faults.append(f"min_p={self.min_p} must be from 0 (all tokens) to 1.")
-        filters = {k: v for k, v in dataclasses.asdict(self).items() if k != "temperature"}
-        if self.temperature == 0 and filters != {"top_k": 0, "top_p": 1.0, "min_p": 0.0}:
-            faults.append(
-                "top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."
-            )
-        return faults
+    def conflicts(self) -> list[str]:
+        if self.temperature or (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
+            return []
+        return ["top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."]
 
 
 GREEDY = Sampling()
@@ -55,6 +49,8 @@ GREEDY = Sampling()
 
 def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.Array:
     """Logits [..., V] of the distribution that is drawn from: divided by the temperature, -inf where excluded.
+
+    The largest is 0; it is -inf or NaN where the logits leave no choice (see `NO_NUMBER`).
 
     Args:
       logits: of the model, float32 [..., V].
@@ -70,14 +66,15 @@ def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.
         descending = -jnp.sort(-logits, axis=-1)
         p = jax.nn.softmax(descending, axis=-1)
         needed = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # those before it do not suffice
-        logits = keep_from(logits, jnp.where(needed, descending, jnp.inf).min(axis=-1, keepdims=True))
+        # 0 is the largest logit, which is kept even if top_p is 0 in float32.
+        logits = keep_from(logits, jnp.where(needed, descending, 0.0).min(axis=-1, keepdims=True))
     if sampling.min_p > 0:
         logits = keep_from(logits, logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
     return logits
 
 
 def greedy(rules: AxisRules, logits_BV: jax.Array, n_vocab: int) -> jax.Array:
-    """The most probable token of each row, int32 [B]; of equals the first.
+    """The most probable token of each row, int32 [B]; of equals the first. `NO_NUMBER` where there is none.
 
     Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
     """
@@ -86,8 +83,12 @@ def greedy(rules: AxisRules, logits_BV: jax.Array, n_vocab: int) -> jax.Array:
         first = rules.axis_index("vocab") * logits_BV.shape[1]
         logits_BV = jnp.where(first + jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
         value_B, id_B = logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)
-        is_best_B = value_B == rules.pmax(value_B, "vocab")
-        return -rules.pmax(jnp.where(is_best_B, -id_B, -n_vocab).astype(jnp.int32), "vocab")
+        value_B = jnp.where(
+            jnp.isnan(value_B), jnp.inf, value_B
+        )  # for a maximum over devices might ignore NaN
+        best_B = rules.pmax(value_B, "vocab")
+        id_B = -rules.pmax(jnp.where(value_B == best_B, -id_B, -n_vocab).astype(jnp.int32), "vocab")
+        return jnp.where(jnp.isfinite(best_B), id_B, NO_NUMBER)
 
     return rules.shard_map(best, (("batch", "vocab"),), ("batch",))(logits_BV)
 
@@ -102,7 +103,7 @@ def sample(
     sample_B: jax.Array,
     position_B: jax.Array,
 ) -> jax.Array:
-    """The next token of each row, int32 [B].
+    """The next token of each row, int32 [B]; `NO_NUMBER` where its logits leave no choice.
 
     What is drawn for a row depends on its logits, on `seed` and on the row's `sample` and `position`, and not on the
     other rows, nor on the mesh: each row has a key of its own.
@@ -127,7 +128,8 @@ def sample(
         logits_BV: jax.Array, seed: jax.Array, sample_B: jax.Array, position_B: jax.Array
     ) -> jax.Array:
         logits_BV = filtered_logits(logits_BV, sampling, n_vocab)
-        return jax.vmap(draw, (0, None, 0, 0))(logits_BV, seed, sample_B, position_B)
+        drawn_B = jax.vmap(draw, (0, None, 0, 0))(logits_BV, seed, sample_B, position_B)
+        return jnp.where(logits_BV.max(axis=-1) == 0, drawn_B, NO_NUMBER)
 
     row = ("batch",)
     return rules.shard_map(draw_rows, ((*row, None), (), row, row), row)(

@@ -12,7 +12,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 
 class RowText:
-    """Takes the tokens of one row one by one.
+    """Takes the tokens of one row one by one, each at the same cost.
 
     Args:
       tokenizer: that made the prompt's tokens.
@@ -20,16 +20,30 @@ class RowText:
         boundaries of its tokens are; if a token completes several, before the one that begins first.
       eos_id: token that ends the text and is no part of it; None: none.
       max_new_tokens: at most so many tokens.
+      after: the prompt's last token; None: it has none. The text is what its tokens add to the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], eos_id: int | None, max_new_tokens: int):
-        self.text = ""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        eos_id: int | None,
+        max_new_tokens: int,
+        after: int | None = None,
+    ):
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
         """None as long as more may come."""
-        self._stream = tokenizer.stream()
+        self._stream = tokenizer.stream(after)
         self._stop, self._eos_id, self._max = stop, eos_id, max_new_tokens
-        self._shown = 0
+        self._sure: list[str] = []
+        self._held = ""  # the longest end of the text that may turn out to begin a stop string
+        self._taken = 0  # pieces of `_sure`
+
+    @property
+    def text(self) -> str:
+        """All of it so far, whole characters only."""
+        return "".join(self._sure) + self._held
 
     @property
     def done(self) -> bool:
@@ -50,25 +64,25 @@ class RowText:
 
     def take(self) -> str:
         """What came since the last call and is sure to stay: not what may turn out to begin a stop string."""
-        held = 0
-        if not self.done:
-            longest = max(map(len, self._stop), default=1) - 1
-            ends = range(min(longest, len(self.text) - self._shown), 0, -1)
-            may_stop = lambda n: any(stop.startswith(self.text[-n:]) for stop in self._stop)
-            held = next((n for n in ends if may_stop(n)), 0)
-        new = self.text[self._shown : len(self.text) - held]
-        self._shown += len(new)
+        new = "".join(self._sure[self._taken :])
+        self._taken = len(self._sure)
         return new
 
     def _extend(self, piece: str) -> None:
-        before = len(self.text)
-        self.text += piece
-        # A match must end in the new piece.
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in self._stop]
-        if starts := [i for i in found if i >= 0]:
-            self.text = self.text[: min(starts)]
-            self.finish_reason = "stop"
+        text = self._held + piece  # a stop string that ends in the piece begins in here
+        if starts := [i for stop in self._stop if (i := text.find(stop)) >= 0]:
+            self._sure.append(text[: min(starts)])
+            self._held, self.finish_reason = "", "stop"
+            return
+        longest = max(map(len, self._stop), default=1) - 1
+        ends = range(max(0, len(text) - longest), len(text))
+        may_stop = lambda i: any(stop.startswith(text[i:]) for stop in self._stop)
+        sure = next(filter(may_stop, ends), len(text))
+        self._sure.append(text[:sure])
+        self._held = text[sure:]
 
     def _finish(self, reason: FinishReason) -> None:
         self._extend(self._stream.flush())
-        self.finish_reason = self.finish_reason or reason
+        if not self.done:
+            self._sure.append(self._held)
+            self._held, self.finish_reason = "", reason

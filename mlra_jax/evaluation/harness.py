@@ -23,6 +23,7 @@ from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.decoding.generator import GenerationOptions, Generator
 from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation.scoring import Scorer, rolling_windows
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
@@ -43,7 +44,7 @@ MAX_NEW_TOKENS = 256
 """Of a generated text, where its task does not say."""
 
 
-class TaskError(ValueError):
+class TaskError(UserError):
     """A task that is not known, or whose data cannot be had."""
 
 
@@ -139,9 +140,25 @@ class HarnessModel(TemplateLM):
         """Ids of `string`; no special tokens are added, whatever is asked for."""
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of its continuation, spaces between them with the latter, as the harness has it.
+
+        They are cut from the ids of the whole text where these begin with the context's; else, where a token joins the
+        two (the harness would then drop the beginning of the continuation, or all of it), each is encoded by itself.
+        """
+        kept = context.rstrip()
+        context, continuation = kept, context[len(kept) :] + continuation
+        ids, whole = self.tok_encode(context), self.tok_encode(context + continuation)
+        apart = whole[: len(ids)] != ids or (continuation and len(whole) == len(ids))
+        return ids or [self.prefix_token_id], self.tok_encode(continuation) if apart else whole[len(ids) :]
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
+        if lost := [texts[1] for texts, _, continuation in requests if texts[1] and not continuation]:
+            raise TaskError(
+                f"The tokenizer makes no tokens of the continuation {lost[0]!r}, which so has no score."
+            )
         pairs = [(context, continuation) for _, context, continuation in requests]
         return list(self._scorer.score(pairs, progress=self._progress))
 

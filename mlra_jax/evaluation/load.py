@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import ConfigError, ExecutionConfig, MeshConfig, TrainConfig
+from mlra_jax.config import MeshConfig, NotNegative, Positive, TrainConfig, require
 from mlra_jax.decoding.load import decode_devices
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.checkpoints import find_step, load_config, load_params
@@ -96,12 +96,8 @@ def plan_evaluation(
       ConfigError: mesh, devices, model and sequences do not fit together.
       CheckpointError: there is no such checkpoint.
     """
-    if seq_len < 0 or batch_size < 1:
-        raise ConfigError(
-            [
-                f"seq_len={seq_len} must be positive (0: as in training), and batch_size={batch_size} at least 1."
-            ]
-        )
+    require(NotNegative, seq_len=seq_len)
+    require(Positive, batch_size=batch_size)
     folder = str(find_step(checkpoint, step))
     config = load_config(folder)
     devices = decode_devices(mesh)
@@ -112,7 +108,6 @@ def plan_evaluation(
         micro_batch=batch_size,
         global_batch=batch_size * sizes.data * sizes.fsdp,
     )
-    # How the run computed its steps is no business of this mesh.
-    config = dataclasses.replace(config, data=data, execution=ExecutionConfig())
+    config = dataclasses.replace(config, data=data)
     check_train_layout(config, sizes)
     return EvaluationPlan(folder, config, sizes, devices, batch_size)

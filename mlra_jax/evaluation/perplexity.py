@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.config import DataConfig
+from mlra_jax.config import DataConfig, require
 from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
 from mlra_jax.data.shards import DataError, open_files
+from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.training.step import make_eval_step
 
@@ -97,19 +98,21 @@ def open_parts(
     Args:
       paths: shards, folders of them (all their `*.bin`) or bucket URLs of either; or `embedded`, the held-out part of
         the corpus in the package. None at all: the validation shards of `config`.
-      config: of the run, with the T of the windows; with `verify`, tokens are compared with their checksums first.
+      config: of the run, with the T of the windows and the tokenizer that shards must have been made with; with
+        `verify`, tokens are compared with their checksums first.
       vocab_size: ids must be below it.
       protocol: `exact`: all tokens, also the last ones, which fill no window; `paper`: `paper_sequences`.
 
     Raises:
       DataError, ValueError: a shard cannot be used, or is too short; says which.
     """
+    require(Protocol, protocol=protocol)
     parts, faults = [], []
     for path in paths or [config.path]:
         if path == "embedded" or not paths:
             shards = open_part(dataclasses.replace(config, path=path), "val", vocab_size)
         else:
-            shards = open_files(path, config.verify)
+            shards = open_files(path, config.verify, config.tokenizer)
         windows = Windows(shards, config.seq_len, vocab_size, tails=True)
         for i, (name, n_tokens) in enumerate(zip(shards.names, shards.n_tokens, strict=True)):
             first, count = windows.first_of_shard(i), int(windows.per_shard[i])
@@ -148,6 +151,9 @@ def evaluate(
       parts: see `open_parts`.
       byte_lengths: see `Tokenizer.byte_lengths`; None: bytes are not counted.
       progress: whether to show a bar, if standard error is a terminal.
+
+    Raises:
+      NotFiniteError: the cross-entropy of a part is NaN or infinite.
     """
     sharding, seq_len = model.batch_sharding, model.seq_len
     rows = model.rows(max(part.batches.n_sequences for part in parts))
@@ -184,6 +190,11 @@ def evaluate(
             nats, tokens, *n_bytes = (
                 float(np.sum(column, dtype=np.float64)) for column in zip(*sums, strict=True)
             )
+            if not math.isfinite(nats):
+                raise NotFiniteError(
+                    f"{part.name}: the cross-entropy is {nats}; the weights of this checkpoint are no good, take one "
+                    "from before its training diverged."
+                )
             yield Perplexity(
                 name=part.name,
                 tokens=int(tokens),

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.data.pipeline import IGNORED, Placement
+from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import from_params
 from mlra_jax.training.losses import token_scores
@@ -88,6 +89,7 @@ class Scorer:
 
         Raises:
           ValueError: a context is empty, a continuation does not fit, or an id is not in the vocabulary.
+          NotFiniteError: the log-likelihood of a sequence is NaN or infinite.
         """
         seq_len, vocab_size = self.model.seq_len, self.model.config.model.vocab_size
         by_length: dict[int, list[int]] = {}
@@ -136,5 +138,10 @@ class Scorer:
         for i, total, greedy in zip(
             chosen, *jax.device_get(results), strict=False
         ):  # rows past them are padding
+            if not math.isfinite(total):
+                raise NotFiniteError(
+                    f"The log-likelihood of sequence {i} is {total}; the weights of this checkpoint are no good, take "
+                    "one from before its training diverged."
+                )
             scores[i] = Score(float(total), bool(greedy))
         bar.update(len(chosen))

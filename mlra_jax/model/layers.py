@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ModelConfig, require
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
+from mlra_jax.ops.product import has_kernel, swiglu
 from mlra_jax.ops.product import product as rows_product
-from mlra_jax.ops.product import swiglu
-from mlra_jax.ops.product.mosaic_gpu import takes_rows
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import Frequencies, frequencies
 from mlra_jax.sharding import AxisRules, Names, current_mesh
@@ -56,6 +55,16 @@ def nested(name: str, leaves: DecodeLeaves) -> DecodeLeaves:
     """The same of a module that lies in another one under `name`."""
     prefix = lambda path: f"{name}.{path}"
     return {prefix(k): Relayout(tuple(map(prefix, v.sources)), v.make) for k, v in leaves.items()}
+
+
+def check(config: ModelConfig, layout: Layout) -> None:
+    """Refuses what a module cannot be made of, before it allocates anything.
+
+    Raises:
+      ConfigError: lists every fault of `config`; or `layout` is none.
+    """
+    config.validate()
+    require(Layout, layout=layout)
 
 
 class WithLayout(nnx.Module):
@@ -171,7 +180,7 @@ def _one_row_on_gpu(rules: AxisRules, x: jax.Array) -> bool:
 
 def _runs_op(op: str, rules: AxisRules, x: jax.Array) -> bool:
     """Whether the rows of x [B, T, ...] are multiplied by `op` on each device, and not by XLA on all."""
-    return chosen(op) is not None or takes_rows(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
+    return chosen(op) is not None or has_kernel(x.shape[0] * x.shape[1] // rules.size("batch"), x.dtype)
 
 
 def decode_product(

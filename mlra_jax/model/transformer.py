@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlra_jax.attention.kv_cache import Cache
-from mlra_jax.config import ExecutionConfig, ModelConfig, Remat
+from mlra_jax.config import ExecutionConfig, ModelConfig, Remat, require
 from mlra_jax.model.layers import (
     DecodeLeaves,
     Embedding,
@@ -20,10 +20,13 @@ from mlra_jax.model.layers import (
     Summed,
     SwiGLU,
     WithLayout,
+    check,
     nested,
 )
 from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, RESIDUAL
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
+
+LogitsOf = Literal["all", "last"]
 
 _policies = jax.checkpoint_policies
 REMAT_POLICIES: dict[Remat, Any] = {
@@ -143,7 +146,7 @@ class Transformer(WithLayout):
         stacked: bool = True,
         execution: ExecutionConfig = ExecutionConfig(),
     ):
-        config.validate()
+        check(config, layout)
         self.config, self.rules, self.layout, self.execution = config, rules, layout, execution
         self.embedding = Embedding(config, rngs=rngs, rules=rules)
         make = lambda rngs: Block(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
@@ -226,7 +229,7 @@ class Transformer(WithLayout):
         cache: Cache,
         n_new_B: jax.Array,
         *,
-        logits: Literal["all", "last"] = "all",
+        logits: LogitsOf = "all",
     ) -> tuple[jax.Array, Cache]:
         """Runs T new tokens of each row against the cache, in the decode layout.
 
@@ -234,12 +237,13 @@ class Transformer(WithLayout):
           tokens_BT: ids; row b's first `n_new_B[b]` count, the rest is padding.
           cache: donate it to the compiled function; it comes back with the new tokens.
           n_new_B: new tokens of each row, 0 to T; `cache.lengths + n_new_B` must not exceed `cache.capacity`.
-          logits: after every token [B, T, V], or after each row's last new one [B, 1, V].
+          logits: `all`: after every token [B, T, V]; `last`: after each row's last new one [B, 1, V].
 
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
         """
         self.require_layout("decode")
+        require(LogitsOf, logits=logits)
         start_B = cache.lengths
         with jax.named_scope("embed"):
             x_BTD = self.embedding.encode(tokens_BT)

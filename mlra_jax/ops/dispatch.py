@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -39,6 +40,24 @@ def choose(**implementations: str | Sequence[str]) -> Iterator[None]:
 def chosen(op: str) -> str | Sequence[str] | None:
     """What `choose` says of an op; None: nothing."""
     return (_chosen.get() or {}).get(op)
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """The implementation `name` of a module that is imported when it is first asked for.
+
+    It declines where the module does not import: libraries have no such part on this platform, or in this version.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            implementation = getattr(importlib.import_module(module), name)
+        except Exception as e:
+            raise NotImplementedError(
+                f"{module} does not work with JAX {jax.__version__} here ({type(e).__name__}: {e})."
+            ) from e
+        return implementation(*args, **kwargs)
+
+    return call
 
 
 def dispatch(

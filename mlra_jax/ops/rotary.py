@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,9 @@ def frequencies(width: int, base: float) -> Frequencies:
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
+# A function of its own holds its numbers. Else they would be inputs of layers that are computed anew, and each of those
+# would make tables for itself; so the compiler sees that those of all layers are the same.
+@functools.partial(jax.jit, static_argnames="frequencies")
 def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array, jax.Array]:
     """Float32 cosines and sines of positions times frequencies, [*positions.shape, R/2].
 

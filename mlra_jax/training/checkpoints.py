@@ -4,11 +4,12 @@
                          optimizer   the optax state and the step
                          guard       what tells which updates to leave out
                          config      the resolved TrainConfig, JSON
-                         digests     a checksum of each array and of the configuration, JSON (not of converted weights)
+                         digests     a checksum of each array and of the configuration, JSON
 
 STEP is the number of updates made. A step's folder appears under its name only when it is complete (in a bucket: only
-then holds its commit file). What a disk, a copy or a person did to it later shows in the digests: a damaged checkpoint
-is moved aside, never deleted, and the run continues from the one before. Arrays are stored in pieces with their
+then holds its commit file). What a disk, a copy or a person did to it later shows in the digests, with which everything
+that is read here is compared: a run moves a damaged checkpoint aside, never deletes it, and continues from the one
+before; all others refuse it. Arrays are stored in pieces with their
 shapes: a checkpoint knows no mesh, and each process reads just what its own devices hold.
 """
 
@@ -22,7 +23,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
 import jax
@@ -31,18 +32,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
+from flax import nnx
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mlra_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
+from mlra_jax.config import CheckpointConfig, ConfigError, TrainConfig, from_dict, to_dict
+from mlra_jax.errors import ExplainedError, UserError
 from mlra_jax.lazy import LazyStack, LazyTensor
-from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
+from mlra_jax.storage import RUN_PROTOCOLS, check_storage, exclusive, is_remote, write_whole
 from mlra_jax.training.step import TrainState
 
 FOLDER = "checkpoints"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is absent or damaged, or does not fit what it is wanted for."""
 
 
@@ -50,8 +53,8 @@ class DamagedError(CheckpointError):
     """A checkpoint is not what was saved."""
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; the message says why, and which ones are safe."""
+class SaveError(ExplainedError, RuntimeError):
+    """A checkpoint (or what belongs to a run) could not be written; the message says why, and what is safe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,18 +125,19 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
 
 
 def load_config(checkpoint: epath.PathLike, step: int | None = None) -> TrainConfig:
-    """The resolved configuration of the run that wrote a checkpoint.
+    """The configuration of the run that wrote a checkpoint; how it was computed is left to be chosen.
 
     Args:
       checkpoint: see `find_step`.
       step: see `find_step`.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: there is no such checkpoint, or it is damaged.
       ConfigError: the stored configuration has fields that this version does not know.
     """
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return from_dict(checkpointer.restore(find_step(checkpoint, step) / "config"))
+    step_dir = find_step(checkpoint, step)
+    with _explaining_damage(step_dir):
+        return from_dict(_read_config(step_dir)[0], afresh=True)
 
 
 def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
@@ -163,15 +167,21 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
         )
 
 
-def _digest(x: jax.Array) -> jax.Array:
+def _digest(x: Any) -> Any:
     """Sum of the bits of all elements modulo 2^32, each mixed first; integers add up to the same on any mesh.
 
     The mixing is one-to-one, so that one changed element always shows, and several but once in 2^32.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # Wellons' "lowbias32"
-        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return jnp.sum(bits, dtype=jnp.uint32)
+        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
+    return bits.sum(dtype="uint32")
+
+
+def _digest_on_host(x: np.ndarray) -> int:
+    """The same of a NumPy array, in pieces that take little memory."""
+    flat, step = np.ascontiguousarray(x).reshape(-1), 1 << 22
+    return sum(int(_digest(flat[i : i + step])) for i in range(0, flat.size, step)) % 2**32
 
 
 # One program: several small ones with collectives, all under way at once, have been seen to wait for one another on
@@ -180,14 +190,18 @@ _digest_each = jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]))
 
 
 def _digests(items: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each item, the digest of each array by its path."""
+    """Of each item, the digest of each array, of JAX or of NumPy, by its path."""
+    found: dict[str, dict[str, int]] = {item: {} for item in items}
     names, arrays = [], []
     for item, tree in items.items():
         for path, array in jax.tree.leaves_with_path(tree):
-            names.append((item, jax.tree_util.keystr(path, simple=True, separator=".")))
-            arrays.append(array)
-    digests = jax.device_get(_digest_each(arrays)).tolist()
-    found: dict[str, dict[str, int]] = {item: {} for item in items}
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if isinstance(array, np.ndarray):
+                found[item][name] = _digest_on_host(array)
+            else:
+                names.append((item, name))
+                arrays.append(array)
+    digests = jax.device_get(_digest_each(arrays)).tolist() if arrays else []
     for (item, name), digest in zip(names, digests, strict=True):
         found[item][name] = digest
     return found
@@ -201,8 +215,8 @@ def _read_json(step_dir: epath.Path, item: str) -> Any:
     return ocp.JsonCheckpointHandler().restore(step_dir / item)
 
 
-def _read_digests(step_dir: epath.Path) -> dict[str, Any] | None:
-    """The digests that were stored; None: converted weights, or of a version that had none.
+def _read_config(step_dir: epath.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration and the digests that were stored; None: by a version that had none.
 
     Raises:
       DamagedError: the configuration is not the one that was stored.
@@ -210,11 +224,11 @@ def _read_digests(step_dir: epath.Path) -> dict[str, Any] | None:
     """
     config = _read_json(step_dir, "config")
     if not (step_dir / "digests").exists():
-        return None
+        return config, None
     digests = _read_json(step_dir, "digests")
     if digests["config"] != _config_digest(config):
         raise DamagedError(f"{step_dir / 'config'} is not what was saved")
-    return digests
+    return config, digests
 
 
 def _read(step_dir: epath.Path, item: str, abstract: Any) -> Any:
@@ -240,6 +254,24 @@ def _check_digests(step_dir: epath.Path, items: dict[str, Any], digests: dict[st
         raise DamagedError(f"{step_dir} holds other values than were saved, in {', '.join(bad)}")
 
 
+def _read_params(
+    step_dir: epath.Path, abstract: dict[str, jax.ShapeDtypeStruct], digests: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Some parameters as they are stored, by dotted path, laid out as in `abstract` (NumPy arrays without a sharding).
+
+    Raises:
+      DamagedError: they are not those that were saved.
+      Exception: what reading a damaged file raises.
+    """
+    tree = nnx.traversals.unflatten_mapping(abstract, sep=".")
+    args = ocp.args.PyTreeRestore(
+        tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree), partial_restore=True
+    )
+    found = ocp.PyTreeCheckpointHandler().restore(step_dir / "params", args=args)
+    _check_digests(step_dir, {"params": found}, digests)
+    return _flat(found)
+
+
 def _reason(error: BaseException) -> str:
     """Why something failed, short: the system's words if it has some, else the first of the library's."""
     if isinstance(error, OSError) and error.strerror:
@@ -251,6 +283,19 @@ def _reason(error: BaseException) -> str:
         return os.strerror(int(code[1]))
     text = re.sub(r" \[\w+=.*", "", text.splitlines()[0]).rstrip(".")
     return text if len(text) <= 300 else "... " + text[-300:]  # the end says which file
+
+
+@contextmanager
+def _explaining_damage(step_dir: epath.Path) -> Iterator[None]:
+    """Turns whatever goes wrong while a checkpoint is read into a `CheckpointError`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is CheckpointError or isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(
+            f"The checkpoint {step_dir} is damaged ({_reason(error)}); name another step."
+        ) from error
 
 
 _T = TypeVar("_T")
@@ -282,7 +327,7 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
     Args:
       checkpoint: see `find_step`.
       abstract_params: nested dictionary of `jax.ShapeDtypeStruct` with concrete shardings (any mesh); each array is
-        converted to the `dtype` given here. Without conversion, digests are compared.
+        converted to the `dtype` given here, those that change one after the other.
       step: see `find_step`.
 
     Raises:
@@ -290,19 +335,22 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
         is damaged.
     """
     step_dir = find_step(checkpoint, step)
-    try:
+    with _explaining_damage(step_dir):
         _check_tree(step_dir, "params", abstract_params)
-        params = _read(step_dir, "params", abstract_params)
-        stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree
-        if all(a.dtype == b.dtype for a, b in zip(*map(jax.tree.leaves, (params, stored)), strict=True)):
-            _check_digests(step_dir, {"params": params}, _read_digests(step_dir))
-    except Exception as error:
-        if type(error) is CheckpointError:
-            raise
-        raise CheckpointError(
-            f"The checkpoint {step_dir} is damaged ({_reason(error)}); name another step."
-        ) from error
-    return params
+        _, digests = _read_config(step_dir)
+        stored = _flat(ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree)
+        wanted = _flat(abstract_params)
+        as_stored = {
+            name: jax.ShapeDtypeStruct(x.shape, stored[name].dtype, sharding=x.sharding)
+            for name, x in wanted.items()
+        }
+        kept = [name for name, x in wanted.items() if x.dtype == stored[name].dtype]
+        params: dict[str, Any] = {}
+        # One at a time, so that no more than one array is there in both types.
+        for names in filter(None, (kept, *([name] for name in wanted if name not in kept))):
+            read = _read_params(step_dir, {name: as_stored[name] for name in names}, digests)
+            params |= {name: read[name].astype(wanted[name].dtype) for name in names}
+        return nnx.traversals.unflatten_mapping(params, sep=".")
 
 
 def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
@@ -314,6 +362,58 @@ def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
         for k in {**a, **b}
         if a.get(k, absent) != b.get(k, absent)
     ]
+
+
+@contextmanager
+def _explained(directory: epath.Path) -> Iterator[None]:
+    """Turns what the storage of `directory` refuses while saving into a `SaveError`; says of a bug what is safe."""
+    try:
+        yield
+    except ExplainedError:
+        raise
+    except Exception as error:
+        steps: list[int] = []
+        with suppress(OSError):
+            steps += sorted(m.step for m in ocp.path.step.standard_name_format().find_all(directory))
+        safe = (
+            f"step {steps[-1]} there is safe, and the same command continues from it when the cause is gone"
+            if steps
+            else "nothing was saved before"
+        )
+        if not _of_storage(error):
+            error.add_note(f"Saving a checkpoint in {directory} failed; {safe}.")
+            raise
+        raise SaveError(f"Saving a checkpoint in {directory} failed ({_reason(error)}); {safe}.") from error
+
+
+def _of_storage(error: BaseException | None) -> bool:
+    """Whether a disk or a bucket is the cause, as the system or TensorStore says."""
+    while error is not None:
+        status = isinstance(error, ValueError) and re.match(
+            r"[A-Z]+(_[A-Z]+)*: ", str(error)
+        )  # TensorStore's
+        if isinstance(error, OSError) or status:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def owned(run_dir: epath.PathLike) -> Iterator[None]:
+    """Keeps other processes from writing into the run's folder while inside; of several processes, the first one does.
+
+    A run in a bucket is not guarded: nothing there dies with a process.
+
+    Raises:
+      UserError: another process writes there.
+    """
+    run = _absolute(run_dir)
+    if jax.process_index() > 0 or is_remote(run):
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with exclusive(run / ".lock", f"The run {run} is being written"):
+        yield
 
 
 class Checkpoints:
@@ -357,7 +457,7 @@ class Checkpoints:
             return
         items, stored = _items(state), to_dict(config)
         digests = _digests(items) | {"config": _config_digest(stored)}
-        with self._explained():
+        with _explained(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -368,22 +468,6 @@ class Checkpoints:
                 force=True,
             )
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns whatever goes wrong while saving into a `SaveError`."""
-        try:
-            yield
-        except Exception as error:
-            steps = sorted(m.step for m in ocp.path.step.standard_name_format().find_all(self.directory))
-            safe = (
-                f"step {steps[-1]} there is safe, and the same command continues from it when the cause is gone"
-                if steps
-                else "nothing was saved before"
-            )
-            raise SaveError(
-                f"Saving a checkpoint in {self.directory} failed ({_reason(error)}); {safe}."
-            ) from error
-
     def check_config(self, step: int, config: TrainConfig) -> list[str]:
         """Compares a checkpoint's configuration with `config`, which is to continue it.
 
@@ -393,7 +477,8 @@ class Checkpoints:
         Raises:
           CheckpointError: the model is another one; every field that differs is named.
         """
-        differences = config_differences(load_config(self.directory, step), config)
+        stored = from_dict(_read_config(find_step(self.directory, step))[0])
+        differences = config_differences(stored, config)
         refused = [d for d in differences if d.startswith("model.")]
         if refused:
             raise CheckpointError(
@@ -448,7 +533,7 @@ class Checkpoints:
           CheckpointError: the model is another one.
         """
         step_dir = find_step(self.directory, step)
-        digests = _on_all(lambda: _read_digests(step_dir))
+        _, digests = _on_all(lambda: _read_config(step_dir))
         changes = self.check_config(step, config)
         wanted = _items(abstract_state)
         if step == 0 and not (step_dir / "optimizer").exists():
@@ -484,7 +569,7 @@ class Checkpoints:
         Raises:
           SaveError: it could not be written.
         """
-        with self._explained():
+        with _explained(self.directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -493,7 +578,7 @@ class Checkpoints:
         Raises:
           SaveError: what `save` started could not be written.
         """
-        with self._explained():
+        with _explained(self.directory):
             self._manager.close()
 
 
@@ -505,15 +590,18 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
     """Writes `LazyTensor`s and `LazyStack`s into the format of arrays, one after the other and layer by layer.
 
     So no more than one layer of a large stack is in memory. (Should Orbax rename the functions overridden here, arrays
-    would be written whole.)
+    would be written whole, and have no digests.)
     """
 
     def __init__(self, progress: Callable[[int], Any]):
         super().__init__(deepcopy_host_arrays=False)
-        self._progress = progress
+        self._progress, self._name = progress, ""
+        self.digests: dict[str, int] = {}
+        """Of what has been written, by dotted path."""
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
+            self._name = info.name
             await super()._background_serialize([value], [info], [arg])
 
     async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: Any) -> None:
@@ -521,7 +609,9 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         by_layer = isinstance(value, LazyStack) and value.nbytes > _CHUNK_BYTES
         places = [(store[i], layer) for i, layer in enumerate(value.layers)] if by_layer else [(store, value)]
         for place, tensor in places:
-            await place.write(np.asarray(tensor))
+            values = np.asarray(tensor)
+            self.digests[self._name] = (self.digests.get(self._name, 0) + _digest_on_host(values)) % 2**32
+            await place.write(values)
             self._progress(tensor.nbytes)
 
 
@@ -530,7 +620,7 @@ def save_params(
 ) -> None:
     """Writes step 0 of a run with parameters and configuration alone; decoding reads it like any other.
 
-    The step's folder appears when it is complete.
+    The step's folder appears when it is complete; its digests, which are known only then, are added to it.
 
     Args:
       run_dir: must hold no checkpoint yet.
@@ -554,28 +644,38 @@ def save_params(
             return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
         return ocp.SaveArgs(chunk_byte_size=x[0].nbytes, shard_axes=(0,))  # each chunk lies in one layer
 
-    run = _absolute(run_dir)
-    with ocp.CheckpointManager(
-        run / FOLDER,
-        options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
-        item_handlers={
-            "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "config": ocp.JsonCheckpointHandler(),
-        },
-    ) as manager:
+    run, stored = _absolute(run_dir), to_dict(config)
+    with (
+        owned(run),
+        _explained(run / FOLDER),
+        ocp.CheckpointManager(
+            run / FOLDER,
+            options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True),
+            item_handlers={
+                "params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+                "config": ocp.JsonCheckpointHandler(),
+            },
+        ) as manager,
+    ):
         manager.save(
             0,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params, save_args=jax.tree.map(chunks, params)),
-                config=ocp.args.JsonSave(to_dict(config)),
+                config=ocp.args.JsonSave(stored),
             ),
         )
+    arrays = {name: x for name, x in _flat(params).items() if not isinstance(x, LazyTensor | LazyStack)}
+    found = _digests({"params": arrays})["params"] | lazy.digests
+    if found.keys() == _flat(params).keys():
+        digests = {"params": found, "config": _config_digest(stored)}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            checkpointer.save(find_step(run, 0) / "digests", args=ocp.args.JsonSave(digests))
     write_config(run, config)
 
 
 def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
     """Writes `config.json` of a run."""
-    (_absolute(run_dir) / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_whole(_absolute(run_dir) / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str, Any]:
@@ -586,32 +686,28 @@ def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str
       that going through the layers of one or two of them in turn reads each once.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: there is no such checkpoint, or it is damaged; what is wrong with an array shows when it is read.
     """
-    folder = find_step(checkpoint, step) / "params"
-    handler = ocp.PyTreeCheckpointHandler()
-    stored = handler.metadata(folder).tree
+    step_dir = find_step(checkpoint, step)
+    with _explaining_damage(step_dir):
+        _, digests = _read_config(step_dir)
+        stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / "params").tree
 
-    kept: dict[tuple[str, ...], np.ndarray] = {}
+    kept: dict[str, np.ndarray] = {}
 
-    def read(path: tuple[str, ...]) -> np.ndarray:
-        if path in kept:
-            return kept[path]
-        for old in list(kept)[:-1]:  # before there is another one
-            del kept[old]
-        item: Any = np.zeros(())  # stands for the array
-        for key in reversed(path):
-            item = {key: item}
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        kept[path] = jax.tree.leaves(handler.restore(folder, args=args))[0]
-        return kept[path]
+    def read(name: str, x: Any) -> np.ndarray:
+        if name not in kept:
+            for old in list(kept)[:-1]:  # before there is another one
+                del kept[old]
+            with _explaining_damage(step_dir):
+                kept.update(_read_params(step_dir, {name: jax.ShapeDtypeStruct(x.shape, x.dtype)}, digests))
+        return kept[name]
 
     def lazy(path: tuple[Any, ...], x: Any) -> LazyTensor | LazyStack:
-        keys, dtype = tuple(key.key for key in path), np.dtype(x.dtype)
-        if keys[0] != "layers":
-            return LazyTensor(tuple(x.shape), dtype, lambda: read(keys))
-        layer = lambda i: LazyTensor(tuple(x.shape[1:]), dtype, lambda: read(keys)[i])
+        name, dtype = ".".join(key.key for key in path), np.dtype(x.dtype)
+        if not name.startswith("layers."):
+            return LazyTensor(tuple(x.shape), dtype, lambda: read(name, x))
+        layer = lambda i: LazyTensor(tuple(x.shape[1:]), dtype, lambda: read(name, x)[i])
         return LazyStack(tuple(map(layer, range(x.shape[0]))))
 
     return jax.tree_util.tree_map_with_path(lazy, stored)

@@ -18,17 +18,18 @@ from jax.sharding import NamedSharding
 from mlra_jax.config import TrainConfig
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal, agree
+from mlra_jax.errors import ExplainedError
 from mlra_jax.hardware import device_memory
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
-from mlra_jax.training.checkpoints import Checkpoints, Restored, write_config
+from mlra_jax.training.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
 from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.plan import Plan, resolve
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 
-class DivergedError(RuntimeError):
+class DivergedError(ExplainedError, RuntimeError):
     """A loss or norm is NaN or infinite; the message names the step."""
 
 
@@ -56,6 +57,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
       ConfigError: the configuration is illegal, or does not fit the devices.
       DataError: the data cannot be used.
+      UserError: another process trains in `run_dir`.
       StorageError: `run_dir` is in a bucket whose library is not installed.
       CheckpointError: the run's folder holds a run of another model.
       DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
@@ -81,6 +83,7 @@ def train(config: TrainConfig) -> TrainResult:
         abstract = abstract_state(config, mesh)
         train_step, eval_step = make_train_step(config), make_eval_step(config)
 
+        stack.enter_context(owned(config.run_dir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)))
         found = checkpoints.restore(config, abstract)
         start = found.step if found else 0
@@ -286,7 +289,12 @@ class _Profiler:
         if self._local is None:
             return
         local, self._local = self._local, None
-        jax.profiler.stop_trace()
+        try:
+            jax.profiler.stop_trace()
+        except jax.errors.JaxRuntimeError as error:
+            raise SaveError(
+                f"The profile could not be written to {self._folder}: {error}; make room there."
+            ) from error
         if is_remote(self._folder):
             for file in epath.Path(local).rglob("*"):
                 if file.is_file():

@@ -7,8 +7,10 @@ those parameters too.
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
+import os
 import sys
 import time
 import uuid
@@ -19,6 +21,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mlra_jax.config import ConfigError, TrainConfig, to_dict
+from mlra_jax.errors import naming
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 
 FILE_NAME = "metrics.jsonl"
@@ -46,30 +49,31 @@ class JsonLines:
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._remote = is_remote(self._path)
-        text = self._path.read_text() if self._path.exists() else ""
+        # What is there stays, byte for byte.
+        found = self._path.read_bytes() if self._path.exists() else b""
         # A killed run may have left half a line; what follows must not be glued to it.
-        repair = "\n" if text and not text.endswith("\n") else ""
-        self._text = text + repair if self._remote else ""
+        repair = b"\n" if found and not found.endswith(b"\n") else b""
+        self._lines = [found + repair] if self._remote else []
         self._uploaded = time.monotonic()
         if repair and not self._remote:
             self._append(repair)
 
-    def _append(self, text: str) -> None:
-        with self._path.open("a") as file:
-            file.write(text)
+    def _append(self, line: bytes) -> None:
+        with naming(self._path), self._path.open("ab") as file:
+            file.write(line)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        line = json.dumps({"step": step, **values}) + "\n"
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
         if not self._remote:
             self._append(line)
             return
-        self._text += line
+        self._lines.append(line)
         if time.monotonic() - self._uploaded > _SECONDS_BETWEEN_UPLOADS:
             self.flush()
 
     def flush(self) -> None:
         if self._remote:
-            self._path.write_text(self._text)
+            self._path.write_bytes(b"".join(self._lines))
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
@@ -77,23 +81,46 @@ class JsonLines:
 
 
 class TensorBoard:
-    """TensorBoard event files in a folder or a bucket."""
+    """TensorBoard event files in a folder or a bucket.
+
+    Written here and now: the thread of tensorboardX's `SummaryWriter` dies of a full disk, and then all wait for it.
+    """
 
     def __init__(self, folder: epath.PathLike, start_step: int):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
 
-        # purge_step: what a killed run wrote past the checkpoint is hidden, since these steps are run again.
-        self._writer = SummaryWriter(str(folder), purge_step=start_step or None)
+        self._event = Event
+        self._folder = os.fspath(folder)
+        directory_check(self._folder)
+        with naming(self._folder):
+            self._writer = EventsWriter(f"{self._folder}/events")
+            if (
+                start_step
+            ):  # what a killed run wrote past the checkpoint is hidden, since these steps are run again
+                log = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=start_step, session_log=log))
+        self.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboardX.summary import scalar
+
+        with naming(self._folder):
+            for name, value in values.items():
+                event = self._event(wall_time=time.time(), step=step, summary=scalar(name, value))
+                self._writer.write_event(event)
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_UPLOADS:
+            self.flush()
 
     def flush(self) -> None:
-        self._writer.flush()
+        with naming(self._folder):
+            self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._folder):
+            self._writer.close()
 
 
 class WeightsAndBiases:
@@ -175,7 +202,7 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     """The metrics of a run by step, in order of steps.
 
     A resumed run may have written a step twice: the later value of each metric counts. A line that was cut short when
-    the run was killed is passed over.
+    the run was killed, or that is damaged in another way, is passed over.
 
     Args:
       path: a run's folder, or a metrics file.
@@ -191,13 +218,14 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     if not file.exists():
         raise FileNotFoundError(f"No metrics in {path}: expected {file}; is it the folder of a training run?")
     records: dict[int, dict[str, float]] = {}
-    for line in file.read_text().splitlines():
+    for line in file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"):
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode())
             step = values.pop("step")
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+        except (ValueError, AttributeError, KeyError, TypeError):
             continue
-        records.setdefault(step, {}).update(values)
+        if isinstance(step, int):
+            records.setdefault(step, {}).update(values)
     return dict(sorted(records.items()))
 
 

@@ -10,7 +10,7 @@ from mlra_jax.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, step: jax.typing.ArrayLike) -> jax.Array:
-    """Learning rate of update `step` (counted from 0): `lr * step / warmup_steps`, then a cosine down to `min_lr`.
+    """Learning rate of update `step` (counted from 0): `lr * step / warmup`, then a cosine down to `min_lr`.
 
     The first update has rate exactly 0 (its gradient still enters the moments), as in the paper's `train.py:get_lr`.
 
@@ -19,11 +19,12 @@ def learning_rate(config: OptimConfig, step: jax.typing.ArrayLike) -> jax.Array:
       step: number of updates made before this one; a scalar or an array, float32 out.
     """
     step = jnp.asarray(step, jnp.float32)
-    warm = config.lr * step / max(config.warmup_steps, 1)
-    progress = (step - config.warmup_steps) / (config.decay_steps - config.warmup_steps)
+    warmup = config.warmup
+    warm = config.lr * step / max(warmup, 1)
+    progress = (step - warmup) / (config.decay_steps - warmup)
     cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
     decayed = config.min_lr + (config.lr - config.min_lr) * cosine
-    return jnp.where(step < config.warmup_steps, warm, decayed)
+    return jnp.where(step < warmup, warm, decayed)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:

@@ -25,6 +25,7 @@ def test_the_shares_are_as_wide_as_the_paper_s_bandwidth_says():
 @pytest.mark.smoke
 def test_a_run_writes_times_table_and_figure_that_can_be_drawn_again(tmp_path, capsys):
     argv = ["--cases", "gqa", "mlra_4", "--lengths", "128", "--runs", "2", "--out", str(tmp_path)]
+    argv += ["--page", "64", "--implementation", "xla"]
     assert paper_latency.main(argv) == 0
     stem = tmp_path / "paper_latency_cpu"
     record = json.loads(stem.with_suffix(".json").read_text())

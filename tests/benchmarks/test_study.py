@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 import pytest
 
+from benchmarks.study import __main__ as study_main
 from benchmarks.study import report
 from benchmarks.study import run as study_run
 from benchmarks.study.__main__ import main
@@ -146,7 +147,9 @@ def test_missing_and_broken_packages_are_named_with_the_command_that_fetches_the
 
 
 def test_prepared_data_holds_whole_documents_out_and_counts_their_bytes(downloads, tmp_path):
-    data = prepare(downloads, tmp_path / "data", NAMES)
+    assert main(["list"]) == 0
+    assert main(["prepare", str(downloads), "--out", str(tmp_path / "data"), "--sources", *NAMES]) == 0
+    data = Data.open(tmp_path / "data")
     everything = {text for name in NAMES for text in documents(downloads, name)}
     tokenizer = get_tokenizer(data.tokenizer)
     sides = []
@@ -288,7 +291,8 @@ def test_command_trains_reports_and_repeats_nothing(data, tmp_path, monkeypatch,
 
     monkeypatch.setattr(study_run, "study_config", small)
     argv = ["run", "--data", str(data.folder), "--out", str(tmp_path / "out"), "--tokens", str(2 * 2**15)]
-    argv += ["--variants", "mha", "--seeds", "3", "--eval-sequences", "1"]
+    argv += ["--variants", "mha", "--seeds", "3", "--eval-sequences", "1", "--lr", "1e-3", "--layers", "1"]
+    argv += ["--budget", "1e6", "--work", str(tmp_path / "work"), "--compile-ahead", "0"]
     assert main(argv) == 0
     results = read_results(tmp_path / "out" / "results.json")
     assert [(r["variant"], r["seed"]) for r in results["runs"]] == [("mha", 3)]
@@ -300,7 +304,8 @@ def test_command_trains_reports_and_repeats_nothing(data, tmp_path, monkeypatch,
     assert "| MHA   |" in text
     # What repeats it, without the folders of this machine.
     assert (
-        "`python -m benchmarks.study run --variants mha --seeds 3 --tokens 65536 --eval-sequences 1`" in text
+        "`python -m benchmarks.study run --variants mha --seeds 3 --tokens 65536 --lr 0.001 --layers 1 "
+        "--eval-sequences 1`" in text
     )
 
 
@@ -331,13 +336,15 @@ def test_report_says_what_is_missing_what_differs_and_what_diverged(data, tmp_pa
     assert "1.00 passes" in text
 
 
-def test_docs_get_the_results_between_their_marks_each_time(data, tmp_path, trained):
+def test_docs_get_the_results_between_their_marks_each_time(data, tmp_path, trained, monkeypatch):
     run_all(plan(data, tmp_path), ["mha"], [])
     results = read_results(tmp_path / "out" / "results.json")
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "study.md").write_text("before\n" + "\n".join(report.MARKS) + "\nafter\n")
-    report.write_docs(results, docs)
+    monkeypatch.setattr(study_main, "RECORDS", tmp_path)
+    assert main(["report", "--out", str(tmp_path / "out"), "--docs", str(docs)]) == 0
+    assert read_results(next(tmp_path.glob("study_*.json"))) == results
     once = (docs / "study.md").read_text()
     report.write_docs(results, docs)
     assert (docs / "study.md").read_text() == once

@@ -141,7 +141,18 @@ def test_mla_is_compared_with_the_faster_layout_and_one_device_with_several():
 def test_the_command_runs_and_compares_models_on_simulated_devices(few_layers, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_parallel, "tiny", lambda config: dataclasses.replace(tiny(config), n_layers=1))
     options = ["--parts", "model", "check", "--size", "tiny", "--models", "gla_2", "--tensor", "1", "2"]
-    sizes = ["--model-cases", "2x256", "--steps", "2", "--runs", "1", "--check-tokens", "2"]
+    sizes = [
+        "--model-cases",
+        "2x256",
+        "--steps",
+        "2",
+        "--runs",
+        "1",
+        "--check-tokens",
+        "2",
+        "--seconds",
+        "1e6",
+    ]
     assert tensor_parallel.main([*options, *sizes, "--out", str(tmp_path)]) == 0
     stem = tmp_path / "tensor_parallel_cpu"
     record = json.loads(stem.with_suffix(".json").read_text())

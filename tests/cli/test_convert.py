@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.convert import main
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import open_weights, split_latents
+from mlra_jax.textfiles import TextError
 from mlra_jax.training.checkpoints import Checkpoints, lazy_params, load_config
 from tests.convert.torch_writer import write_torch
 
@@ -132,16 +134,27 @@ def test_a_killed_conversion_leaves_nothing_that_looks_complete_and_can_be_made_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "official", "run"]
 
 
-def test_training_takes_a_converted_checkpoint_with_its_own_configuration(official, tmp_path):
+def test_training_takes_a_converted_checkpoint_with_its_own_configuration(official, tmp_path, capsys):
     run = tmp_path / "run"
     assert main(["from-official", str(official), "--out", str(run), "--tokenizer", "byte"]) == 0
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_bytes(text.encode("utf-8-sig").replace(b"\n", b"\r\n"))  # saved on Windows
     config = parse_train_args([str(run / "config.json"), "--steps", "2"], prog="train.py")
     assert (config.run_dir, config.steps, config.data.seq_len) == (str(run), 2, 64)
     with contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)) as checkpoints:
         assert not (checkpoints.directory / "0" / "optimizer").exists()
         assert checkpoints.check_config(0, config) == ["steps: 100001 -> 2"]
+    shutil.copytree(run, tmp_path / "copy")
+    assert parse_train_args([str(tmp_path / "copy" / "config.json")]).run_dir == str(tmp_path / "copy")
+    assert f"names {run} as its run's folder, and was moved or copied" in capsys.readouterr().err
+    assert parse_train_args([str(tmp_path / "copy" / "config.json"), "--out", "x"]).run_dir == "x"
+    shutil.copy(run / "config.json", tmp_path)  # a configuration without a run
+    assert parse_train_args([str(tmp_path / "config.json")]).run_dir == str(run)
+    (run / "config.json").write_bytes(b'{"name": "\xff"}')
+    with pytest.raises(TextError, match=r"config.json, line 1, byte 11 is not UTF-8 text"):
+        parse_train_args([str(run / "config.json")])
     (run / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config.json is not the config.json of a run"):
+    with pytest.raises(ConfigError, match=r"config.json: The configuration=\[\] must be TrainConfig"):
         parse_train_args([str(run / "config.json")])
 
 
@@ -173,7 +186,7 @@ def test_configuration_and_type_can_be_given_apart_from_the_weights(official, tm
     fields = json.loads((official / "config.json").read_text())
     del fields["model_type"]
     (official / "config.json").unlink()
-    (tmp_path / "fields.json").write_text(json.dumps(fields))
+    (tmp_path / "fields.json").write_text(json.dumps(fields), encoding="utf-8-sig")
     weights, options = official / "model.safetensors", ["--config", tmp_path / "fields.json"]
     argv = ["from-official", weights, "--out", tmp_path / "run", *options, "--model-type", "mlra_2"]
     assert main([str(a) for a in argv]) == 0

@@ -80,10 +80,10 @@ def test_fields_of_the_configuration_can_be_set_and_markdown_says_the_same(capsy
     ("argv", "said"),
     [
         (["mlra_4", "--device", "h1000"], "No accelerator 'h1000' is known; known are h100, h100-nvl"),
-        (["mlra_5"], "No configuration mlra_5; did you mean mlra_4?"),
+        (["mlra_5"], "No configuration mlra_5. Did you mean mlra_4?"),
         ([], "The first argument must be a configuration"),
-        (["tiny", "--devices", "0"], "--devices must be at least 1"),
-        (["tiny", "--context", "-1"], "--context must be at least 0"),
+        (["tiny", "--devices", "0"], "--devices=0 must be at least 1"),
+        (["tiny", "--context", "-1"], "--context=-1 must be at least 0"),
         (["tiny", "--model.n-heads", "3", "--model.attention.n-branches", "3"], "does not divide"),
     ],
 )

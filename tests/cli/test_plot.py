@@ -45,7 +45,9 @@ def test_smoothing_is_an_unbiased_running_mean():
     [
         (["no such run"], "No metrics in no such run"),
         ([], "Name at least one run"),
-        (["run", "--smooth", "1"], "--smooth 1.0 must be at least 0"),
+        (["run", "--smooth", "1"], "--smooth=1.0 must be at least 0"),
+        (["no such run", "--out", "x.foo"], "--out x.foo must be a file that ends in ."),
+        (["no such run", "--out", "x"], "--out x must be a file that ends in"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_sentence(args, message, capsys):

@@ -1,5 +1,6 @@
 """mlra-prepare: text in, the same text out of the shards; and what goes wrong is said before anything is written."""
 
+import importlib.util
 import itertools
 import json
 import sys
@@ -13,8 +14,13 @@ from hypothesis import strategies as st
 from mlra_jax.cli import prepare
 from mlra_jax.config import DataConfig
 from mlra_jax.data import EvalBatches, TrainBatches
-from mlra_jax.data.shards import open_shards
+from mlra_jax.data.shards import DataError, open_shards
 from mlra_jax.data.tokenizers import ByteTokenizer
+
+
+def needs(module):
+    found = importlib.util.find_spec(module)
+    return pytest.mark.skipif(not found, reason=f"the optional package {module} is not installed")
 
 
 def read_back(folder, split):
@@ -40,18 +46,18 @@ def fault(capsys, *argv):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Three files in two folders: documents a, b, c, d, e in the order of the paths."""
+    """Three files in two folders: documents a, b, c, d in the order of the paths; two as Windows writes them."""
     folder = tmp_path / "texts"
     (folder / "sub").mkdir(parents=True)
-    (folder / "1.md").write_text("# a\r\nnaïve 🙂\n")
-    rows = [{"text": "b\n", "id": 1}, {"text": " \n"}, {"text": "c"}]
-    (folder / "2.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    (folder / "1.md").write_bytes("# a\r\nnaïve 🙂\r\n".encode("utf-8-sig"))
+    rows = [{"text": "b\r\n", "id": 1}, {"text": " \n"}, {"text": "c"}]
+    (folder / "2.jsonl").write_bytes("\r\n".join([*map(json.dumps, rows), "", ""]).encode("utf-8-sig"))
     (folder / "sub" / "3.txt").write_bytes(b"d\n" * 50)
     (folder / "ignored.py").write_text("not text")
     return folder
 
 
-CONTENT = ["# a\r\nnaïve 🙂\n", "b\n", "c", "d\n" * 50]
+CONTENT = ["# a\nnaïve 🙂\n", "b\r\n", "c", "d\n" * 50]  # what a JSON string says, it means
 
 
 def test_shards_read_back_as_the_documents_in_order_of_path(texts, tmp_path, capsys):
@@ -110,6 +116,34 @@ def test_what_is_prepared_is_what_training_reads(texts, tmp_path):
     assert EvalBatches.held_out(config, 257, 100).n_sequences >= 1
 
 
+@needs("tokenizers")
+def test_a_tokenizer_made_for_training_cuts_and_pads_nothing(texts, tmp_path):
+    import tokenizers as library
+
+    trained = library.ByteLevelBPETokenizer()
+    trained.train_from_iterator(CONTENT, vocab_size=300, special_tokens=["</s>", "<s>"], show_progress=False)
+    trained.save(str(tmp_path / "plain.json"))
+    trained.enable_truncation(8)
+    trained.enable_padding(length=16)
+    trained.save(str(tmp_path / "training.json"))
+    contents = []
+    for name in ("plain", "training"):
+        run(texts, "--out", tmp_path / name, "--tokenizer", tmp_path / f"{name}.json", "--val-fraction", 0)
+        (shard,) = (tmp_path / name).iterdir()
+        contents.append(shard.read_bytes()[1024:])
+    assert contents[0] == contents[1]
+
+
+def test_shards_are_refused_with_another_tokenizer_than_prepared_them(texts, tmp_path):
+    run(texts, "--out", tmp_path / "out")
+    config = DataConfig(path=str(tmp_path / "out"), seq_len=8, global_batch=2, tokenizer="gpt2")
+    words = r"text_train_000001.bin was made with the tokenizer byte \(vocabulary 394ecf8e\), not with gpt2 \(vocab"
+    with pytest.raises(DataError, match=words):
+        TrainBatches(config, 50304, seed=0)
+    with pytest.raises(DataError, match=r"text_val_000000.bin was made with the tokenizer byte"):
+        EvalBatches.held_out(config, 50304, 1)
+
+
 def test_an_existing_folder_is_kept_unless_told_otherwise(texts, tmp_path, capsys):
     out = tmp_path / "out"
     run(texts, "--out", out)
@@ -117,7 +151,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(texts, tmp_path, capsy
     assert "--overwrite" in fault(capsys, texts / "2.jsonl", "--out", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert run(texts / "2.jsonl", "--out", out, "--overwrite", "--val-fraction", 0) == 0
-    assert read_back(out, "train") == ["b\n", "c"]
+    assert read_back(out, "train") == CONTENT[1:3]
     (out / "thesis.tex").write_text("precious")
     assert "holds more than shards" in fault(capsys, texts, "--out", out, "--overwrite")
     assert (out / "thesis.tex").exists()
@@ -154,12 +188,16 @@ def test_what_a_killed_replacement_left_does_not_hinder_the_next_one(texts, tmp_
 
 
 def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
-    (texts / "latin.txt").write_bytes(b"caf\xe9")
+    (texts / "latin.txt").write_bytes(b"un\ncaf\xe9")
+    (texts / "latin.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": "\xff"}\n')
     (texts / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (texts / "other.jsonl").write_text('{"body": "elsewhere"}\n')
     (texts / "list.jsonl").write_text("[1]\n")
     message = fault(capsys, texts, "--out", tmp_path / "out")
-    assert "latin.txt is not UTF-8 text: unexpected end of data at byte 3" in message
+    assert (
+        "latin.txt, line 2, byte 4 is not UTF-8 text (unexpected end of data): save it as UTF-8." in message
+    )
+    assert "latin.jsonl, line 3, byte 11 is not UTF-8 text (invalid start byte)" in message
     assert "broken.jsonl, line 2 is not JSON" in message
     assert "other.jsonl, line 1: no text in the field 'text'; name another with --text-field" in message
     assert "list.jsonl, line 1: no text" in message
@@ -175,9 +213,9 @@ def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
         (["{tmp}/blank.txt"], "hold no text."),
         (
             ["{tmp}/blank.txt", "--val-fraction", "1"],
-            "--val-fraction 1.0 must be at least 0 and less than 1.",
+            "--val-fraction=1.0 must be at least 0 and less than 1.",
         ),
-        (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens 0 must be"),
+        (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens=0 must be"),
         (["{tmp}/blank.txt", "--name", "a/b"], "--name 'a/b' must be a part of a file name."),
         (["{tmp}/blank.txt", "--out", "gs://b/x"], "written to a local folder"),
         (["{tmp}/blank.txt", "--tokenizer", "gpt9"], "Unknown tokenizer 'gpt9'"),

@@ -87,7 +87,8 @@ def test_the_files_that_an_index_lists_are_read_and_must_hold_what_it_says(tmp_p
     write({"b": TENSORS["half"]}, tmp_path / names[1])
     write({"b": TENSORS["half"]}, tmp_path / f"{stem}-old.{suffix}")
     assert set(open_weights(tmp_path)) == {"a", "b"}
-    index.write_text(json.dumps({"weight_map": {"a": names[1], "b": names[1], "c": names[0]}}))
+    listed = {"weight_map": {"a": names[1], "b": names[1], "c": names[0]}}
+    index.write_text(json.dumps(listed), encoding="utf-8-sig")
     with pytest.raises(ValueError, match="do not hold what its index lists") as error:
         open_weights(tmp_path)
     assert str(error.value).splitlines()[1:] == [

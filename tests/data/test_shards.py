@@ -1,5 +1,8 @@
 """The shard format: what is written is read back, and what is broken is named and refused."""
 
+import functools
+import json
+import re
 import sys
 import zlib
 
@@ -9,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.data.shards import HEADER_BYTES, DataError, ShardWriter, header_fault, open_files, open_shards
+from mlra_jax.data.shards import (
+    HEADER_BYTES,
+    DataError,
+    ShardWriter,
+    header_fault,
+    open_files,
+    open_shards,
+    without_tokenizer,
+)
 
 
 def write(folder, tokens, split="train", shard_tokens=10**8, name="text"):
@@ -91,6 +102,40 @@ def test_a_shard_of_another_writer_without_a_checksum_is_taken_as_it_is(tmp_path
     data[12:20] = bytes(8)
     path.write_bytes(data)
     assert open_shards(str(tmp_path), "train", verify=True).n_tokens == [3]
+
+
+def test_shards_tell_their_tokenizer_and_another_one_is_refused(tmp_path, bucket, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shards").mkdir()
+    for name, tokenizer in (("a", ""), ("b", "byte"), ("c", "byte")):
+        with ShardWriter("shards", name, "train", tokenizer=tokenizer) as writer:
+            writer.write(np.array([1, 2, 3]))
+    paths = sorted((tmp_path / "shards").iterdir())
+    assert without_tokenizer(paths[1].read_bytes()) == paths[0].read_bytes() != paths[1].read_bytes()
+    remote = bucket(paths)
+    for folder in ("shards", remote):
+        assert open_shards(folder, "train", verify=True, tokenizer="byte").n_tokens == [3, 3, 3]
+        for opened in (open_files, functools.partial(open_shards, split="train")):
+            with pytest.raises(DataError) as error:
+                opened(folder, tokenizer="gpt2")
+            assert re.search(
+                r"b_train_000001.bin and 1 more were made with the tokenizer byte \(vocabulary 394ecf8e\), "
+                r"not with gpt2 \(vocabulary 08f8f6dd\); name that tokenizer, or make shards with mlra-prepare",
+                str(error.value),
+            )
+        assert open_files(f"{folder}/a_train_000001.bin", tokenizer="gpt2").n_tokens == [
+            3
+        ]  # it does not tell
+
+    # One that is not on this machine is compared by name: training from shards needs no tokenizer.
+    tokens = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "</s>", "special": True}]}
+    (tmp_path / "own.json").write_text(json.dumps(tokens))
+    with ShardWriter("shards", "d", "val", tokenizer="own.json") as writer:
+        writer.write(np.array([0, 1]))
+    (tmp_path / "own.json").unlink()
+    assert open_shards("shards", "val", tokenizer="elsewhere/own.json").n_tokens == [2]
+    with pytest.raises(DataError, match=r"not with other.json, which cannot be read here; name"):
+        open_shards("shards", "val", tokenizer="other.json")
 
 
 def test_validation_is_numbered_from_0_and_training_from_1(tmp_path):

@@ -1,16 +1,19 @@
 """Tokenizers: round trips, GPT-2's ids, streaming that shows whole characters only."""
 
+import codecs
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import string
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.data import tokenizers
-from mlra_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer, get_tokenizer
+from mlra_jax.data.tokenizers import ByteTokenizer, GPT2Tokenizer, fingerprint, get_tokenizer
 
 TEXTS = [
     "",
@@ -34,6 +37,7 @@ def needs(module):
 # Bytes ----------------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_byte_ids_are_utf8_and_decode_to_the_text(text):
     tokenizer = ByteTokenizer()
@@ -57,6 +61,7 @@ def assert_lengths_add_up(tokenizer, text):
     assert lengths[[*tokenizer.encode(text), tokenizer.eot_id]].sum() == len(text.encode())
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-3, 400), max_size=40))
 def test_streamed_pieces_add_up_to_decode_for_any_ids(ids):
     tokenizer = ByteTokenizer()
@@ -109,6 +114,7 @@ def test_byte_pairs_merge_in_the_order_of_the_merges(no_tiktoken):
 
 
 @needs("regex")
+@settings(deadline=None)
 @given(text=st.text())
 def test_own_byte_pair_encoder_is_lossless(text):
     encoder, merges = invented_files()
@@ -118,12 +124,73 @@ def test_own_byte_pair_encoder_is_lossless(text):
     assert b"".join(names[i] for i in ids) == text.encode()
 
 
+def merged_by_definition(word, merges):
+    """The parts of a word: the first merge that applies, everywhere, until none does."""
+    parts = [bytes([b]) for b in word]
+    while pairs := [pair for pair in merges if pair in itertools.pairwise(parts)]:
+        rest, parts = parts, []
+        while rest:
+            size = 2 if tuple(rest[:2]) == pairs[0] else 1
+            parts.append(b"".join(rest[:size]))
+            rest = rest[size:]
+    return parts
+
+
 @needs("regex")
-def test_a_folder_with_the_two_files_is_a_tokenizer(tmp_path):
+@settings(deadline=None)
+@given(text=st.text(alphabet="helo w", max_size=40))
+def test_own_byte_pair_encoder_merges_as_the_definition_says(text):
+    vocabulary, pairs = tokenizers._parse_gpt2(*invented_files())
+    encoder = tokenizers.BytePairEncoder(vocabulary, pairs)
+    words = [word.encode() for word in encoder._split(text)]
+    expected = [vocabulary[part] for word in words for part in merged_by_definition(word, pairs)]
+    assert encoder.encode_ordinary(text) == expected
+
+
+@needs("regex")
+def test_own_byte_pair_encoder_looks_at_each_letter_of_a_long_word_a_few_times():
+    letters = string.ascii_lowercase  # any two of which merge
+    vocabulary, pairs = tokenizers._parse_gpt2(
+        *invented_files([f"{a} {b}" for a in letters for b in letters])
+    )
+    encoder = tokenizers.BytePairEncoder(vocabulary, pairs)
+    word = "".join(np.random.default_rng(0).choice(list(letters), 2000))
+    looked_up = 0
+
+    class Counting(dict):
+        def __contains__(self, pair):
+            nonlocal looked_up
+            looked_up += 1
+            return super().__contains__(pair)
+
+        def get(self, pair, default=None):
+            nonlocal looked_up
+            looked_up += 1
+            return super().get(pair, default)
+
+    encoder._rank = Counting(encoder._rank)
+    assert len(encoder.encode_ordinary(word)) < 1500
+    assert looked_up < 8 * len(word)
+
+
+@needs("tiktoken")
+@needs("regex")
+def test_white_space_that_overflows_tiktokens_stack_is_encoded():
+    tokenizer = GPT2Tokenizer(*invented_files())
+    assert not isinstance(tokenizer._encoding, tokenizers.BytePairEncoder)
+    (ids,) = tokenizer.encode_batch(["a" + " " * 10**6 + "b"])
+    assert len(ids) == 10**6 + 2
+    long = "a" + " " * 100_000 + "well"
+    assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
+
+
+@needs("regex")
+def test_a_folder_with_the_two_files_is_a_tokenizer_with_the_line_ends_of_windows_too(tmp_path):
     for name, data in zip(["encoder.json", "vocab.bpe"], invented_files(), strict=True):
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + data.replace(b"\n", b"\r\n"))
     tokenizer = get_tokenizer(str(tmp_path))
     assert tokenizer.decode(tokenizer.encode("hello 🙂")) == "hello 🙂"
+    assert len(tokenizer.encode("hello")) == 1
 
 
 def test_broken_or_missing_files_are_refused(tmp_path):
@@ -197,6 +264,22 @@ def test_tiktoken_and_own_encoder_agree(gpt2_files, monkeypatch):
         assert fast.encode(text) == slow.encode_ordinary(text)
 
 
+def test_gpt2_has_one_fingerprint_wherever_its_files_are(gpt2_files, tmp_path):
+    encoder, merges = gpt2_files
+    (tmp_path / "encoder.json").write_bytes(encoder)
+    (tmp_path / "vocab.bpe").write_bytes(merges)
+    as_json = {"model": {"vocab": json.loads(encoder)}, "added_tokens": []}
+    (tmp_path / "gpt2.json").write_text(json.dumps(as_json), encoding="utf-8-sig")
+    paths = (tmp_path, tmp_path / "gpt2.json")
+    assert {fingerprint("gpt2"), *(fingerprint(str(path)) for path in paths)} == {fingerprint("gpt2")}
+    assert fingerprint("byte") != fingerprint("gpt2")
+    with pytest.raises(ValueError, match="Unknown tokenizer 'gpt3'"):
+        fingerprint("gpt3")
+    (tmp_path / "encoder.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"encoder.json is not a vocabulary"):
+        fingerprint(str(tmp_path))
+
+
 @needs("regex")
 def test_gpt2_files_are_found_in_tiktokens_cache_whatever_they_are_called(gpt2_files, monkeypatch, tmp_path):
     for i, data in enumerate(gpt2_files):
@@ -252,3 +335,138 @@ def test_json_tokenizer_without_end_of_text_is_refused(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="not a tokenizers JSON file"):
         get_tokenizer(str(tmp_path / "broken.json"))
+
+
+SETTINGS = {
+    "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 40},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    },
+    "post_processor": {"type": "BertProcessing", "sep": ["</s>", 0], "cls": ["</s>", 0]},
+}
+
+
+@needs("tokenizers")
+def test_settings_made_for_training_do_not_change_the_ids(tmp_path):
+    import tokenizers as library
+
+    trained = library.ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS * 3, vocab_size=300, special_tokens=["</s>"], show_progress=False)
+    plain, other = tmp_path / "plain.json", tmp_path / "other.json"
+    trained.save(str(plain))
+    described = json.loads(plain.read_text()) | SETTINGS
+    described["model"]["dropout"] = 0.9
+    other.write_text(json.dumps(described), encoding="utf-8-sig")
+    expected, tokenizer = get_tokenizer(str(plain)), get_tokenizer(str(other))
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
+        assert tokenizer.encode(text) == ids.tolist() == expected.encode(text)
+    assert fingerprint(str(plain)) == fingerprint(str(other))
+
+
+DECODERS = {
+    "ByteLevel": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+    "ByteFallback": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+    "Metaspace": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+    "WordPiece": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+    "BPEDecoder": {"type": "BPEDecoder", "suffix": "</w>"},
+    "CTC": {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},
+    "none": None,
+}
+WORDS = [
+    "</s>",
+    "▁He",
+    "llo",
+    "▁",
+    "▁▁x",
+    "##ing",
+    "do",
+    "</w>",
+    "low</w>",
+    ".",
+    "|",
+    "<pad>",
+    "é",
+    "Ġa",
+    "ÃĊ",
+    "Ã",
+]
+
+
+@pytest.fixture(scope="module")
+def decoding(tmp_path_factory):
+    """A JSON tokenizer for each of `DECODERS`, with `WORDS` and then the 256 tokens of byte fallback."""
+    made = {}
+    for kind, decoder in DECODERS.items():
+        tokens = [*WORDS, *(f"<0x{b:02X}>" for b in range(256))]
+        described = {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "decoder": decoder,
+            "model": {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(tokens)}, "unk_token": "do"},
+        }
+        path = tmp_path_factory.mktemp("decoding") / f"{kind}.json"
+        path.write_text(json.dumps(described))
+        made[kind] = get_tokenizer(str(path))
+    return made
+
+
+FIRST_BYTE = len(WORDS)
+
+
+@needs("tokenizers")
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(-2, FIRST_BYTE + 256) | st.integers(0, FIRST_BYTE), max_size=20))
+def test_a_stream_of_any_json_tokenizer_is_what_decode_gives_and_at_most_a_character_behind(
+    decoding, kind, ids
+):
+    tokenizer = decoding[kind]
+    *pieces, rest = streamed(tokenizer, ids)
+    assert "".join([*pieces, rest]) == tokenizer.decode(ids)
+    assert rest in ("", "\ufffd")
+    for n, shown in enumerate(itertools.accumulate(pieces), 1):
+        assert tokenizer.decode(ids[:n]) in (shown, shown + "\ufffd")
+
+
+@needs("tokenizers")
+@pytest.mark.parametrize("kind", DECODERS)
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, FIRST_BYTE - 1), max_size=20))
+def test_json_tokenizers_decode_words_as_their_library_does(decoding, kind, ids):
+    assert decoding[kind].decode(ids) == decoding[kind]._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@needs("tokenizers")
+def test_bytes_that_never_become_a_character_hold_nothing_back_and_cost_the_same_each(decoding, monkeypatch):
+    tokenizer = decoding["ByteFallback"]
+    sizes, text = [], tokenizer._text
+    monkeypatch.setattr(tokenizer, "_text", lambda *ids: (sizes.append(len(ids)), text(*ids))[1])
+    byte = lambda b: FIRST_BYTE + b
+    euro = [byte(b) for b in "€".encode()]
+    stream = tokenizer.stream()
+    shown = [stream.push(byte(0xFF)) for _ in range(100)] + [stream.push(i) for i in [*euro, 1, 2]]
+    assert shown == ["\ufffd"] * 100 + ["", "", "€", " He", "llo"]
+    assert max(sizes) == 2
+
+
+@needs("tokenizers")
+@pytest.mark.parametrize(("kind", "space"), [("ByteFallback", " "), ("Metaspace", " "), ("ByteLevel", "▁")])
+def test_a_text_that_continues_another_keeps_the_space_between_them(decoding, kind, space):
+    tokenizer = decoding[kind]
+    assert tokenizer.stream(after=2).push(1) == space + "He"
+    assert tokenizer.stream().push(1) == tokenizer.decode([1])

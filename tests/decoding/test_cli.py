@@ -15,6 +15,7 @@ from mlra_jax.cli import decode
 from mlra_jax.config import ConfigError
 from mlra_jax.decoding import load
 from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.textfiles import TextError
 
 PROMPTS = ["ROMEO:", "To be, or not to be,"]
 
@@ -64,7 +65,8 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
 def test_prompts_come_from_arguments_files_and_standard_input(
     checkpoint, stand_in, generator, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPTS[1]}\n\n"))
+    typed = io.BytesIO(f"{PROMPTS[1]}\r\n\r\n".encode("utf-8-sig"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(typed, encoding="ascii"))  # whatever the terminal's is
     options = ["--max-new-tokens", "5", "--max-len", "64"]
     run("--checkpoint", checkpoint, "--prompt", PROMPTS[0], "--prompts-file", "-", *options)
     texts = generator.generate(PROMPTS, max_new_tokens=5, max_len=64)
@@ -84,9 +86,9 @@ def test_a_single_text_is_printed_after_its_prompt(checkpoint, stand_in, generat
 
 def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
-    text.write_bytes("first\r\n\n  second €\n".encode())
+    text.write_bytes("first\r\n\n  second €\n".encode("utf-8-sig"))
     assert decode.read_prompts(str(text)) == ["first", "  second €"]
-    lines.write_text('"two\\nlines"\n{"prompt": "object", "id": 3}\n')
+    lines.write_bytes('"two\\nlines"\r\n{"prompt": "object", "id": 3}\n'.encode("utf-8-sig"))
     assert decode.read_prompts(str(lines)) == ["two\nlines", "object"]
     lines.write_text('"fine"\n[1]\n')
     with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
@@ -95,8 +97,15 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     with pytest.raises(ConfigError, match="line 3 is not JSON"):
         decode.read_prompts(str(lines))
     text.write_bytes(b"ab\xff")
-    with pytest.raises(ConfigError, match="not UTF-8 text"):
+    with pytest.raises(TextError, match=r"prompts.txt, line 1, byte 3 is not UTF-8 text"):
         decode.read_prompts(str(text))
+
+
+def test_a_closed_standard_input_is_refused(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after `<&-`
+    with pytest.raises(SystemExit, match="2"):
+        decode.main(["--checkpoint", checkpoint, "--prompts-file", "-"])
+    assert "reads standard input, which fails: it is closed; name a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

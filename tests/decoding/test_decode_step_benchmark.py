@@ -41,6 +41,14 @@ def test_it_measures_each_case_and_refuses_what_does_not_fit(decode_step, monkey
         "--profile",
         "--products",
         "mosaic_gpu",
+        "--bandwidth",
+        "1e12",
+        "--peak",
+        "1e14",
+        "--seconds",
+        "1e6",
+        "--option",
+        "xla_cpu_enable_fast_math=false",
     ]
     cases = ["--cases", "1x256", "2x512", "2x256", "4096x1024K"]
     monkeypatch.setattr(sys, "argv", ["decode_step.py", *options, *cases, "--out", str(tmp_path / "out")])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,7 +10,7 @@ from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.decoding.engine import Rows
 from mlra_jax.decoding.generator import Completion, Delta, GenerationOptions, Generator, changed
-from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.decoding.sampling import NotFiniteError, Sampling
 
 PROMPTS = ["ROMEO:", "To be, or not to be,", "x", "€"]
 SAMPLED = Sampling(temperature=1.0)
@@ -127,10 +128,20 @@ def test_batches_of_any_size_give_the_same_completions_and_compile_once(generato
     assert [c.stats.rows for c in in_parts] == [4] * 8 + [2] * 2
 
 
-def test_an_empty_prompt_is_the_beginning_of_a_text(generator):
+def test_an_empty_prompt_is_the_beginning_of_a_text_and_any_other_is_continued(generator, monkeypatch):
+    continued = []
+
+    class Recording(ByteTokenizer):
+        def stream(self, after=None):
+            continued.append(after)
+            return super().stream(after)
+
+    monkeypatch.setattr(generator, "tokenizer", Recording())
     (empty,) = generator.complete("", max_new_tokens=4)
     assert empty.prompt_tokens == 1
     assert len(empty.tokens) == 4
+    generator.complete("ab", max_new_tokens=4)
+    assert continued == [None, ord("b")]
 
 
 def test_what_does_not_fit_is_refused_with_every_prompt_named(generator):
@@ -191,6 +202,35 @@ def test_an_option_that_is_none_is_named_with_those_there_are(generator):
         TypeError, match=r"no option temprature; there are: max_new_tokens, .*, temperature, "
     ):
         generator.stream("a", temprature=1.0)
+
+
+@pytest.mark.parametrize(("every_token", "calls", "position"), [(True, 3, 4), (False, 1, 2)])
+def test_logits_that_are_no_number_end_a_generation_with_the_prompt_and_the_position(
+    every_token, calls, position, generator, monkeypatch
+):
+    name = "step" if every_token else "run"
+    advance, made = getattr(Rows, name), []
+
+    def poisoned(rows, *args):
+        made.append(rows)
+        if len(made) == calls:  # the cache of one row becomes NaN
+            poison = lambda x: jax.device_put(
+                np.asarray(x)
+                * np.where(np.arange(len(x)) == 2, np.nan, 1)
+                .reshape(-1, *[1] * (x.ndim - 1))
+                .astype(x.dtype),
+                x.sharding,
+            )
+            cache = rows.state.cache
+            cache = dataclasses.replace(cache, layers=jax.tree.map(poison, cache.layers))
+            rows.state = dataclasses.replace(rows.state, cache=cache)
+        return advance(rows, *args)
+
+    monkeypatch.setattr(Rows, name, poisoned)
+    words = f"Prompt 2, sample 0: the logits for the token at position {position} are NaN or infinite"
+    with pytest.raises(NotFiniteError, match=words):
+        list(generator.stream(PROMPTS, max_new_tokens=24, every_token=every_token))
+    assert (np.asarray(made[0].state.left_B) > 0).tolist() == [every_token] * 2 + [False] + [every_token]
 
 
 def test_no_prompt_is_refused(generator):

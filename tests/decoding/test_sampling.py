@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.decoding.sampling import GREEDY, Sampling, filtered_logits, greedy, sample
+from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, Sampling, filtered_logits, greedy, sample
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 V, N_VOCAB = 16, 13
@@ -152,6 +152,42 @@ def test_greedy_takes_the_first_of_the_most_probable_real_ids(sizes):
         rules = decode_rules()
         split = rules.constrain(jnp.asarray(logits), "batch", "vocab")
         assert np.asarray(greedy(rules, split, N_VOCAB)).tolist() == [3, 0, 0, 12]
+        for row, value in enumerate([np.nan, np.inf, -np.inf]):
+            logits[row, slice(None) if value < 0 else 5] = value
+        split = rules.constrain(jnp.asarray(logits), "batch", "vocab")
+        assert np.asarray(greedy(rules, split, N_VOCAB)).tolist() == [NO_NUMBER] * 3 + [12]
+
+
+edges = st.builds(
+    Sampling,
+    temperature=st.sampled_from([1e-6, 1e-3, 1.0, 1e6]),
+    top_k=st.sampled_from([0, 1, N_VOCAB, V, 10**6]),
+    top_p=st.sampled_from([5e-324, 1e-45, 1e-9, 0.5, 1 - 1e-16, 1]),
+    min_p=st.sampled_from([0, 5e-324, 1e-9, 1]),
+)
+logit = st.sampled_from([-np.inf, -3e38, -1e30, -1.0, 0.0, 1e-45, 1.0, 1e30, 3e38])
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    sampling=st.one_of(edges, options),
+    logits=st.lists(st.one_of(logit, st.floats(-9, 9)), min_size=V, max_size=V),
+)
+def test_every_legal_option_leaves_a_choice_among_the_possible_tokens(sampling, logits):
+    row = np.array(logits, np.float32)
+    possible = [int(i) for i in np.flatnonzero(row[:N_VOCAB] > -np.inf)]
+    assert sampling.faults() == []
+    left = np.asarray(filtered_logits(jnp.asarray(row), sampling, N_VOCAB))
+    drawn = draw(row[None].repeat(4, axis=0), sampling).tolist()
+    if possible:
+        assert not np.isnan(left).any()
+        assert left.max() == 0
+        assert {i for i in range(V) if left[i] > -np.inf} <= set(possible)
+        assert set(drawn) <= set(possible)
+    else:
+        assert drawn == [NO_NUMBER] * 4
+    row[3] = np.nan
+    assert draw(row[None], sampling).tolist() == [NO_NUMBER]
 
 
 def test_a_very_low_temperature_is_greedy_and_overflows_nothing():
@@ -165,6 +201,7 @@ def test_a_very_low_temperature_is_greedy_and_overflows_nothing():
         (Sampling(temperature=-1), "temperature=-1"),
         (Sampling(temperature=float("nan")), "temperature=nan"),
         (Sampling(temperature=1e-9), "at least 1e-06"),
+        (Sampling(temperature=1e300), "at most 1000000.0"),
         (Sampling(1.0, top_k=-1), "top_k=-1"),
         (Sampling(1.0, top_p=0.0), "top_p=0.0"),
         (Sampling(1.0, top_p=1.5), "top_p=1.5"),

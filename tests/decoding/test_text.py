@@ -61,6 +61,27 @@ def test_half_a_character_waits_for_the_rest_and_is_replaced_at_the_end():
     assert row.text == "é\ufffd"
 
 
+def test_bytes_that_never_become_a_character_hide_neither_what_follows_nor_a_stop_string():
+    row = RowText(ByteTokenizer(), ["STOP"], EOS, 10_000)
+    for i in range(1000):
+        row.push(0xF0)
+        assert len("".join([row.take()])) == (i > 0)
+    for token in b"xSTOP":
+        row.push(token)
+    assert (row.text, row.finish_reason) == ("\ufffd" * 1000 + "x", "stop")
+    assert row.take() == "\ufffdx"
+
+
+def test_what_is_looked_through_for_each_token_does_not_grow_with_the_text(monkeypatch):
+    row = RowText(ByteTokenizer(), ["aab"], EOS, 10_000)
+    sizes = []
+    for _ in range(1000):
+        row.push(ord("a"))
+        sizes.append(len(row._held))
+    assert max(sizes) == 2
+    assert row.text == "a" * 1000
+
+
 def test_the_end_of_text_is_no_part_of_the_text_and_ends_it():
     row, _ = feed("ab", end=[EOS, *b"cd"])
     assert (row.text, row.tokens, row.finish_reason) == ("ab", [97, 98], "eos")

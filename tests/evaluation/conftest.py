@@ -1,5 +1,6 @@
 """A small model on several meshes, what it says of single sequences, and its checkpoint."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
@@ -74,6 +75,10 @@ def checkpoint(evaluated, tmp_path_factory) -> str:
     run = tmp_path_factory.mktemp("runs") / "evaluated"
     params = evaluated((2, 2, 2, 1)).params
     checkpoints = Checkpoints(run, CONFIG.checkpoint)
-    checkpoints.save(3, TrainState(params, opt_state=jax.numpy.zeros(()), step=jax.numpy.int32(3)), CONFIG)
+    # What a run on GPUs chooses for itself is nothing to those who read its checkpoints on other devices.
+    execution = ExecutionConfig(gather="step", unroll_layers="yes")
+    data = dataclasses.replace(CONFIG.data, micro_batch=7)
+    chosen = dataclasses.replace(CONFIG, execution=execution, data=data)
+    checkpoints.save(3, TrainState(params, opt_state=jax.numpy.zeros(()), step=jax.numpy.int32(3)), chosen)
     checkpoints.close()
     return str(run)

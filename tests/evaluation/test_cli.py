@@ -9,6 +9,7 @@ import pytest
 
 from mlra_jax.cli import evaluate as cli
 from mlra_jax.data.shards import ShardWriter
+from mlra_jax.errors import UserError
 from mlra_jax.evaluation import load
 
 TEXT = b"What is written here is read by the model, one byte after the other." * 3
@@ -18,7 +19,7 @@ TEXT = b"What is written here is read by the model, one byte after the other." *
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("shards")
     for name in ("one", "two"):
-        with ShardWriter(out, name, "val") as writer:
+        with ShardWriter(out, name, "val", tokenizer="byte") as writer:
             writer.write(np.array([256, *TEXT]))
     return out
 
@@ -54,19 +55,23 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
     data = ["--data", str(folder)]
     cases = [
         ([*data, "--protocol", "paper"], "has 205 tokens; the paper protocol needs at least 577"),
-        ([*data, "--batch-size", "0"], "batch_size=0 at least 1"),
-        ([*data, "--seq-len", "-1"], "seq_len=-1 must be positive"),
+        ([*data, "--batch-size", "0"], "--batch-size=0 must be at least 1"),
+        ([*data, "--seq-len", "-1"], "--seq-len=-1 must be at least 0"),
         ([*data, "--mesh.data", "16"], "needs 16 devices; JAX sees 8"),
         (
             [*data, "--mesh.data", "1", "--mesh.context", "5"],
             "data.seq_len=96 is not divisible by mesh axis context=5",
         ),
         ([*data, "--json", str(tmp_path / "no" / "file.json")], "must be a file in a folder that exists"),
-        ([*data, "--tokenizer", "nonsense"], "Unknown tokenizer 'nonsense'"),
+        ([*data, "--tokenizer", "nonsense"], "not with nonsense, which cannot be read here"),
         ([*data, "--step", "4"], "No checkpoint of step 4"),
         (["--data", "absent"], "There is no file or folder absent"),
         (["--tasks", "paper"], "--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]'"),
-        (["--limit", "0"], "--limit 0 at least 1"),
+        (["--limit", "0"], "--limit=0 must be at least 1"),
+        (
+            [*data, "--tokenizer", "gpt2"],
+            "and 1 more were made with the tokenizer byte (vocabulary 394ecf8e), not with gpt2",
+        ),
     ]
     for options, words in cases:
         with pytest.raises(SystemExit) as ended:
@@ -81,7 +86,7 @@ def test_without_the_tokenizer_there_is_a_note_and_no_bits_per_byte(
     checkpoint, folder, tmp_path, capsys, monkeypatch
 ):
     def absent(name):
-        raise ValueError("It is not here.")
+        raise UserError("It is not here.")
 
     monkeypatch.setattr(cli, "get_tokenizer", absent)
     out = tmp_path / "results.json"

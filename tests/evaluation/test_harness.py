@@ -1,6 +1,7 @@
 """lm-evaluation-harness through the adapter; skipped where it is not installed."""
 
 import json
+import re
 import types
 
 import pytest
@@ -49,6 +50,37 @@ def test_local_tasks_give_the_same_at_batch_1_and_64_on_one_device_and_eight(ada
     for other in results[1:]:
         for task in TASKS:
             assert other[task] == pytest.approx(results[0][task], rel=1e-5)
+
+
+class Merging(ByteTokenizer):
+    """Bytes, but `ab`, `b` with a space before it, and what follows a `c` are one token each."""
+
+    def encode(self, text):
+        return [sum(part.encode()) % 256 for part in re.findall("ab| b|c.?|.", text, re.DOTALL)]
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "expected"),
+    [
+        ("x", "y", ("x", "y")),
+        ("x ", "b", ("x", " b")),  # as the harness has it: the space belongs to what follows
+        ("xa", "b", ("xa", "b")),  # `ab` is one token: there would be nothing to score
+        ("xc", "yz", ("xc", "yz")),  # `cy` is one token: `y` would not be scored
+        (" ", "b", ("", " b")),
+        ("x", "", ("x", "")),
+    ],
+)
+def test_a_continuation_is_scored_whole_though_a_token_joins_it_with_its_context(
+    context, continuation, expected, adapter
+):
+    model = adapter()
+    model._tokenizer = Merging()
+    ids = model._encode_pair(context, continuation)
+    before, after = map(Merging().encode, expected)
+    assert ids == (before or [model.eot_token_id], after)
+    assert bool(ids[1]) == bool(continuation)
+    with pytest.raises(harness.TaskError, match="makes no tokens of the continuation 'y'"):
+        model._loglikelihood_tokens([(("x", "y"), [1], [])])
 
 
 def test_rolling_likelihood_is_that_of_all_bytes_after_an_end_of_text(adapter, evaluated):

@@ -11,6 +11,7 @@ import pytest
 from mlra_jax.config import MeshConfig
 from mlra_jax.data.shards import DataError, ShardWriter
 from mlra_jax.data.tokenizers import ByteTokenizer
+from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.perplexity import count_bytes, evaluate, mean, open_parts, paper_sequences
 from mlra_jax.sharding import make_mesh
 
@@ -70,6 +71,15 @@ def test_every_token_but_the_first_is_predicted_once_on_any_mesh(
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
     average = mean(results)
     assert average["perplexity"] == pytest.approx(np.mean([r.perplexity for r in results]))
+
+
+def test_a_cross_entropy_that_is_no_number_is_an_error_that_names_the_shard(folder, data, evaluated):
+    model = evaluated((2, 2, 2, 1))
+    params = jax.tree.map(lambda x: x, model.params)
+    params["final_norm"]["gain"] *= jnp.nan
+    parts = open_parts([str(folder)], data, 264)
+    with pytest.raises(NotFiniteError, match=rf"{parts[0].name}: the cross-entropy is nan"):
+        list(evaluate(dataclasses.replace(model, params=params), parts))
 
 
 def test_the_papers_protocol_takes_whole_batches_of_six(folder, data, evaluated, log_probabilities):

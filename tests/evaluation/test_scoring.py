@@ -1,12 +1,16 @@
 """Scores are the definition's, however sequences are batched, padded and split over devices."""
 
+import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.scoring import Scorer, rolling_windows
 
 MESHES = {"one": (1, 1, 1, 1), "data": (8, 1, 1, 1), "all": (1, 2, 2, 2)}
@@ -67,6 +71,15 @@ def test_a_continuation_of_most_probable_ids_is_greedy_until_one_is_not(evaluate
 def test_what_cannot_be_scored_is_refused(pair, words, evaluated):
     with pytest.raises(ValueError, match=words):
         Scorer(evaluated()).score([([1], [2]), pair])
+
+
+def test_a_likelihood_that_is_no_number_is_an_error_that_names_the_sequence(evaluated):
+    model = evaluated((1, 1, 4, 1))
+    params = jax.tree.map(lambda x: x, model.params)
+    params["final_norm"]["gain"] *= jnp.nan
+    broken = dataclasses.replace(model, params=params)
+    with pytest.raises(NotFiniteError, match="log-likelihood of sequence 1 is nan"):
+        Scorer(broken).score([([1], []), ([1], [2])])
 
 
 def test_few_lengths_are_compiled_and_all_sequences_fit(evaluated):

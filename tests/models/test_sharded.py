@@ -17,7 +17,7 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.collectives import executed_collectives
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
@@ -40,15 +40,17 @@ MODELS = {
         BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True
     ),
 }
+REMAT = {"mlra_8_2": "attention", "mla": "full", "gla_2": "dots", "gqa": "mlp"}
+"""What some of them recompute on a mesh; the others nothing."""
 BATCH, LENGTH = 8, 32
 TOKENS = np.random.default_rng(0).integers(0, 256, (BATCH, LENGTH + 1), dtype=np.int32)
 
 
-def run(config, params, tokens, targets):
+def run(config, remat, params, tokens, targets):
     """Loss, logits, gradients."""
 
     def loss(params):
-        logits = from_params(config, params)(tokens)
+        logits = from_params(config, params, execution=ExecutionConfig(remat=remat))(tokens)
         return jnp.divide(*cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -66,8 +68,7 @@ def whole():
         mean = lambda path: np.float32(path[-1].key == "gain")
         random = lambda path, x: mean(path) + 0.15 * rng.standard_normal(x.shape, np.float32)
         params = jax.tree_util.tree_map_with_path(random, nnx.to_pure_dict(state))
-        plain = dataclasses.replace(config, remat="none")
-        result = jax.jit(functools.partial(run, plain))(params, TOKENS[:, :-1], TOKENS[:, 1:])
+        result = jax.jit(functools.partial(run, config, "none"))(params, TOKENS[:, :-1], TOKENS[:, 1:])
         return params, jax.tree.map(np.asarray, result)
 
     return compute
@@ -104,7 +105,9 @@ def test_logits_loss_and_gradients_on_a_mesh_equal_those_without_one(whole, on_m
         placed = jax.tree.map(lambda x, a: place(x, a.sharding.spec), params, nnx.to_pure_dict(state))
         rows = TRAIN_RULES.spec("batch", "length")
         tokens, targets = place(TOKENS[:, :-1], rows), place(TOKENS[:, 1:], rows)
-        mesh_loss, mesh_logits, mesh_grads = jax.jit(functools.partial(run, config))(placed, tokens, targets)
+        remat = REMAT.get(name, "none")
+        run_on_mesh = jax.jit(functools.partial(run, config, remat))
+        mesh_loss, mesh_logits, mesh_grads = run_on_mesh(placed, tokens, targets)
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
     np.testing.assert_allclose(mesh_logits, logits, rtol=0, atol=2e-5)
     off = jax.tree.map(lambda a, b: float(np.linalg.norm(a - b) / np.linalg.norm(b)), mesh_grads, grads)

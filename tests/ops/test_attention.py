@@ -24,7 +24,7 @@ def by_hand(q, k, v, scale, q_start):
     b, t, n, _ = q.shape
     out = np.zeros((b, t, n, v.shape[-1]))
     for row, i, head in np.ndindex(b, t, n):
-        kv, seen = head // (n // k.shape[2]), q_start + i + 1
+        kv, seen = head // (n // k.shape[2]), q_start + i + 1  # or all keys
         scores = scale * k[row, :seen, kv].astype(np.float64) @ q[row, i, head]
         weights = np.exp(scores - scores.max())
         out[row, i, head] = weights / weights.sum() @ v[row, :seen, kv]
@@ -49,17 +49,18 @@ def put(*arrays):
     seed=st.integers(0, 99),
     b=st.integers(1, 2),
     t=st.integers(1, 5),
-    before=st.integers(0, 4),
+    q_start=st.integers(0, 9),
+    s=st.integers(1, 9),
     k=st.integers(1, 2),
     m=st.integers(1, 3),
     h=st.integers(1, 5),
     v=st.integers(1, 5),
 )
-def test_reference_equals_the_definition(seed, b, t, before, k, m, h, v):
-    q, keys, values = arrays(seed, b, t, before + t, k * m, k, h, v)
-    run = functools.partial(causal_attention, scale=0.7, q_start=before, implementation="reference")
+def test_reference_equals_the_definition(seed, b, t, q_start, s, k, m, h, v):
+    q, keys, values = arrays(seed, b, t, s, k * m, k, h, v)
+    run = functools.partial(causal_attention, scale=0.7, q_start=q_start, implementation="reference")
     out = jax.jit(run)(*put(q, keys, values))
-    np.testing.assert_allclose(out, by_hand(q, keys, values, 0.7, before), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(out, by_hand(q, keys, values, 0.7, q_start), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_splash_takes_a_position_that_is_known_at_run_time_alone(fused_blocks, m
         return jax.jit(jax.value_and_grad(loss, argnums=(1, 2, 3)))
 
     ours, reference = run("splash"), run("reference")
-    for start in (0, 100, 128, 256):
+    for start in (0, 100, 128, 256, 300, 2000):
         (total, gradients), (expected, expected_gradients) = ours(start, *args), reference(start, *args)
         check_all((total, *gradients), (expected, *expected_gradients))
 

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.util
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ def reason(monkeypatch, name, kind=A100, t=16, s=16, h=64, v=64, dtype=jnp.bfloa
     """Why an implementation declines a call on a GPU of this kind."""
     for module in (cudnn, tokamax):
         monkeypatch.setattr(module, "current_device", lambda: ("cpu" if kind == "cpu" else "gpu", kind))
-    monkeypatch.setattr(tokamax, "_missing", lambda: False)
+    monkeypatch.setattr(tokamax, "version", lambda _: (0, 0, 17))
+    monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11, 1)))
     new = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
     args = new(1, t, 4, h), new(1, s, 2, h), new(1, s, 2, v)
     attend = functools.partial(causal_attention, implementation=[name, "reference"])
@@ -95,10 +98,27 @@ def test_tokamax_says_that_it_is_not_installed_and_that_it_compiles_for_the_defa
     assert "compiles for the default device, a cpu; for a NVIDIA A100" in reason(monkeypatch, "tokamax")
     monkeypatch.undo()
     monkeypatch.setattr(tokamax, "current_device", lambda: ("gpu", A100))
-    monkeypatch.setattr(tokamax, "_missing", lambda: True)
     q = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"pip install 'mlra-jax\[tokamax\]'"):
-        causal_attention(q, q, q, scale=1.0, implementation="tokamax")
+    for version, said in ((None, "is not installed"), ((0, 0, 12), "needs Tokamax 0.0.17 and JAX 0.11.1")):
+        monkeypatch.setattr(tokamax, "version", lambda _, version=version: version)
+        with pytest.raises(
+            NotImplementedError, match=rf"{said}.*pip install --upgrade 'mlra_jax\[tokamax\]'"
+        ):
+            causal_attention(q, q, q, scale=1.0, implementation="tokamax")
+
+
+def test_a_library_that_fails_leaves_the_call_to_the_next_and_says_which_version_it_is(monkeypatch):
+    def outdated(*_, **__):
+        raise RuntimeError("cuDNN version 8.9.2 is too old")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", outdated)
+    said = reason(monkeypatch, "cudnn")
+    assert re.search(r"^jax [\d.]+: RuntimeError: cuDNN version 8.9.2 is too old. .*'mlra_jax\[cuda\]'", said)
+    monkeypatch.setitem(sys.modules, "tokamax", types.ModuleType("tokamax"))
+    monkeypatch.setattr(tokamax, "get_default_device", lambda: types.SimpleNamespace(device_kind=A100))
+    said = reason(monkeypatch, "tokamax")
+    assert "AttributeError: module 'tokamax' has no attribute 'dot_product_attention'" in said
 
 
 @with_tokamax

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -73,7 +73,7 @@ class Case:
     @property
     def q_start(self):
         """The last query sees the last key."""
-        return (self.s or self.t) - self.t
+        return max((self.s or self.t) - self.t, 0)
 
     @property
     def scale(self):
@@ -211,6 +211,7 @@ INTERPRETED = {
     ),
     "keys before the queries": (Case(40, 300, m=2, k_heads=(1,)), Config(2, 64, 3, 64, 2, 2, 1)),
     "shared queries": (Case(130, 200, heads=2, q_heads=(1,)), None),
+    "fewer keys than queries": (Case(100, 70, widths=(64, 32), value=None), Config(1, 128, 2, 64, 2, 2, 1)),
 }
 
 
@@ -222,7 +223,9 @@ def test_interpreted_output_and_gradients_without_races(name):
 
 @newer_jax
 @settings(max_examples=8, deadline=None)
-@given(q_start=st.integers(0, 160), seed=st.integers(0, 9))
+@given(q_start=st.integers(0, 300), seed=st.integers(0, 9))
+@example(161, 0)
+@example(2**31 - 200, 0)
 def test_interpreted_output_and_gradients_wherever_the_queries_stand(q_start, seed):
     check_interpreted(Case(40, 200), Config(2, 64, 2, 64, 2, 2, 3), q_start, seed=seed)
 
@@ -282,7 +285,9 @@ def test_numbers_on_the_gpu(name, config):
 def test_numbers_on_the_gpu_of_queries_after_others():
     case = dataclasses.replace(PAPER["mlra_4"], t=300, s=700)
     arrays = case.draw()
-    check_numbers(with_gradients(mosaic_gpu.causal_attention, case)(*arrays, 400), case, arrays, 400)
+    for q_start in (400, 430, 2000):
+        results = with_gradients(mosaic_gpu.causal_attention, case)(*arrays, q_start)
+        check_numbers(results, case, arrays, q_start)
 
 
 # Compiled ahead of time

@@ -18,6 +18,7 @@ from mlra_jax.ops.decode import (
     xla,
 )
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abridge, abstract_call, make_case
+from tests.ops.draws import kv_lens
 
 EVERYWHERE = ("reference", "xla")
 
@@ -42,10 +43,11 @@ def definition(call):
         q, k, v = arrays
         parts = [(q, k)]
     b, t, heads, m, _ = parts[0][0].shape
-    width = v.shape[-2 if call.static["layout"] == "feature_major" else -1]
+    width, slots = v.shape[-2:] if call.static["layout"] == "feature_major" else v.shape[:-3:-1]
+    capacity = slots if table is None else slots * table.shape[1]
     out, lse = np.zeros((b, t, heads, m, width)), np.full((b, t, heads, m), -np.inf)
     for row, i in np.ndindex(b, t):
-        if not (n := kv_len[row, i]):
+        if (n := min(kv_len[row, i], capacity)) <= 0:
             continue
         keys, values = [tokens(k, row, n) for _, k in parts], tokens(v, row, n)
         for head in range(heads):
@@ -71,35 +73,38 @@ def check(outcome, expected, atol=1e-5):
 
 
 @st.composite
-def sizes(draw, page):
-    """Those of small calls of either op in either layout."""
+def cases(draw, page):
+    """Small calls of either op in either layout, with any kv_len."""
     small = lambda low, high: draw(st.integers(low, high))
     latent = draw(st.booleans())
-    return {
-        "lengths": tuple(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3))),
-        "q_len": small(1, 3),
-        "heads": small(1, 3),
-        "rows": small(1, 3),
-        "width": small(1, 5),
-        "rope": draw(st.sampled_from([0, 2, 4])) if latent else 0,
-        "value": None if latent else small(1, 5),
-        "slots": small(9, 11),
-        "page": draw(page),
-        "layout": draw(st.sampled_from(["token_major", "feature_major"])),
-    }
+    case = Case(
+        lengths=(0,) * small(1, 3),
+        q_len=small(1, 3),
+        heads=small(1, 3),
+        rows=small(1, 3),
+        width=small(1, 5),
+        rope=draw(st.sampled_from([0, 2, 4])) if latent else 0,
+        value=None if latent else small(1, 5),
+        slots=small(9, 11),
+        page=draw(page),
+        layout=draw(st.sampled_from(["token_major", "feature_major"])),
+    )
+    return case, draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
 
 
 @settings(max_examples=15, deadline=None)
-@given(sizes=sizes(page=st.none()), seed=st.integers(0, 99))
-def test_reference_equals_the_definition_with_ragged_lengths_and_nan_in_unseen_slots(sizes, seed):
-    call = make_case(Case(**sizes), seed, jnp.float32, scale=0.6)
+@given(drawn=cases(page=st.none()), seed=st.integers(0, 99))
+def test_reference_equals_the_definition_with_any_kv_len_and_nan_in_unseen_slots(drawn, seed):
+    case, kv_len = drawn
+    call = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
     check(run(call, "reference"), definition(call))
 
 
 @settings(max_examples=15, deadline=None)
-@given(sizes=sizes(page=st.integers(1, 5)), seed=st.integers(0, 99))
-def test_reference_equals_the_definition_with_permuted_pages_and_entries_that_are_no_page(sizes, seed):
-    call = make_case(Case(**sizes), seed, jnp.float32, scale=0.6)
+@given(drawn=cases(page=st.integers(1, 5)), seed=st.integers(0, 99))
+def test_reference_equals_the_definition_with_permuted_pages_and_entries_that_are_no_page(drawn, seed):
+    case, kv_len = drawn
+    call = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
     check(run(call, "reference"), definition(call))
 
 
@@ -117,7 +122,8 @@ def test_xla_in_blocks_equals_the_definition_in_both_layouts_whatever_the_page(m
     case = Case((300, 128, 0, 130), 2, 2, 2, width=4, rope=2, slots=350, page=page, layout=layout)
     call = make_case(case, dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
-    call = make_case(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32)
+    any_kv_len = [[2**31 - 1, 300], [-(2**31), 128], [5, 0], [130, 1000]]
+    call = make_case(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32, kv_len=any_kv_len)
     check(run(call, "xla"), definition(call))
 
 
@@ -195,9 +201,9 @@ def test_bfloat16_is_as_close_to_float32_as_rounding_allows(monkeypatch, impleme
     np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
 
 
-def factored_call(case, seed, k_rank, v_rank):
+def factored_call(case, seed, k_rank, v_rank, kv_len=None):
     """A call of the factored op, and the grouped call with the keys and values that its factors make."""
-    call, rng = make_case(case, seed, jnp.float32, scale=0.6), np.random.default_rng(seed)
+    call, rng = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len), np.random.default_rng(seed)
     q, *caches, kv_len, table = call.args
     turn = lambda x: x.swapaxes(-1, -2) if case.layout == "feature_major" else x
     factors, made = [], []
@@ -215,15 +221,16 @@ def factored_call(case, seed, k_rank, v_rank):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    sizes=sizes(page=st.none() | st.integers(1, 5)),
+    drawn=cases(page=st.none() | st.integers(1, 5)),
     ranks=st.tuples(*[st.integers(1, 3)] * 2),
     seed=st.integers(0, 99),
 )
 def test_factored_attention_equals_attention_over_the_keys_and_values_that_the_factors_make(
-    sizes, ranks, seed
+    drawn, ranks, seed
 ):
-    case = Case(**sizes | {"rope": 0, "value": sizes["value"] or 3})
-    factored, grouped = factored_call(case, seed, *ranks)
+    case, kv_len = drawn
+    case = dataclasses.replace(case, rope=0, value=case.value or 3)
+    factored, grouped = factored_call(case, seed, *ranks, kv_len=kv_len)
     check(run(factored, "reference"), definition(grouped), atol=1e-4)
 
 

@@ -1,6 +1,10 @@
 """How an implementation is picked, and how it declines."""
 
+import importlib
 import logging
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +15,8 @@ from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
 from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
 from mlra_jax.ops.dispatch import choose, dispatch, explain
+from mlra_jax.ops.norm import add_rms_norm
+from mlra_jax.ops.product import has_kernel
 
 
 def declines(x, *, limit):
@@ -64,6 +70,39 @@ def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_runs():
 def test_other_errors_of_an_implementation_are_not_taken_for_declining():
     with pytest.raises(ZeroDivisionError):
         dispatch("op", {"broken": lambda: 1 / 0, "plain": lambda: 1}, None)
+
+
+def test_a_module_that_does_not_import_declines_and_is_explained(monkeypatch):
+    """Such as Mosaic GPU's on a platform whose JAX has no such part."""
+    for op in ("attention", "decode", "norm", "product", "append"):
+        importlib.import_module(f"mlra_jax.ops.{op}")
+        monkeypatch.setitem(sys.modules, f"mlra_jax.ops.{op}.mosaic_gpu", None)
+    call = abstract_call(Case((300, 7)))
+    said = explain(call, *call.args)["latent_decode_attention"]
+    assert f"mlra_jax.ops.decode.mosaic_gpu does not work with JAX {jax.__version__}" in said["mosaic_gpu"]
+    assert said["xla"] is None
+    assert not has_kernel(8, jnp.dtype("bfloat16"))
+    x = jnp.ones((1, 4))
+    add_rms_norm(x, x, x[0], eps=1e-6)
+    q = jnp.ones((1, 4, 1, 2))
+    causal_attention(q, q, q, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "hidden", ["jax.experimental.pallas.mosaic_gpu", "jax.experimental.pallas.ops.tpu.splash_attention"]
+)
+def test_no_op_needs_a_kernel_library_to_be_imported(hidden):
+    program = (
+        f"import sys; sys.modules[{hidden!r}] = None\n"
+        "import mlra_jax.decoding.engine, mlra_jax.training.loop\n"
+        "import jax.numpy as jnp\n"
+        "from mlra_jax.ops.attention import causal_attention\n"
+        "x = jnp.ones((1, 4, 1, 2))\n"
+        "assert causal_attention(x, x, x, scale=1.0).shape == x.shape\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def double(x, *, limit=1, implementation=None):

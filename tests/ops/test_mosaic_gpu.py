@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
@@ -26,6 +26,7 @@ from mlra_jax.ops.decode.mosaic_gpu import Config, Shape
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from mlra_jax.topologies import gpu_devices
+from tests.ops.draws import kv_lens
 
 H100 = "NVIDIA H100 80GB HBM3"
 SMALL = Case((100, 7), rows=16, slots=128)
@@ -237,19 +238,33 @@ def test_interpreted_merge_of_several_rows_in_rounds(monkeypatch):
         mosaic_gpu_kernel.attend.clear_cache()
 
 
+DRAWN = [
+    (Case((0,), rows=8, width=64, slots=64), Config(1, 64, 2)),
+    (Case((0,) * 3, rows=8, width=64, slots=192), Config(5, 64, 2)),
+    (Case((0,) * 2, q_len=3, rows=8, width=64, slots=256, page=128), Config(2, 128, 2)),
+    (Case((0,) * 2, q_len=2, heads=2, rows=4, width=64, rope=0, value=64, slots=128), Config(1, 64, 2)),
+]
+"""Sizes, each compiled once, for any kv_len."""
+
+
 @newer_jax
 @settings(max_examples=4, deadline=None)
 @given(
-    lengths=st.lists(st.integers(0, 260), min_size=1, max_size=4),
-    q_len=st.integers(1, 3),
-    n_splits=st.integers(1, 6),
-    paged=st.booleans(),
+    drawn=st.sampled_from(DRAWN).flatmap(
+        lambda drawn: st.tuples(
+            st.just(drawn), kv_lens(len(drawn[0].lengths), drawn[0].q_len, drawn[0].slots)
+        )
+    ),
+    seed=st.integers(0, 99),
 )
-def test_interpreted_numbers_of_any_lengths(lengths, q_len, n_splits, paged):
-    case = Case(tuple(lengths), q_len=q_len, rows=8, width=64, page=64 if paged else None)
-    call = make_case(case if paged else whole_blocks(case), seed=sum(lengths))
+@example((DRAWN[0], [[70]]), 0)
+@example((DRAWN[1], [[193], [2**31 - 1], [-7]]), 0)
+@example((DRAWN[2], [[300, 0, 257], [1, 2**31 - 1, -(2**31)]]), 0)
+def test_interpreted_numbers_of_any_kv_len(drawn, seed):
+    (case, config), kv_len = drawn
+    call = make_case(case, seed, kv_len=kv_len)
     with pytest.MonkeyPatch.context() as patch:
-        as_exact_as_bfloat16(call, *interpreted(patch, call, Config(n_splits, 64, 2), races=False))
+        as_exact_as_bfloat16(call, *interpreted(patch, call, config, races=False))
 
 
 @newer_jax
@@ -288,6 +303,15 @@ def test_numbers_on_the_gpu(monkeypatch, name, config):
     as_exact_as_bfloat16(call, out, lse)
     for again, first in zip(run(*call.args), (out, lse), strict=True):
         np.testing.assert_array_equal(again, first)  # the same bits from run to run
+
+
+@on_gpu
+@pytest.mark.parametrize("index", range(len(DRAWN)))
+def test_numbers_on_the_gpu_of_more_tokens_than_there_is_room_for(index):
+    case, _ = DRAWN[index]
+    kv_len = np.resize([case.slots + 6, 2**31 - 1, -7, 3, 0], (len(case.lengths), case.q_len))
+    call = make_case(case, kv_len=kv_len)
+    as_exact_as_bfloat16(call, *jax.jit(functools.partial(call, implementation="mosaic_gpu"))(*call.args))
 
 
 @on_gpu

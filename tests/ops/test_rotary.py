@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.ops.rotary import frequencies, rotary_tables
+from mlra_jax.ops.rotary import frequencies, rotary_tables, rotate
 
 decimal.getcontext().prec = 60
 TURN = 2 * decimal.Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
@@ -53,3 +53,10 @@ def test_positions_far_away_keep_their_distances():
     cos, sin = rotary_tables(2**24 + jnp.arange(3), frequencies(2, 1e4))
     step = np.diff(np.unwrap(np.arctan2(np.asarray(sin)[:, 0], np.asarray(cos)[:, 0])))
     np.testing.assert_allclose(step, 1.0, atol=1e-6)
+
+
+def test_layers_that_are_computed_anew_take_no_tables_and_no_frequencies():
+    """Else each would compute its own, where the compiler now sees that all are the same."""
+    layer = jax.checkpoint(lambda x: rotate(x, jnp.arange(8), frequencies(6, 1e4)))
+    [equation] = jax.make_jaxpr(layer)(jnp.ones((1, 8, 6))).eqns
+    assert len(equation.invars) == 1

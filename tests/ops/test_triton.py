@@ -6,11 +6,13 @@ Numbers come from Triton's interpreter, on the CPU, and from the GPU where there
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -73,10 +75,45 @@ def test_it_says_why_it_declines_a_device(on):
     assert reason(abstract_call(SMALL)).startswith("It does not know NVIDIA T4;")
 
 
-def test_it_says_what_to_install(on, monkeypatch):
+@pytest.mark.parametrize(
+    ("bridge", "triton", "jax_version", "said"),
+    [
+        (None, None, (0, 11, 2), "are no jax-triton, no triton, jax .*: pip install .* 'mlra_jax.triton.'"),
+        ("0.4.1", "3.6.0", (0, 11, 2), "jax-triton 0.4.1, triton 3.6.0, jax .*: pip install 'triton>=3.7'"),
+        (
+            "0.3.1",
+            "3.7.0",
+            (0, 11, 2),
+            "jax-triton 0.3.1, triton 3.7.0, jax .*: pip install 'triton>=3.6,<3.7'",
+        ),
+        ("0.2.0", "3.6.0", (0, 11, 2), "needs jax-triton 0.3 and Triton 3.6 or later"),
+        ("0.4.1", "3.9.0", (0, 12, 0), "needs JAX before 0.12; these are .*: pip install 'jax"),
+        (
+            "0.4.1",
+            "3.7.0",
+            (0, 11, 2),
+            "jax-triton 0.4.1, triton 3.7.0, jax .*: ModuleNotFoundError: .* pip install",
+        ),
+    ],
+)
+def test_libraries_that_do_not_fit_are_declined_with_versions_and_what_to_install(
+    on, monkeypatch, bridge, triton, jax_version, said
+):
+    """Some pairs import and trace, and would fail when the program is compiled, after `xla` could have been taken."""
     on(A100)
-    monkeypatch.setitem(sys.modules, "jax_triton", None)
-    assert reason(abstract_call(SMALL)).startswith("It needs `pip install 'mlra_jax[triton]'`")
+    kept, versions = importlib.metadata.version, {"jax-triton": bridge, "triton": triton}
+
+    def version(package):
+        if (found := versions.get(package, "")) is None:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return found or kept(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(jax, "__version_info__", jax_version)
+    monkeypatch.delitem(sys.modules, "mlra_jax.ops.decode.triton_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
+    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    assert re.search(said, reason(abstract_call(SMALL)))
 
 
 def test_a_block_that_does_not_divide_the_page_is_declined(on):

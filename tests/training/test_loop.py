@@ -22,10 +22,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mlra_jax.cli.train import main
 from mlra_jax.config import ConfigError, MeshConfig, to_dict
+from mlra_jax.errors import UserError
 from mlra_jax.storage import StorageError
 from mlra_jax.training import loop
 from mlra_jax.training import step as step_module
-from mlra_jax.training.checkpoints import CheckpointError, find_step, load_config, load_params, save_params
+from mlra_jax.training.checkpoints import (
+    CheckpointError,
+    find_step,
+    load_config,
+    load_params,
+    owned,
+    save_params,
+)
 from mlra_jax.training.flops import train_flops_per_token
 from mlra_jax.training.loop import DivergedError, train
 from mlra_jax.training.metrics import FILE_NAME, read_metrics
@@ -384,9 +392,16 @@ def test_a_disk_that_takes_no_metrics_ends_the_run_with_one_sentence(
     monkeypatch.setattr("mlra_jax.training.metrics.JsonLines._append", append)
     assert main([]) == 1
     assert (
-        "No space left on device: 'metrics.jsonl': writing failed; the same command"
+        "metrics.jsonl: No space left on device; make room there, or name another place. Then the same command"
         in capsys.readouterr().err
     )
+
+
+def test_a_run_that_another_process_trains_is_refused_before_anything_of_it_is_touched(config):
+    with owned(config.out):
+        with pytest.raises(UserError, match=r"The run .* is being written by another process"):
+            train(config)
+        assert os.listdir(config.out) == [".lock"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that Orbax gave up

@@ -27,9 +27,12 @@ def test_the_last_value_of_each_metric_of_a_step_counts_when_a_resumed_run_repea
     assert len(path.read_text().splitlines()) == 5, "the file is only ever appended to"
 
 
-def test_half_a_last_line_is_passed_over_and_does_not_spoil_the_next_one(tmp_path):
+@pytest.mark.parametrize(
+    "left", [b'{"step": 1, "lo', b'{"step": 1, "loss": "\xff"}', bytes(9), b'{"step": "1"}']
+)
+def test_a_damaged_last_line_is_passed_over_and_does_not_spoil_the_next_one(tmp_path, left):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "loss": 3.0}\n{"step": 1, "lo')
+    path.write_bytes('{"step": 0, "loss": 3.0}\r\n'.encode("utf-8-sig") + left)
     assert read_metrics(path) == {0: {"loss": 3.0}}
     writer = JsonLines(path)
     writer.write(1, {"loss": 2.0})

@@ -83,3 +83,9 @@ def test_learning_rate_is_the_papers_at_its_landmarks():
 
 def test_training_without_warm_up_starts_at_the_peak_rate():
     assert float(learning_rate(OptimConfig(warmup_steps=0), 0)) == pytest.approx(1.6e-4)
+
+
+def test_a_warm_up_that_would_not_end_before_the_decay_takes_a_tenth_of_it():
+    config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=70, decay_steps=59)
+    config.validate()
+    np.testing.assert_allclose(learning_rate(config, np.array([0, 1, 5, 59])), [0, 0.2, 1, 0.1], rtol=1e-6)

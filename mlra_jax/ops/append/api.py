@@ -1,128 +1,102 @@
-"""The public ops: new tokens into a cache, by themselves or with the norms and the rotation before it."""
+"""The public ops: tokens into an array of a contiguous cache, or, normalised and rotated first, into a latent cache."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.append import mosaic_gpu, mosaic_tpu, reference
-from mlra_jax.ops.decode.api import Layout
-from mlra_jax.ops.dispatch import dispatch
+from mlra_jax.ops.append import reference
+from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.rotary import Frequencies
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_tpu": mosaic_tpu.append,
-    "reference": reference.append,
+Layout = Literal["token_major", "feature_major"]
+
+TOKENS: Mapping[str, Callable[..., jax.Array]] = {
+    "mosaic_tpu": lazily("mlra_jax.ops.append.mosaic_tpu", "append_tokens"),
+    "reference": reference.append_tokens,
 }
-"""Back ends of `append`, best first."""
+"""Back ends of `append_tokens`, best first."""
 
 
-def append(
-    array: Float[Array, "B ..."],
-    tokens: Float[Array, "B T ..."],
-    position: Int[Array, "B T"],
+def append_tokens(
+    array: Float[Array, "B *heads _ _"],
+    tokens: Float[Array, "B T *heads W"],
+    slot: Int[Array, "B T"],
     *,
     layout: Layout = "token_major",
     implementation: str | Sequence[str] | None = None,
-) -> Float[Array, "B ..."]:
-    """One array of a cache with new tokens written into it.
+) -> Float[Array, "B *heads _ _"]:
+    """The array with T new tokens of each row; in place, if it is donated.
 
     Args:
-      array: by head [B, U, S, W] or shared by all heads [B, S, W], contiguous by row; donate it.
-      tokens: [B, T, U, W] or [B, T, W].
-      position: int32, where each token goes; dropped if it is S or more.
-      layout: `token_major`, as above, or `feature_major`: W before S.
-      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
-
-    Returns:
-      The array, in place if it was donated.
+      array: [B, *heads, S, W] in the layout `token_major`, [B, *heads, W, S] in `feature_major`.
+      tokens: rounded to the type of the array.
+      slot: where each token goes. Any integers: one for which there is no slot, less than 0 or S and more, is dropped.
+        The others of a row differ.
+      layout: of the array.
+      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
+        several of `TOKENS`.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
     """
-    return dispatch("append", IMPLEMENTATIONS, implementation, array, tokens, position, layout=layout)
+    tokens, slot = tokens.astype(array.dtype), slot.astype(jnp.int32)
+    return dispatch("append_tokens", TOKENS, implementation, array, tokens, slot, layout=layout)
 
 
-def _normalize_then_append(
-    a: jax.Array,
-    q_gain: jax.Array,
-    kv_gain: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
-    position: jax.Array,
-    kv_latent: jax.Array,
-    k_rope: jax.Array,
-    *,
-    eps: float,
-    q_scale: float,
-    kv_scale: float,
-    layout: Layout,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, new_latent, new_rope = reference.normalize(
-        a, q_gain, kv_gain, rotary, eps=eps, q_scale=q_scale, kv_scale=kv_scale
-    )
-    kv_latent = append(kv_latent, new_latent, position, layout=layout)
-    return q, kv_latent, append(k_rope, new_rope, position, layout=layout)
-
-
-NORMALIZING_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
-    "mosaic_gpu": mosaic_gpu.normalize_and_append,
-    "reference": _normalize_then_append,
+LATENTS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
+    "mosaic_gpu": lazily("mlra_jax.ops.append.mosaic_gpu", "append_latents"),
+    "reference": functools.partial(reference.append_latents, append=append_tokens),
 }
-"""Back ends of `normalize_and_append`, best first; the last calls `append`."""
+"""Back ends of `append_latents`, best first."""
 
 
-def normalize_and_append(
-    a: Float[Array, "B T E"],
+def append_latents(
+    a: Float[Array, "B T _"],
     q_gain: Float[Array, "A"],
     kv_gain: Float[Array, "U C"],
-    rotary: tuple[Float[Array, "B T _"], Float[Array, "B T _"]],
     position: Int[Array, "B T"],
+    slot: Int[Array, "B T"],
     kv_latent: Float[Array, "B U _ _"],
     k_rope: Float[Array, "B _ _"],
     *,
     eps: float,
     q_scale: float,
     kv_scale: float,
+    frequencies: Frequencies,
     layout: Layout = "token_major",
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B U _ _"], Float[Array, "B _ _"]]:
-    """Normalises the queries and latents of new tokens, rotates their keys, and writes latents and keys into the cache.
+    """Normalises the tokens' queries and latents, rotates their keys, and appends latents and keys to a cache.
 
     Args:
       a: products of the tokens with W_qa, W_kva and W_kr, side by side: [B, T, A + U*C + R].
       q_gain: of the queries' norm.
       kv_gain: of the latents' norms.
-      rotary: cosines and sines of the tokens' positions, [B, T, R/2] (`mlra_jax.ops.rotary.rotary_tables`).
-      position: int32, where each token goes in the cache; dropped if it is S or more.
-      kv_latent: cached latents [B, U, S, C]; donate them.
-      k_rope: cached rotary keys [B, S, R]; donate them.
+      position: of each token, see `mlra_jax.ops.rotary.rotary_tables`.
+      slot: see `append_tokens`.
+      kv_latent: cached latents [B, U, S, C], or features before tokens; donate it.
+      k_rope: cached rotary keys [B, S, R], or features before tokens; donate it.
       eps: of the norms.
       q_scale: multiplies the normalised queries.
       kv_scale: multiplies the normalised latents.
-      layout: of the cache, see `append`.
-      implementation: None (the first that takes the arguments), or one name or several of
-        `NORMALIZING_IMPLEMENTATIONS`.
+      frequencies: of the rotation.
+      layout: of the cache, see `append_tokens`.
+      implementation: see `append_tokens`; of `LATENTS`.
 
     Returns:
-      The normalised, scaled queries [B, T, A], and the two caches.
+      The normalised, scaled queries in the type of `a`, and the two caches.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
     """
+    args = a, q_gain, kv_gain, position, slot.astype(jnp.int32), kv_latent, k_rope
+    scales = {"eps": eps, "q_scale": q_scale, "kv_scale": kv_scale}
     return dispatch(
-        "normalize_and_append",
-        NORMALIZING_IMPLEMENTATIONS,
-        implementation,
-        a,
-        q_gain,
-        kv_gain,
-        rotary,
-        position,
-        kv_latent,
-        k_rope,
-        eps=eps,
-        q_scale=q_scale,
-        kv_scale=kv_scale,
-        layout=layout,
+        "append_latents", LATENTS, implementation, *args, **scales, frequencies=frequencies, layout=layout
     )

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from mlra_jax.ops.hopper import THREADS, check_device, plgpu
 from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 
 
 def _store(ref: Any, value: jax.Array) -> None:
@@ -23,7 +24,7 @@ def _store(ref: Any, value: jax.Array) -> None:
 
 
 def _kernel(
-    position_ref: Any,  # int32 [B]
+    slot_ref: Any,  # int32 [B]
     a_ref: Any,  # [B, A + U*C + R]
     q_gain_ref: Any,  # [A]
     kv_gain_ref: Any,  # [U, C]
@@ -40,10 +41,10 @@ def _kernel(
 ) -> None:
     """Program (b, 0) has row b's query, (b, 1 + u) its latent u, (b, 1 + U) its rotary key."""
     b, part = lax.axis_index("row"), lax.axis_index("part")
-    heads, capacity, width = kv_latent_ref.shape[1:]
+    heads, slots, width = kv_latent_ref.shape[1:]
     rank, rotary = q_ref.shape[1], k_rope_ref.shape[2]
-    position = position_ref[b]
-    there = position < capacity
+    slot = slot_ref[b]
+    there = (slot >= 0) & (slot < slots)
 
     def norm(start: Any, gain_ref: Any, scale: float) -> jax.Array:
         n = gain_ref.shape[0]
@@ -60,7 +61,7 @@ def _kernel(
     @pl.when((part > 0) & (part <= heads) & there)
     def _() -> None:
         u = part - 1
-        _store(kv_latent_ref.at[b, u, position], norm(rank + u * width, kv_gain_ref.at[u], kv_scale))
+        _store(kv_latent_ref.at[b, u, slot], norm(rank + u * width, kv_gain_ref.at[u], kv_scale))
 
     @pl.when((part > heads) & there)
     def _() -> None:
@@ -72,47 +73,48 @@ def _kernel(
         plgpu.commit_smem()
         partner = read(twice_smem.at[pl.ds(rotary // 2, rotary)])
         rotated = x * read(cos_ref.at[b]) + partner * read(sin_ref.at[b])
-        _store(k_rope_ref.at[b, position], rotated.astype(a_ref.dtype))
+        _store(k_rope_ref.at[b, slot], rotated.astype(a_ref.dtype))
 
 
-def normalize_and_append(
+def append_latents(
     a_BTE: jax.Array,
     q_gain_A: jax.Array,
     kv_gain_UC: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
     position_BT: jax.Array,
+    slot_BT: jax.Array,
     kv_latent: jax.Array,
     k_rope: jax.Array,
     *,
     eps: float,
     q_scale: float,
     kv_scale: float,
+    frequencies: Frequencies,
     layout: str,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `mlra_jax.ops.append.normalize_and_append`; one token of each row, bfloat16, on Hopper GPUs.
+    """See `mlra_jax.ops.append.append_latents`; for one token of each row, and token-major caches.
+
+    `interpret`: `plgpu.InterpretGPUParams` run the kernel on the CPU.
 
     Raises:
       NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernel takes.
     """
     check_device(interpret)
+    if layout != "token_major":
+        raise NotImplementedError(f"the kernel that appends latents writes token-major caches, not {layout}.")
     b, heads, _, width = kv_latent.shape
-    t, rank, rotary_width = a_BTE.shape[1], q_gain_A.shape[0], k_rope.shape[2]
-    if t != 1 or layout != "token_major":
+    rank, rotary = q_gain_A.shape[0], k_rope.shape[2]
+    if a_BTE.shape[1] != 1:
         raise NotImplementedError(
-            f"it takes one token of each row and a token-major cache; got {t} and {layout}."
+            f"the kernel that appends latents takes one token of each row; got {a_BTE.shape[1]}."
         )
     if {x.dtype for x in (a_BTE, kv_latent, k_rope)} != {jnp.dtype(jnp.bfloat16)}:
-        raise NotImplementedError("it takes bfloat16.")
-    if rank % (4 * THREADS) or width % THREADS or rotary_width % 64 or not rotary_width:
+        raise NotImplementedError("the kernel that appends latents takes bfloat16.")
+    if rank % (4 * THREADS) or width % THREADS or rotary % 64 or not rotary:
         raise NotImplementedError(
-            "it takes a query of a multiple of 512 elements, latents of a multiple of 128 and rotary keys of a "
-            f"multiple of 64; got {rank}, {width} and {rotary_width}."
+            "the kernel that appends latents takes a query of a multiple of 512 elements, latents of a multiple of 128 "
+            f"and rotary keys of a multiple of 64; got {rank}, {width} and {rotary}."
         )
-    cos_BR, sin_BR = (x[:, 0].astype(a_BTE.dtype) for x in rotary)
-    # For both halves of the elements.
-    cos_BR = jnp.concatenate([cos_BR, cos_BR], axis=1)
-    sin_BR = jnp.concatenate([-sin_BR, sin_BR], axis=1)
 
     def run(_: None, *args: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         *given, kv_latent, k_rope = args
@@ -120,17 +122,17 @@ def normalize_and_append(
         q_BA = plgpu.kernel(
             functools.partial(_kernel, eps=eps, q_scale=q_scale, kv_scale=kv_scale),
             out_type=jax.ShapeDtypeStruct((b, rank), a_BTE.dtype),
-            scratch_types=[plgpu.SMEM((2 * rotary_width,), a_BTE.dtype)],
+            scratch_types=[plgpu.SMEM((2 * rotary,), a_BTE.dtype)],
             grid=(b, heads + 2),
             grid_names=("row", "part"),
             num_threads=1,
             thread_name="wg",
             compiler_params=plgpu.CompilerParams(),
             interpret=interpret,
-            kernel_name="normalize_and_append",
+            kernel_name="append_latents",
         )(*given, *caches)
-        return q_BA, *(jax.freeze(cache) for cache in caches)
+        return q_BA[:, None], *(jax.freeze(cache) for cache in caches)
 
-    given = (position_BT[:, 0], a_BTE[:, 0], q_gain_A, kv_gain_UC, cos_BR, sin_BR)
-    q_BA, kv_latent, k_rope = unchecked(run)(None, *given, kv_latent, k_rope)
-    return q_BA[:, None], kv_latent, k_rope
+    cos, sin = (x.astype(a_BTE.dtype) for x in rotary_tables(position_BT[:, 0], frequencies))
+    tables = jnp.concatenate([cos, cos], axis=1), jnp.concatenate([-sin, sin], axis=1)
+    return unchecked(run)(None, slot_BT[:, 0], a_BTE[:, 0], q_gain_A, kv_gain_UC, *tables, kv_latent, k_rope)

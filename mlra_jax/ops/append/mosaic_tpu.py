@@ -16,42 +16,49 @@ from mlra_jax.ops.manual import unchecked
 LANES = 128
 
 
-def _kernel(position_ref: Any, token_ref: Any, array_ref: Any, out_ref: Any, *, capacity: int) -> None:
-    # token [1, X, W, 1]; array and out [1, X, W, LANES]: the lanes that hold the position
-    position = position_ref[pl.program_id(0)]
-    first = jnp.minimum(position // LANES, capacity // LANES - 1) * LANES
+def _kernel(slot_ref: Any, token_ref: Any, array_ref: Any, out_ref: Any, *, n_slots: int) -> None:
+    # token [1, X, W, 1]; array and out [1, X, W, LANES]: the lanes that hold the slot
+    slot = slot_ref[pl.program_id(0)]
+    first = jnp.clip(slot // LANES, 0, n_slots // LANES - 1) * LANES
     lane = jax.lax.broadcasted_iota(jnp.int32, out_ref.shape, 3)
-    out_ref[...] = jnp.where(lane == position - first, token_ref[...], array_ref[...])
+    out_ref[...] = jnp.where(lane == slot - first, token_ref[...], array_ref[...])
 
 
-def append(
-    array: jax.Array, tokens_BTX: jax.Array, position_BT: jax.Array, *, layout: str, interpret: Any = False
+def append_tokens(
+    array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, layout: str, interpret: Any = False
 ) -> jax.Array:
-    """See `mlra_jax.ops.append.append`; one token of each row of a feature-major cache, on TPU.
+    """See `mlra_jax.ops.append.append_tokens`; for one token of each row.
 
     XLA would give a scatter over lanes, or an update of one, another layout than the attention kernel reads, and copy
-    the cache there and back. Here a tile of 128 positions of each row goes through VMEM.
+    the cache there and back. Here a tile of 128 slots of each row goes through VMEM.
+
+    Args:
+      array: feature-major cache [B, ..., W, S], S a multiple of 128; donate it.
+      tokens: [B, 1, ..., W], in the type of the cache.
+      slot_BT: int32.
+      layout: of the cache.
+      interpret: runs the kernel on the CPU.
 
     Raises:
-      NotImplementedError: this is no TPU, or the arguments are not what the kernel takes.
+      NotImplementedError: not a TPU, not a feature-major cache of whole tiles, or several tokens of a row.
     """
-    b, *middle, width, capacity = array.shape
-    if current_device()[0] != "tpu" and not interpret:
-        raise NotImplementedError("it needs a TPU.")
-    if tokens_BTX.shape[1] != 1 or layout != "feature_major":
-        raise NotImplementedError(
-            f"it takes one token of each row and a feature-major cache; got {tokens_BTX.shape[1]} and {layout}."
-        )
-    if capacity % LANES:
-        raise NotImplementedError(f"a cache of {capacity} positions is not made of whole tiles of {LANES}.")
+    if not interpret and current_device()[0] != "tpu":
+        raise NotImplementedError("It needs a TPU.")
+    if layout != "feature_major":
+        raise NotImplementedError(f"It needs a feature_major cache; this one is {layout}.")
+    if tokens.shape[1] != 1:
+        raise NotImplementedError(f"It appends one token of each row; got {tokens.shape[1]}.")
+    b, *middle, width, slots = array.shape
+    if slots % LANES:
+        raise NotImplementedError(f"It needs a cache of whole tiles of {LANES} slots; got {slots}.")
 
-    def run(_: None, position_B: jax.Array, tokens: jax.Array, array: jax.Array) -> jax.Array:
+    def run(_: None, slot_B: jax.Array, tokens: jax.Array, array: jax.Array) -> jax.Array:
         heads = functools.reduce(lambda x, y: x * y, middle, 1)
-        last = capacity // LANES - 1
-        tile = lambda i, position: (i, 0, 0, jnp.minimum(position[i] // LANES, last))
+        last = slots // LANES - 1
+        tile = lambda i, slot: (i, 0, 0, jnp.clip(slot[i] // LANES, 0, last))
         out = pl.pallas_call(
-            functools.partial(_kernel, capacity=capacity),
-            out_shape=jax.ShapeDtypeStruct((b, heads, width, capacity), array.dtype),
+            functools.partial(_kernel, n_slots=slots),
+            out_shape=jax.ShapeDtypeStruct((b, heads, width, slots), array.dtype),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1,
                 grid=(b,),
@@ -63,8 +70,8 @@ def append(
             ),
             input_output_aliases={2: 0},
             interpret=interpret,
-            name="append",
-        )(position_B, tokens.reshape(b, heads, width, 1), array.reshape(b, heads, width, capacity))
+            name="append_column",
+        )(slot_B, tokens.reshape(b, heads, width, 1), array.reshape(b, heads, width, slots))
         return out.reshape(array.shape)
 
-    return unchecked(run)(None, position_BT[:, 0], tokens_BTX[:, 0].astype(array.dtype), array)
+    return unchecked(run)(None, slot_BT[:, 0], tokens, array)

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.attention import cudnn, mosaic_gpu, reference, splash, tokamax, xla
+from mlra_jax.ops.attention import reference, xla
 from mlra_jax.ops.attention.parts import Parts, heads_of, joined
-from mlra_jax.ops.dispatch import dispatch
+from mlra_jax.ops.dispatch import dispatch, lazily
 
 IMPLEMENTATIONS = {
-    "mosaic_gpu": mosaic_gpu.causal_attention,
-    "tokamax": joined(tokamax.causal_attention),
-    "cudnn": joined(cudnn.causal_attention),
-    "splash": joined(splash.causal_attention),
+    "mosaic_gpu": lazily("mlra_jax.ops.attention.mosaic_gpu", "causal_attention"),
+    "tokamax": joined(lazily("mlra_jax.ops.attention.tokamax", "causal_attention")),
+    "cudnn": joined(lazily("mlra_jax.ops.attention.cudnn", "causal_attention")),
+    "splash": joined(lazily("mlra_jax.ops.attention.splash", "causal_attention")),
     "xla": joined(xla.causal_attention),
     "reference": joined(reference.causal_attention),
 }
@@ -32,7 +32,8 @@ def causal_attention(
 ) -> Float[Array, "B T N V"]:
     """Causal grouped-query attention of T queries over S keys and values.
 
-    Query t stands at position `q_start + t` and sees the keys 0 to `q_start + t`. Query head n reads KV head
+    Query t stands at position `q_start + t` and sees the keys 0 to `q_start + t`, or all S where there are no more.
+    There may be more queries than keys. Query head n reads KV head
     n // (N / K). Keys and values may differ in width. The softmax is float32.
 
     Args:
@@ -40,7 +41,7 @@ def causal_attention(
       k: keys, with K dividing N.
       v: values.
       scale: multiplies the scores (the paper: 1/sqrt(H) of the expanded form).
-      q_start: position of the first query.
+      q_start: position of the first query, not negative; q_start + T less than 2**31.
       implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
 
     Returns:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlra_jax.ops.device import current_device, find_chip
+from mlra_jax.ops.libraries import declining
 from mlra_jax.ops.manual import unchecked
 
 
@@ -40,7 +41,8 @@ def causal_attention(
 
     def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, h - v_width)))
-        out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+        with declining("jax", remedy="pip install --upgrade 'mlra_jax[cuda]'"):
+            out = jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
         return out[..., :v_width]
 
     return unchecked(attend)(None, q_BTNH, k_BSKH, v_BSKV)

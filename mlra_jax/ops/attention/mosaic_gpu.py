@@ -39,6 +39,8 @@ class Shape:
     """T."""
     tokens: int
     """S."""
+    keys: int
+    """Of the tokens those that are no padding."""
 
     @property
     def key_widths(self) -> tuple[int, ...]:
@@ -150,6 +152,7 @@ def _shape(parts: Parts, v: jax.Array | None) -> Shape:
         heads_per_kv=m,
         queries=whole(t),
         tokens=whole(s),
+        keys=s,
     )
 
 

@@ -147,7 +147,7 @@ def _row_kernel(
     wg = lax.axis_index("wg")
     tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")  # long ones first
     last_token = inputs.rows(tile * groups + (groups - 1))[1] + (ROWS - 1)
-    seen = jnp.minimum(inputs.start + last_token + 1, shape.tokens)
+    seen = jnp.minimum(inputs.start + last_token + 1, shape.keys)
     n_blocks = lax.div(seen + (block - 1), block)
 
     @pl.when(wg == groups)
@@ -188,6 +188,8 @@ def _row_kernel(
         def visible(j: jax.Array) -> jax.Array:
             row = plgpu.broadcasted_iota(jnp.int32, size, 0, layout=MATRIX) + t0
             token = plgpu.broadcasted_iota(jnp.int32, size, 1, layout=MATRIX) + j * block
+            if shape.keys < shape.tokens:  # the last rows may see all keys, but not what pads them
+                row = jnp.minimum(row, shape.keys - 1)
             return token <= row
 
         def step(j: jax.Array, carry: Any, masked: bool) -> Any:
@@ -219,7 +221,7 @@ def _row_kernel(
         carry: Any = [_zeros(ROWS, w) for w in shape.widths]
         if not gradients:
             carry = _zeros(ROWS, shape.v_width), vector(LOWEST), vector(0.0)
-        clear = jnp.clip(lax.div(t0 + 1, block), 0, n_blocks)  # up to here every row sees every token
+        clear = lax.div(jnp.minimum(t0 + 1, shape.keys), block)  # up to here every row sees every token
         carry = lax.fori_loop(0, clear, functools.partial(step, masked=False), carry)
         carry = lax.fori_loop(clear, n_blocks, functools.partial(step, masked=True), carry)
 

@@ -37,7 +37,7 @@ def causal_attention(
       k_BSKH: keys.
       v_BSKV: values.
       scale: multiplies the scores.
-      q_start: position of the first query; at run time, at most S - T.
+      q_start: position of the first query.
       interpret: runs the kernels on the CPU.
 
     Raises:

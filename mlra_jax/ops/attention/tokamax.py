@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.backend import get_default_device
 
 from mlra_jax.ops.device import current_device, find_chip
+from mlra_jax.ops.libraries import declining, name, version
 from mlra_jax.ops.manual import unchecked
 
-
-@functools.cache
-def _missing() -> bool:
-    return importlib.util.find_spec("tokamax") is None
+OLDEST = (0, 0, 17)
+"""Of Tokamax; it needs JAX 0.11.1, so Python 3.12."""
+REMEDY = "pip install --upgrade 'mlra_jax[tokamax]' (Python 3.12)"
 
 
 def causal_attention(
@@ -34,8 +31,12 @@ def causal_attention(
         raise NotImplementedError(
             f"It needs an NVIDIA GPU of the Ampere generation or later; this is a {kind}."
         )
-    if _missing():
-        raise NotImplementedError("Tokamax is not installed: pip install 'mlra-jax[tokamax]' (Python 3.12).")
+    if (installed := version("tokamax")) is None:
+        raise NotImplementedError(f"Tokamax is not installed: {REMEDY}.")
+    if installed < OLDEST or jax.__version_info__ < (0, 11, 1):
+        raise NotImplementedError(
+            f"It needs Tokamax 0.0.17 and JAX 0.11.1 or later; these are {name('tokamax', 'jax')}: {REMEDY}."
+        )
     if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"It takes bfloat16 and float16; got {q_BTNH.dtype}.")
     if not (isinstance(q_start, int | np.integer) and q_start == 0) or q_BTNH.shape[1] != k_BSKH.shape[1]:
@@ -44,12 +45,13 @@ def causal_attention(
         raise NotImplementedError(
             f"Tokamax compiles for the default device, a {default}; for a {kind} set `jax.default_device`."
         )
-    import tokamax
-
     # Its Mosaic GPU kernels are for Hopper and later.
-    name = "mosaic" if chip.capability >= 90 else "triton"
+    kernels = "mosaic" if chip.capability >= 90 else "triton"
 
     def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=name)
+        with declining("tokamax", "jax", remedy=REMEDY):
+            import tokamax
+
+            return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=kernels)
 
     return unchecked(attend)(None, q_BTNH, k_BSKH, v_BSKV)

@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, reference, triton, xla
-from mlra_jax.ops.dispatch import dispatch
+from mlra_jax.ops.decode import reference, xla
+from mlra_jax.ops.dispatch import dispatch, lazily
 
 Layout = Literal["token_major", "feature_major"]
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": mosaic_gpu.decode_attention,
-    "triton": triton.decode_attention,
-    "mosaic_tpu": mosaic_tpu.decode_attention,
+    "mosaic_gpu": lazily("mlra_jax.ops.decode.mosaic_gpu", "decode_attention"),
+    "triton": lazily("mlra_jax.ops.decode.triton", "decode_attention"),
+    "mosaic_tpu": lazily("mlra_jax.ops.decode.mosaic_tpu", "decode_attention"),
     "xla": xla.decode_attention,
     "reference": reference.decode_attention,
 }
@@ -57,7 +58,9 @@ def latent_decode_attention(
         reads entry l mod G. E = R, which may be 0, or with `rotary` any more: the last R features count.
       kv_latent: cached latents [P, L, S, C]. Slots that no query of the row sees may hold anything, NaN too.
       k_rope: cached rotary keys [P, S, R], shared by all latent heads.
-      kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. 0: none.
+      kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. Any
+        integers, in any order: a query of 0 or less sees none, one of more than its row has room for (S, or N * S in
+        pages) sees all.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
       rotary: cosines and sines [B, T, R/2] that `q_rope` is turned by first (`mlra_jax.ops.rotary.turn`); None: it has
         been.
@@ -89,11 +92,11 @@ def latent_decode_attention(
     parts = [(q_nope, kv_latent)]
     if r:
         parts.append((q_rope, k_rope[:, None]))
-    keywords: dict[str, Any] = {"scale": scale, "page_table": page_table, "layout": layout}
+    keywords: dict[str, Any] = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
     if r and rotary is not None:
         keywords["rotary"] = rotary
     return dispatch(
-        "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, kv_len, **keywords
+        "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, _int32(kv_len), **keywords
     )
 
 
@@ -114,7 +117,7 @@ def grouped_decode_attention(
       q: queries.
       k: cached keys [P, K, S, H]. Slots that no query of the row sees may hold anything, NaN too.
       v: cached values [P, K, S, V].
-      kv_len: how many of the leading tokens each query sees. 0: none.
+      kv_len: how many of the leading tokens each query sees; see `latent_decode_attention`.
       scale: multiplies the scores.
       page_table: see `latent_decode_attention`.
       layout: `token_major`, as above, or `feature_major`: k [P, K, H, S] and v [P, K, V, S].
@@ -130,9 +133,9 @@ def grouped_decode_attention(
     b, t, heads, _, h = q.shape
     width = v.shape[-2 if layout == "feature_major" else -1]
     _check_cache(kv_len, page_table, layout, (b, t), k=(k, (heads,), h), v=(v, (heads,), width))
-    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
     return dispatch(
-        "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, kv_len, **keywords
+        "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, _int32(kv_len), **keywords
     )
 
 
@@ -161,7 +164,7 @@ def factored_decode_attention(
       b_k: cached factors of the keys that all heads share, [P, S, r * H], product by product.
       a_v: the same of the values [P, K, S, r'].
       b_v: [P, S, r' * V].
-      kv_len: how many of the leading tokens each query sees. 0: none.
+      kv_len: how many of the leading tokens each query sees; see `latent_decode_attention`.
       scale: multiplies the scores.
       page_table: see `latent_decode_attention`.
       layout: `token_major`, as above, or `feature_major`, with the last two axes of all four swapped.
@@ -192,10 +195,21 @@ def factored_decode_attention(
         b_v=(b_v, (), v_width),
     )
     factors = (a_k, b_k[:, None], a_v, b_v[:, None])
-    keywords = {"scale": scale, "page_table": page_table, "layout": layout}
+    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
     return dispatch(
-        "factored_decode_attention", FACTORED_IMPLEMENTATIONS, implementation, q, factors, kv_len, **keywords
+        "factored_decode_attention",
+        FACTORED_IMPLEMENTATIONS,
+        implementation,
+        q,
+        factors,
+        _int32(kv_len),
+        **keywords,
     )
+
+
+def _int32(x: Any) -> Any:
+    """The type that kernels read and can limit: 300 tokens are no number of 8 bits."""
+    return None if x is None else jnp.asarray(x, jnp.int32)
 
 
 def _check(x: jax.Array, name: str, expected: tuple[int, ...]) -> None:

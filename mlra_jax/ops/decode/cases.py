@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from mlra_jax.ops.decode.api import Layout, grouped_decode_attention, latent_decode_attention
 from mlra_jax.ops.rotary import turn
@@ -105,7 +106,12 @@ def abstract_call(case: Case, dtype: DTypeLike = jnp.bfloat16, *, scale: float |
 
 
 def make_case(
-    case: Case, seed: int = 0, dtype: DTypeLike = jnp.bfloat16, *, scale: float | None = None
+    case: Case,
+    seed: int = 0,
+    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    scale: float | None = None,
+    kv_len: ArrayLike | None = None,
 ) -> Call:
     """The call with normally distributed queries and cache, NaN in each slot that no query sees.
 
@@ -116,11 +122,16 @@ def make_case(
       seed: of the random numbers.
       dtype: see `abstract_call`.
       scale: see `abstract_call`.
+      kv_len: what each query sees, any integers [B, T], in place of what the case's lengths say.
     """
     call = abstract_call(case, dtype, scale=scale)
     *arrays, _, page_table = call.args
     rng = np.random.default_rng(seed)
-    lengths = np.array(case.lengths, np.int32)
+    if kv_len is None:
+        earlier = np.arange(case.q_len - 1, -1, -1)
+        kv_len = np.maximum(np.array(case.lengths)[:, None] - earlier, 0)
+    kv_len = np.asarray(kv_len, np.int32)
+    lengths = np.clip(kv_len.max(axis=1), 0, case.capacity)
     table = np.arange(len(lengths), dtype=np.int32)[:, None]  # a contiguous cache has one page for each row
     seen = np.arange(case.capacity) < lengths[:, None]
     if page_table is not None:
@@ -137,8 +148,7 @@ def make_case(
             visible = seen_in_page.reshape(pages, *(1,) * (x.ndim - 3), *last_two)
             values = np.where(visible, values, np.nan)
         filled.append(jnp.asarray(values, x.dtype))
-    earlier = np.arange(case.q_len - 1, -1, -1, dtype=np.int32)
-    filled.append(jnp.asarray(np.maximum(lengths[:, None] - earlier, 0)))
+    filled.append(jnp.asarray(kv_len))
     if page_table is not None:
         past_the_end = np.arange(table.shape[1]) * slots >= lengths[:, None]
         table[past_the_end] = rng.choice([-1, pages, 2**30], past_the_end.sum())

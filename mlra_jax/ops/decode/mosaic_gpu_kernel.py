@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -86,15 +87,20 @@ def _rotations(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
     return jnp.concatenate(halves, axis=1).astype(jnp.bfloat16)
 
 
+def _seen(longest_ref: Any, shape: Shape) -> Callable[[Any], jax.Array]:
+    """Tokens of sequence b that its longest query sees, no more than there are; limiting them here costs nothing."""
+    return lambda b: jnp.clip(longest_ref[b], 0, shape.capacity)
+
+
 class Schedule:
     """What a program reads off the table of `make_table`; a single sequence needs none."""
 
-    def __init__(self, longest_ref: Any, table_ref: Any, config: Config):
-        self.longest_ref, self.table_ref, self.config = longest_ref, table_ref, config
+    def __init__(self, longest: Callable[[Any], jax.Array], table_ref: Any, config: Config):
+        self.longest, self.table_ref, self.config = longest, table_ref, config
 
     def blocks(self, b: Any) -> jax.Array:
         """Blocks of sequence b."""
-        return _blocks(self.longest_ref[b], self.config.block)
+        return _blocks(self.longest(b), self.config.block)
 
     def share(self, i: jax.Array) -> list[jax.Array]:
         """Of share i: the first and the last sequence, the first block in the first one, and the number of blocks."""
@@ -124,7 +130,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
         return args.pop(0) if present else None
 
     whole, staged = config.n_splits == 1, config.stages_output(shape)
-    longest_ref = take()  # int32 [B]
+    seen_by_longest = _seen(take(), shape)  # int32 [B]
     table_ref = take(not whole and shape.batch > 1)  # see `make_table`
     # int32 [2, B, program's tiles]: fewest and most tokens that a row of it sees
     bounds_ref = take(shape.q_len > 1)
@@ -158,14 +164,14 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
     columns = shape.v_width // value_groups
     # A warpgroup multiplies weights of its own from registers. The interpreter knows shared memory alone.
     from_registers = value_groups == 1 and not interpret
-    fewest = lambda b: longest_ref[b] if bounds_ref is None else bounds_ref[0, b, tile]
-    most = lambda b: longest_ref[b] if bounds_ref is None else bounds_ref[1, b, tile]
+    fewest = lambda b: seen_by_longest(b) if bounds_ref is None else bounds_ref[0, b, tile]
+    most = lambda b: seen_by_longest(b) if bounds_ref is None else bounds_ref[1, b, tile]
 
     if whole:
         n_blocks = _blocks(most(i), block)
         segments = lambda body: body(i, jnp.int32(0), n_blocks, jnp.int32(0))
     else:
-        schedule = Schedule(longest_ref, table_ref, config)
+        schedule = Schedule(seen_by_longest, table_ref, config)
         first, last, start, n_blocks = schedule.share(i)
 
         def segments(body: Any) -> None:
@@ -253,6 +259,7 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
 
         def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
             seen: Any = None
+            longest = seen_by_longest(b)
             if leads:
                 for q_ref, smem, width in zip(q_refs, q_smem, shape.widths, strict=True):
                     own, last = lax.rem(branch, q_ref.shape[3]), pl.ds(q_ref.shape[4] - width, width)
@@ -271,11 +278,10 @@ def _split_kernel(*refs: Any, shape: Shape, config: Config, scale: float, interp
 
                     q[...] = pl.run_scoped(turned, plgpu.ACC(q.shape, jnp.float32)).astype(jnp.bfloat16)
                     plgpu.commit_smem()
-                seen = longest_ref[b]
+                seen = longest
                 if row_len_ref is not None:
                     seen = plgpu.load(row_len_ref.at[b, pl.ds(row0, ROWS)], layout=ROW, optimized=False)
                     seen = lax.broadcast_in_dim(seen, (ROWS, block), (0,))
-            longest = longest_ref[b]
 
             def weights(slot: jax.Array, j: jax.Array, m: jax.Array, norm: jax.Array, masked: bool) -> Any:
                 def scores(ref: Any) -> jax.Array:
@@ -405,7 +411,8 @@ def _merge_kernel(
 ) -> None:
     """Merges the parts of some rows."""
     program, head, b, wg = (lax.axis_index(name) for name in ("rows", "head", "batch", "wg"))
-    first, end = Schedule(longest_ref, table_ref if shape.batch > 1 else None, config).parts(b, shape.batch)
+    schedule = Schedule(_seen(longest_ref, shape), table_ref if shape.batch > 1 else None, config)
+    first, end = schedule.parts(b, shape.batch)
     share = lax.div(end - first + (plan.warpgroups - 1), plan.warpgroups)
     start = jnp.minimum(first + wg * share, end)
     stop = jnp.minimum(start + share, end)
@@ -498,18 +505,18 @@ def attend(
         q = q_BTJGMW.transpose(0, 3, 1, 4, 2, 5).reshape(b, groups, r, *q_BTJGMW.shape[2::3])
         return jnp.pad(q, ((0, 0), (0, 0), (0, q_rows - r), (0, 0), (0, 0)))
 
-    kv_len = kv_len.astype(jnp.int32)
     longest = kv_len.max(axis=1) if t > 1 else kv_len.reshape(b)
-    table = make_table(longest, config) if b > 1 and not whole else longest
+    limited = lambda n: jnp.clip(n, 0, shape.capacity)
+    table = make_table(limited(longest), config) if b > 1 and not whole else longest
     scalars = [longest]
     if b > 1 and not whole:
         scalars.append(table)
     if t > 1:
-        row_len = jnp.pad(jnp.repeat(kv_len, m, axis=1), ((0, 0), (0, all_rows - r)), mode="edge")
+        row_len = jnp.pad(jnp.repeat(limited(kv_len), m, axis=1), ((0, 0), (0, all_rows - r)), mode="edge")
         by_tile = row_len.reshape(b, tiles, tile_rows)
         scalars += [jnp.stack([by_tile.min(axis=2), by_tile.max(axis=2)]), row_len]
     if page_table is not None:
-        scalars.append(page_table.astype(jnp.int32))
+        scalars.append(page_table)
 
     bf16 = lambda *s: plgpu.SMEM(s, jnp.bfloat16, transforms=transforms(s[-1]))
     warpgroups, block, stages = config.row_groups * shape.value_groups, config.block, config.stages

@@ -132,7 +132,7 @@ def decode_attention(
     tiles = -(-t * m // MAX_ROWS)
     rows = -(-t * m // (8 * tiles)) * 8
     widths = tuple((x.shape[1], x.shape[2]) for x in arrays)
-    kv_len_BT = jnp.minimum(kv_len_BT, page_slots * row_pages)
+    kv_len_BT = jnp.clip(kv_len_BT, 0, page_slots * row_pages)
     config = config or heuristic(
         widths=widths, rows=rows, batch=b, capacity=page_slots * row_pages, info=info
     )

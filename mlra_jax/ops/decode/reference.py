@@ -75,7 +75,8 @@ def decode_attention(
     Args:
       parts: pairs of queries and keys.
       v: values [P, L, S, V]; None: the keys of the first part.
-      kv_len_BT: how many of the leading tokens each query sees; 0: none. Slots that no query sees may hold anything.
+      kv_len_BT: how many of the leading tokens each query sees; any integers. Slots that no query sees may hold
+        anything.
       scale: multiplies the scores.
       page_table: pages of each row [B, N]; None: page b is row b.
       layout: of keys and values: `token_major` as above, or `feature_major` with the last two axes swapped.

@@ -7,7 +7,6 @@ kernel merges those. Optional: needs `pip install 'mlra_jax[triton]'`, which is 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,10 @@ import jax.numpy as jnp
 from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts, unabridged
 from mlra_jax.ops.device import Chip, current_device, find_chip
+from mlra_jax.ops.libraries import declining, name, version
+
+LIBRARIES = ("jax-triton", "triton", "jax")
+REMEDY = "pip install --upgrade 'mlra_jax[triton]'"
 
 MAX_SPLITS = 256
 """Most splits of a row; the kernel that merges them takes them all at once."""
@@ -245,17 +248,33 @@ def _check(parts: Parts, v: jax.Array | None, page_table: jax.Array | None, layo
 
 
 def _import_kernels() -> Any:
-    try:
+    """The kernels, where jax-triton, Triton and JAX fit each other: else they would fail when a program is compiled."""
+    bridge, triton = version("jax-triton"), version("triton")
+    installed = name(*LIBRARIES)
+    if bridge is None or triton is None:
+        raise NotImplementedError(f"It needs jax-triton and Triton; there are {installed}: {REMEDY}.")
+    if bridge < (0, 3) or triton < (3, 6):
+        raise NotImplementedError(
+            f"It needs jax-triton 0.3 and Triton 3.6 or later; these are {installed}: {REMEDY}."
+        )
+    if bridge < (0, 4) and triton >= (3, 7):
+        raise NotImplementedError(
+            f"jax-triton before 0.4 needs Triton 3.6; these are {installed}: pip install 'triton>=3.6,<3.7'."
+        )
+    if bridge >= (0, 4) and triton < (3, 7):
+        raise NotImplementedError(
+            f"jax-triton from 0.4 on needs Triton 3.7 or later; these are {installed}: pip install 'triton>=3.7'."
+        )
+    if bridge <= (0, 4, 1) and jax.__version_info__ >= (0, 12):
+        raise NotImplementedError(
+            f"jax-triton up to 0.4.1 needs JAX before 0.12; these are {installed}: pip install 'jax[cuda13]<0.12'."
+        )
+    with declining(*LIBRARIES, remedy=REMEDY):
         import jax_triton  # noqa: F401
-        import triton  # noqa: F401
-    except ImportError as e:
-        raise NotImplementedError(f"It needs `pip install 'mlra_jax[triton]'` ({e}).") from e
-    version = importlib.metadata.version("jax-triton")
-    if jax.__version_info__ >= (0, 12) and tuple(map(int, version.split(".")[:3])) <= (0, 4, 1):
-        raise NotImplementedError(f"jax-triton {version} fails with JAX {jax.__version__}; take JAX 0.11.")
-    from mlra_jax.ops.decode import triton_kernels
 
-    return triton_kernels
+        from mlra_jax.ops.decode import triton_kernels
+
+        return triton_kernels
 
 
 def _launch(
@@ -277,13 +296,14 @@ def _launch(
         # Newer Tritons emit PTX newer than CUDA 13.0, the oldest that JAX comes with, understands.
         options = (("ptx_version", 87), ("enable_fp_fusion", True))
         keywords = {"out_type": tuple(outputs), "backend_options": dict(options)}
-    return jax_triton.triton_call(
-        *inputs,
-        kernel=kernel,
-        grid=grid,
-        num_warps=warps,
-        num_stages=stages,
-        compute_capability=capability,
-        **keywords,
-        **constants,
-    )
+    with declining(*LIBRARIES, remedy=REMEDY):
+        return jax_triton.triton_call(
+            *inputs,
+            kernel=kernel,
+            grid=grid,
+            num_warps=warps,
+            num_stages=stages,
+            compute_capability=capability,
+            **keywords,
+            **constants,
+        )

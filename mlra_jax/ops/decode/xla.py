@@ -48,6 +48,7 @@ def over_blocks(
     s_axis = 3 if layout == "feature_major" else 2
     page = arrays[0].shape[s_axis]
     s = page if page_table is None else page * page_table.shape[1]
+    kv_len_BT = jnp.clip(kv_len_BT, 0, s)
     block = min(s, max(128, BLOCK_ELEMENTS // scores_per_token))
     if page_table is not None:
         block = max(block // page, 1) * page

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jaxtyping import Array, Float
 
-from mlra_jax.ops.dispatch import dispatch
-from mlra_jax.ops.norm import mosaic_gpu, reference
+from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.norm import reference
 
 IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": mosaic_gpu.add_rms_norm,
+    "mosaic_gpu": lazily("mlra_jax.ops.norm.mosaic_gpu", "add_rms_norm"),
     "reference": reference.add_rms_norm,
 }
 """Back ends, best first."""

@@ -9,18 +9,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mlra_jax.ops.dispatch import dispatch
-from mlra_jax.ops.product import mosaic_gpu, reference
+from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.product import reference
 
 PRODUCT: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_gpu": mosaic_gpu.product,
+    "mosaic_gpu": lazily("mlra_jax.ops.product.mosaic_gpu", "product"),
     "reference": reference.product,
 }
 SWIGLU: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_gpu": mosaic_gpu.swiglu,
+    "mosaic_gpu": lazily("mlra_jax.ops.product.mosaic_gpu", "swiglu"),
     "reference": reference.swiglu,
 }
 """Back ends in the order in which they are tried."""
+
+
+def has_kernel(rows: int, dtype: jnp.dtype) -> bool:
+    """Whether a kernel on the current device multiplies so many rows of this type with a large matrix."""
+    try:
+        return lazily("mlra_jax.ops.product.mosaic_gpu", "takes_rows")(rows, dtype)
+    except NotImplementedError:
+        return False
 
 
 def product(

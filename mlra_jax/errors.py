@@ -1,0 +1,89 @@
+"""Faults that are not bugs of this package, and the sentence that a command shows for each of them.
+
+What raises one of these classes knows that the user (or the machine) is at fault, and says in one sentence what is
+wrong, where, and what to do. Everything else, a ValueError of JAX or of our own included, is a bug, whose traceback is
+needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PATH = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.EPERM,
+}
+_ADVICE = {
+    errno.ENOSPC: "make room there, or name another place",
+    errno.EDQUOT: "make room there, or name another place",
+    errno.EFBIG: "raise the limit on the size of files, or name another place",
+    errno.EIO: "check the disk, or name another place",
+    errno.EROFS: "name another place",
+    errno.EACCES: "change its permissions, or name another place",
+    errno.EPERM: "change its permissions, or name another place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file; check the path",
+    errno.EISDIR: "a file is wanted, and this is a folder; check the path",
+    errno.EEXIST: "name another place, or remove it",
+    errno.ENOTEMPTY: "name another place, or remove it",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.EMFILE: "raise the limit on open files (`ulimit -n`)",
+}
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class ExplainedError(Exception):
+    """Is not a bug; its message is all that a command shows."""
+
+
+class UserError(ExplainedError, ValueError):
+    """What was asked for cannot be had; the message says what is wrong, where, and what to do."""
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence that says all about `error`; None: it is a bug, and its traceback is needed.
+
+    An `ExplainedError` is its own sentence. An OSError is about a disk, a path or a stream: the sentence names it. Only
+    where a file of this package is concerned, it is a bug.
+    """
+    if isinstance(error, ExplainedError):
+        return str(error)
+    if not isinstance(error, OSError):
+        return None
+    paths = [
+        os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, str | bytes | os.PathLike)
+    ]
+    if any(_PACKAGE in Path(p).absolute().parents for p in paths):
+        return None
+    if error.errno is None or not error.strerror:
+        return str(error) or type(error).__name__  # raised with a sentence, or by a library
+    where = " -> ".join(paths) or "standard output, or a file that the system does not name"
+    return (
+        f"{where}: {error.strerror}; {_ADVICE.get(error.errno, 'check the path, and what it is stored on')}."
+    )
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the command has to change: a `UserError`, or a path that is wrong; else the machine is at fault."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in {None, *_PATH})
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says which file it was when an OSError from inside does not: a write to a full disk says only that it is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        raise
