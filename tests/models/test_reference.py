@@ -113,6 +113,12 @@ def test_the_modules_of_the_other_families_give_what_the_equations_give(config, 
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
+def last_layer_of(model, tokens):
+    first, second = model.blocks()
+    x_BTD = sum(first(model.embedding.encode(tokens)))
+    return mlra.attention_weights(second.attention, second.attention_norm(x_BTD))
+
+
 @pytest.mark.parametrize(("stacked", "sizes"), [(True, (1, 2, 2, 1)), (False, ())])
 def test_the_weights_of_a_model_are_those_of_its_layers(stacked, sizes, on_mesh):
     tokens = np.random.default_rng(0).integers(0, 16, (2, 5))
@@ -120,6 +126,8 @@ def test_the_weights_of_a_model_are_those_of_its_layers(stacked, sizes, on_mesh)
         model = jax.jit(lambda: mlra.Transformer(MLRA, rngs=nnx.Rngs(0), stacked=stacked))()
         weights = mlra.attention_weights(model, tokens)
         np.testing.assert_array_equal(mlra.attention_weights(model, tokens, layer=1), weights[1])
+        last = jax.jit(last_layer_of)(model, tokens)
+    np.testing.assert_allclose(weights[1], last, rtol=0, atol=1e-5)
     assert weights.shape == (2, 2, 2, 6, 5, 5)  # layers, branches, sequences, heads, queries, keys
     np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-5)
     assert not np.triu(weights, 1).any()
