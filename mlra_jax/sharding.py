@@ -287,17 +287,23 @@ def _divides(what: str, size: int, axis: str, by: int, hint: str = "") -> list[s
     ]
 
 
+def train_layout_faults(m: ModelConfig, mesh: MeshConfig) -> list[str]:
+    """One sentence for each size of a model that a resolved mesh does not divide in the training layout."""
+    return [
+        *_divides("model.n_heads", m.n_heads, "tensor", mesh.tensor),
+        *_divides("model.d_ff", m.d_ff, "tensor", mesh.tensor),
+        *_divides("model.vocab_size", m.vocab_size, "tensor", mesh.tensor),
+        *_divides("model.d_model", m.d_model, "fsdp", mesh.fsdp),
+    ]
+
+
 def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
     """Refuses a resolved mesh on which the model or the batch cannot be laid out, before anything is allocated.
 
     Raises:
       ConfigError: lists every size that does not divide.
     """
-    m, faults = config.model, []
-    faults += _divides("model.n_heads", m.n_heads, "tensor", mesh.tensor)
-    faults += _divides("model.d_ff", m.d_ff, "tensor", mesh.tensor)
-    faults += _divides("model.vocab_size", m.vocab_size, "tensor", mesh.tensor)
-    faults += _divides("model.d_model", m.d_model, "fsdp", mesh.fsdp)
+    faults = train_layout_faults(config.model, mesh)
     faults += _divides("data.seq_len", config.data.seq_len, "context", mesh.context)
     if config.execution.gather == "step" and mesh.tensor * mesh.context > 1:
         faults.append(

@@ -23,10 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
-from mlra_jax.config import ModelConfig
-from mlra_jax.ops import explain
-from mlra_jax.ops.decode import latent_decode_attention
+from mlra_jax import LatentAttention, LatentAttentionConfig, ModelConfig, explain, latent_decode_attention
 from mlra_jax.ops.rotary import rotate
 
 QUICK = False  # True: a few steps only, to see that everything runs

@@ -8,25 +8,20 @@
 
 # %%
 import dataclasses
+import inspect
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+import mlra_jax as mlra
+from mlra_jax import reference
 from mlra_jax.attention.kv_cache import values_per_token
-from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.plot import draw_run
-from mlra_jax.config import MeshConfig
-from mlra_jax.decoding.generator import Delta, Generator
-from mlra_jax.decoding.sampling import Sampling
-from mlra_jax.model import from_params, unstack_layers
-from mlra_jax.ops.rotary import rotate
-from mlra_jax.training.loop import train
 
 QUICK = False  # True: a few steps only, to see that everything runs
 
-mesh = MeshConfig(data=-1)  # all devices; each trains on its part of a batch
+mesh = mlra.MeshConfig(data=-1)  # all devices; each trains on its part of a batch
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
 
 # %% [markdown]
@@ -42,7 +37,7 @@ print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device
 
 # %%
 variants = {
-    name: load_config(run).model
+    name: mlra.load_config(run).model
     for name, run in {"MLA": "mla", "GLA-2": "gla_2", "MLRA-2": "mlra_2", "MLRA-4": "mlra_4"}.items()
 }
 
@@ -79,7 +74,7 @@ plt.show()
 # read off the cache that decoding would allocate.
 
 # %%
-models = {"MHA": load_config("mha").model, **variants}
+models = {"MHA": mlra.load_config("mha").model, **variants}
 devices = (1, 2, 4, 8)
 table = {name: [values_per_token(model, n) for n in devices] for name, model in models.items()}
 print("devices " + "".join(f"{n:>7}" for n in devices))
@@ -110,36 +105,14 @@ plt.show()
 # cannot be cut: a device with a part of it could not compute a softmax. In MLRA each device computes those
 # of its latent heads, and only the sum crosses devices.
 #
-# The same in code, for MLRA-4, where all query heads read all latent heads. Letters: B sequences, T and S
-# positions, D model width, N query heads, L latent heads, C their width, A query rank, H and R the widths
-# of a head without and with rotary position ([docs/notation.md](../docs/notation.md)).
-
+# The same in code, for any L and J, from the [file](../mlra_jax/reference.py) that has the equations of all
+# attentions of the paper, and to which the tests hold the model. Letters: B sequences, T and S positions, D
+# model width, N query heads, L latent heads, C their width, J branches, A query rank, H and R the widths of
+# a head without and with rotary position ([docs/notation.md](../docs/notation.md)).
 
 # %%
-def mlra_4(attention, x_BTD):
-    """The layer's output [B, T, D] and its attention weights [L, B, N, T, S], from the module's parameters."""
-    a, positions = attention.sizes, jnp.arange(x_BTD.shape[1])
-    q_BTA = attention.q_norm(x_BTD @ attention.w_qa[...]) * attention.q_scale
-    q_BTNE = jnp.einsum("BTA,ANE->BTNE", q_BTA, attention.w_qb[...])
-    q_nope, q_rope = (
-        q_BTNE[..., : a.d_nope],
-        rotate(q_BTNE[..., a.d_nope :], positions, attention.frequencies),
-    )
-    latent_BSLC = (
-        attention.kv_norm(jnp.einsum("BSD,DLC->BSLC", x_BTD, attention.w_kva[...])) * attention.kv_scale
-    )
-    k_rope_BSR = rotate(x_BTD @ attention.w_kr[...], positions, attention.frequencies)
-
-    k_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uk[...])
-    v_LBSNH = jnp.einsum("BSLC,LNCH->LBSNH", latent_BSLC, attention.w_uv[...])
-    scores = jnp.einsum("BTNH,LBSNH->LBNTS", q_nope, k_LBSNH) + jnp.einsum(
-        "BTNR,BSR->BNTS", q_rope, k_rope_BSR
-    )
-    causal = positions[:, None] >= positions
-    weights = jax.nn.softmax(jnp.where(causal, scores * attention.softmax_scale, -jnp.inf), axis=-1)
-    y_BTNH = jnp.einsum("LBNTS,LBSNH->BTNH", weights, v_LBSNH) * attention.branch_scale
-    return jnp.einsum("BTNH,NHD->BTD", y_BTNH, attention.output.w_o[...]), weights
-
+for part in (reference.latent, reference.softmax_weights, reference.attention):
+    print(inspect.getsource(part))
 
 # %% [markdown]
 # ## Train a small one
@@ -149,7 +122,7 @@ def mlra_4(attention, x_BTD):
 # continues from its last checkpoint, or finds that nothing is left to do.
 
 # %%
-config = dataclasses.replace(load_config("tiny"), out="runs/mlra_in_ten_minutes", mesh=mesh)
+config = dataclasses.replace(mlra.load_config("tiny"), out="runs/mlra_in_ten_minutes", mesh=mesh)
 micro_batch = max(1, config.data.global_batch // jax.device_count())
 config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch=micro_batch))
 if QUICK:
@@ -160,7 +133,7 @@ if QUICK:
         steps=3,
         compilation_cache="",
     )
-result = train(config)
+result = mlra.train(config)
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 4))
@@ -175,18 +148,14 @@ print(f"held-out loss after {result.step} steps: {result.eval_loss} nats per byt
 # ## Look into it
 #
 # The attention weights of the first layer's first query head, one picture for each latent head that it
-# reads: four softmaxes where MLA has one. The equation above gives what the module does.
+# reads: four softmaxes where MLA has one.
 
 # %%
-generator = Generator.from_checkpoint(config.run_dir, mesh=MeshConfig(data=1))
-params = jax.tree.map(jnp.asarray, jax.device_get(result.state.params))
-model = from_params(config.model, unstack_layers(config.model, params))
+loaded = mlra.load_model(config.run_dir, layout="train")
 text = "ROMEO:\nBut soft, what light"
-tokens = jnp.asarray([generator.tokenizer.encode(text)])
-x_BTD = model.layers[0].attention_norm(model.embedding.encode(tokens))
-output, weights = jax.jit(mlra_4)(model.layers[0].attention, x_BTD)
-expected = jax.jit(lambda attention, x: attention(x))(model.layers[0].attention, x_BTD)
-np.testing.assert_allclose(output, expected, rtol=0, atol=1e-2 * np.abs(expected).max())  # TF32 on GPUs
+tokens = np.array([loaded.tokenizer.encode(text)])
+with jax.set_mesh(loaded.mesh):
+    weights = mlra.attention_weights(loaded.model, tokens, layer=0)
 
 figure, panels = plt.subplots(1, len(weights), figsize=(16, 4.5), layout="constrained")
 for latent, axes in enumerate(panels):
@@ -205,18 +174,17 @@ plt.show()
 # that keys and values are never built.
 
 # %%
-prompt = "ROMEO:"
-sampling = Sampling(temperature=0.7)
+generator, prompt = mlra.Generator.from_checkpoint(config.run_dir), "ROMEO:"
 print(prompt, end="")
-for event in generator.stream(prompt, max_new_tokens=8 if QUICK else 400, sampling=sampling, seed=1):
-    if isinstance(event, Delta):
+for event in generator.stream(prompt, max_new_tokens=8 if QUICK else 400, temperature=0.7, seed=1):
+    if isinstance(event, mlra.Delta):
         print(event.text, end="", flush=True)
     else:
         stats = event.stats
 print(f"\n\n{stats.cache_bytes_per_device:,} bytes of cache for {stats.cache_tokens_per_row} tokens")
 
 # %% [markdown]
-# With four devices the same call with `mesh=MeshConfig(data=1, tensor=4)` gives each of them one latent
+# With four devices the same call with `mesh=mlra.MeshConfig(data=1, tensor=4)` gives each of them one latent
 # head of the cache.
 #
 # Where to go on: [the attention as a library](attention_as_a_library.ipynb), [the paper's own

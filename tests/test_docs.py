@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+import mlra_jax
 from mlra_jax.cli import convert, describe, plot, prepare
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
@@ -69,6 +70,23 @@ def test_the_index_names_every_page():
 def test_the_configuration_page_is_what_the_script_writes():
     script = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
     assert script["PAGE"].read_text() == script["page"](), "run docs/make_configuration.py"
+
+
+def test_the_interface_page_is_what_the_script_writes_and_describes_every_name():
+    script = runpy.run_path(str(ROOT / "docs" / "make_api.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run docs/make_api.py"
+    described = [name for part in script["SECTIONS"].values() for names in part for name in names.split()]
+    assert sorted(described) == mlra_jax.__all__
+
+
+@pytest.mark.smoke
+def test_the_examples_of_the_interface_page_run_and_use_every_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    namespace = {}
+    for i, example in enumerate(examples):
+        exec(compile(example, f"api.md, example {i}", "exec"), namespace)
+    assert set(re.findall(r"\bmlra\.(\w+)", "".join(examples))) == set(mlra_jax.__all__)
 
 
 def shown_commands():

@@ -1,13 +1,14 @@
-"""Strings in, strings out: `Generator` puts tokenizer, engine and stop strings together.
+"""Prompts in, strings out: `Generator` puts tokenizer, engine and stop strings together.
 
 generator = Generator.from_checkpoint("runs/tiny", mesh=MeshConfig(data=1, tensor=4))
-generator.generate("ROMEO:", max_new_tokens=200, sampling=Sampling(temperature=0.8, top_p=0.95))
+generator.generate("ROMEO:", max_new_tokens=200, temperature=0.8, top_p=0.95)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import numbers
 import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, overload
@@ -66,6 +67,24 @@ class GenerationOptions(Validated):
 
 DEFAULTS = GenerationOptions()
 
+Prompt = str | Sequence[int]
+"""Text, or its token ids."""
+
+
+def changed(options: GenerationOptions, **changes: Any) -> GenerationOptions:
+    """`options` with some fields changed, those of its `sampling` too.
+
+    Raises:
+      TypeError: there is no such field; names those that there are.
+    """
+    names = lambda cls: [field.name for field in dataclasses.fields(cls)]
+    known = [*names(GenerationOptions), *names(Sampling)]
+    if unknown := [name for name in changes if name not in known]:
+        raise TypeError(f"Generation has no option {', '.join(unknown)}; there are: {', '.join(known)}.")
+    drawing = {name: changes.pop(name) for name in names(Sampling) if name in changes}
+    sampling = dataclasses.replace(changes.pop("sampling", options.sampling), **drawing)
+    return dataclasses.replace(options, sampling=sampling, **changes)
+
 
 @dataclasses.dataclass(frozen=True)
 class BatchStats:
@@ -95,7 +114,7 @@ class Completion:
     """Which prompt, from 0."""
     sample: int
     """Which of its samples, from 0."""
-    prompt: str
+    prompt: Prompt
     """As given."""
     text: str
     """The completion, without stop string or end of text: what its tokens add to the prompt, a space first included."""
@@ -128,7 +147,7 @@ class FittedPrompt:
     """A prompt that fits the cache together with its completion."""
 
     index: int
-    text: str
+    given: Prompt
     ids: list[int]
     dropped: int
     max_new_tokens: int
@@ -141,19 +160,29 @@ _OVERFLOW_HINTS = {
 }
 
 
+def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is a single prompt, and not several."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
+
+
 def fit_prompts(
-    prompts: Sequence[str], options: GenerationOptions, tokenizer: Tokenizer
+    prompts: Sequence[Prompt], options: GenerationOptions, tokenizer: Tokenizer
 ) -> list[FittedPrompt]:
     """The prompts' tokens, cut as `options.overflow` says; an empty prompt becomes the end-of-text token.
 
     Raises:
-      ConfigError: there is none, or some do not fit: all of them are listed.
+      ConfigError: there is none, or some do not fit or hold ids that the tokenizer lacks: all of them are listed.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise ConfigError(["There is no prompt."])
     fitted, faults = [], []
-    for index, text in enumerate(prompts):
-        ids = tokenizer.encode(text) or [tokenizer.eot_id]
+    for index, given in enumerate(prompts):
+        ids = tokenizer.encode(given) if isinstance(given, str) else [int(token) for token in given]
+        ids = ids or [tokenizer.eot_id]
+        if wrong := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
+            faults.append(
+                f"Prompt {index} has the token id {wrong[0]}; ids are 0 to {tokenizer.n_vocab - 1}."
+            )
         new, room, dropped = options.max_new_tokens, options.max_len, 0
         if room and len(ids) + new > room:
             if options.overflow == "truncate-left" and new < room:
@@ -165,7 +194,7 @@ def fit_prompts(
                     f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new} that is more than "
                     f"max_len={room}{_OVERFLOW_HINTS[options.overflow]}."
                 )
-        fitted.append(FittedPrompt(index, text, ids[dropped:], dropped, new))
+        fitted.append(FittedPrompt(index, given, ids[dropped:], dropped, new))
     if faults:
         raise ConfigError(faults)
     return fitted
@@ -220,34 +249,38 @@ class Generator:
         return cls(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
 
     @overload
-    def generate(self, prompts: str, options: GenerationOptions = DEFAULTS, **changes: Any) -> str: ...
+    def generate(self, prompts: Prompt, options: GenerationOptions = DEFAULTS, **changes: Any) -> str: ...
     @overload
     def generate(
-        self, prompts: Sequence[str], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
     ) -> list[str]: ...
     def generate(
-        self, prompts: str | Sequence[str], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
     ) -> str | list[str]:
         """The completion of a prompt, or those of several prompts: n for each, in order.
 
         Args:
-          prompts: one, or a sequence of them.
+          prompts: one, or a sequence of them; each a string or a list of token ids.
           options: what to generate.
-          **changes: fields of `GenerationOptions` that differ from `options`.
+          **changes: fields of `GenerationOptions` or of its `Sampling` that differ from `options`, such as
+            max_new_tokens=200 or temperature=0.8.
 
         Raises:
-          ConfigError: an option is not legal, or prompt and completion do not fit max_len or the devices' memory.
+          ConfigError: an option or token id is not legal, or prompt and completion do not fit max_len or the devices'
+            memory.
           NotFiniteError: the logits after a text are NaN or infinite; names the prompt and the position.
+          TypeError: there is no such option.
+          ValueError: one prompt was given, not as a list, and several samples asked for.
         """
         completions = self.complete(prompts, options, **changes)
-        if not isinstance(prompts, str):
+        if not is_one(prompts):
             return [c.text for c in completions]
         if len(completions) > 1:
             raise ValueError(f"n={len(completions)} samples of one prompt: give it as a list, to get a list.")
         return completions[0].text
 
     def complete(
-        self, prompts: str | Sequence[str], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
     ) -> list[Completion]:
         """As `generate`, with tokens, finish reasons and statistics; always a list."""
         events = self.stream(prompts, options, every_token=False, **changes)
@@ -255,7 +288,7 @@ class Generator:
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: Prompt | Sequence[Prompt],
         options: GenerationOptions = DEFAULTS,
         *,
         every_token: bool = True,
@@ -265,9 +298,10 @@ class Generator:
 
         With `every_token` steps are run one at a time, else in compiled loops, and text comes in larger pieces.
         """
-        options = dataclasses.replace(options, **changes)
+        options = changed(options, **changes)
         options.validate()
-        fitted = fit_prompts([prompts] if isinstance(prompts, str) else prompts, options, self.tokenizer)
+        several: Any = [prompts] if is_one(prompts) else prompts
+        fitted = fit_prompts(several, options, self.tokenizer)
         # All batches get one shape, so that they are compiled once.
         batch = min(len(fitted), options.batch_size // options.n)
         max_len = options.max_len or round_up(max(len(p.ids) + p.max_new_tokens for p in fitted), LENGTH_UNIT)
@@ -348,7 +382,7 @@ class Generator:
             yield Completion(
                 prompt_index=prompt.index,
                 sample=sample,
-                prompt=prompt.text,
+                prompt=prompt.given,
                 text=text.text,
                 tokens=text.tokens,
                 finish_reason=text.finish_reason,

@@ -13,8 +13,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, require
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
-from mlra_jax.model import Transformer, to_decode
-from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh
+from mlra_jax.model import Transformer, from_params, to_decode
+from mlra_jax.model.layers import Layout
+from mlra_jax.sharding import (
+    TRAIN_RULES,
+    AxisRules,
+    check_decode_layout,
+    decode_rules,
+    make_mesh,
+    train_layout_faults,
+)
 from mlra_jax.training.checkpoints import load_config, load_params
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
@@ -96,7 +104,7 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
         # [layers, J, N, C, H]: J and N are regrouped into KV-head shards.
         by_branch = name in config.attention.module().branch_weights
         fitting = [i for i in range(3 if by_branch else 0, x.ndim) if x.shape[i] % parts == 0]
-        if by_branch or all(axis is None for axis in spec):
+        if parts > 1 and (by_branch or all(axis is None for axis in spec)):
             longest = max(fitting, key=lambda i: x.shape[i], default=None)
             spec = PartitionSpec() if longest is None else PartitionSpec(*[None] * longest, axes)
         dtype = "float32" if name == "gain" else x.dtype
@@ -107,7 +115,7 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model, ready to decode."""
+    """A checkpoint's model, and what belongs to it."""
 
     config: TrainConfig
     """Of the run that wrote the checkpoint."""
@@ -116,26 +124,28 @@ class Loaded:
     mesh: Mesh
     """With explicit axes; the model is laid out over it."""
     model: Transformer
-    """In the decode layout."""
+    """In the layout that was asked for."""
 
 
 def load_model(
     checkpoint: str,
-    mesh: MeshConfig,
+    mesh: MeshConfig = ONE_DEVICE,
     *,
+    layout: Layout = "decode",
     split_heads: SplitHeads = "auto",
     param_dtype: ParamDtype = "auto",
     step: int | None = None,
     tokenizer: str = "",
 ) -> Loaded:
-    """Reads a checkpoint onto a mesh, in the decode layout.
+    """Reads a checkpoint onto a mesh. Its model runs under `with jax.set_mesh(loaded.mesh):`.
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
       mesh: sizes; see `decode_devices`.
-      split_heads: see `splits_heads`.
-      param_dtype: type in which weights are held. auto: bfloat16 on accelerators if the model computes in it (its
-        products take the weights in that type anyway), else as they are stored.
+      layout: `decode` for cached decoding, `train` for whole sequences (logits, hidden states, attention weights).
+      split_heads: in the decode layout; see `splits_heads`.
+      param_dtype: type in which weights are held. auto: to decode, bfloat16 on accelerators if the model computes in it
+        (its products take the weights in that type anyway), else as they are stored.
       step: updates made by the checkpoint; None: the latest.
       tokenizer: see `get_tokenizer`; empty: the one that the run was trained with.
 
@@ -144,6 +154,7 @@ def load_model(
       CheckpointError: there is no such checkpoint, or its parameters are not those of its configuration.
       ValueError: the tokenizer is not available here.
     """
+    require(Layout, layout=layout)
     require(SplitHeads, split_heads=split_heads)
     require(ParamDtype, param_dtype=param_dtype)
     config = load_config(checkpoint, step)
@@ -151,7 +162,10 @@ def load_model(
     devices = decode_devices(mesh)
     sizes = mesh.resolve(len(devices))
     split = splits_heads(split_heads, model_config, sizes.tensor, devices[0].platform)
-    check_decode_layout(model_config, sizes, split)
+    if layout == "decode":
+        check_decode_layout(model_config, sizes, split)
+    elif faults := train_layout_faults(model_config, sizes):
+        raise ConfigError(faults)
     found = get_tokenizer(tokenizer or config.data.tokenizer)
     if found.n_vocab > model_config.vocab_size:
         raise ConfigError(
@@ -163,11 +177,15 @@ def load_model(
 
     if param_dtype == "auto":
         computes_in_bfloat16 = model_config.compute_dtype == "bfloat16"
-        on_accelerator = devices[0].platform != "cpu"
-        param_dtype = "bfloat16" if computes_in_bfloat16 and on_accelerator else model_config.param_dtype
+        casts = layout == "decode" and computes_in_bfloat16 and devices[0].platform != "cpu"
+        param_dtype = "bfloat16" if casts else model_config.param_dtype
     model_config = dataclasses.replace(model_config, param_dtype=param_dtype)
-    rules = decode_rules(split)
+    rules = TRAIN_RULES if layout == "train" else decode_rules(split)
     device_mesh = make_mesh(sizes, devices)
     params = load_params(checkpoint, abstract_params(model_config, rules, device_mesh), step)
     with jax.set_mesh(device_mesh):
-        return Loaded(config, found, device_mesh, to_decode(model_config, params, rules, donate=True))
+        if layout == "train":
+            model = from_params(model_config, params, rules=rules)
+        else:
+            model = to_decode(model_config, params, rules, donate=True)
+    return Loaded(config, found, device_mesh, model)

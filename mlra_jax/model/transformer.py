@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -186,6 +186,15 @@ class Transformer(WithLayout):
             layer, stacked = self.scanned_layer()
             x_BTD, _ = jax.lax.scan(lambda x_BTD, state: (layer(x_BTD, state), None), x_BTD, stacked)
         return self.final_norm(x_BTD)
+
+    def blocks(self) -> Iterator[Block]:
+        """The layers one by one, whether they are stacked or not."""
+        if isinstance(self.layers, nnx.List):
+            yield from self.layers
+            return
+        graph, stacked = nnx.split(self.layers)
+        for i in range(self.config.n_layers):
+            yield nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
 
     def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
         """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.

@@ -9,7 +9,7 @@ import pytest
 from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.decoding.engine import Rows
-from mlra_jax.decoding.generator import Completion, Delta, GenerationOptions, Generator
+from mlra_jax.decoding.generator import Completion, Delta, GenerationOptions, Generator, changed
 from mlra_jax.decoding.sampling import NotFiniteError, Sampling
 
 PROMPTS = ["ROMEO:", "To be, or not to be,", "x", "€"]
@@ -89,6 +89,21 @@ def test_the_end_of_text_ends_a_completion_unless_ignored(generator, texts):
     assert (ignored.tokens, ignored.finish_reason) == (texts[0].tokens, "length")
 
 
+def test_prompts_may_be_token_ids_and_are_given_back(generator, texts):
+    as_ids = [list(prompt.encode()) for prompt in PROMPTS]
+    completions = generator.complete(np.asarray(as_ids[0]), max_new_tokens=24)
+    assert (completions[0].tokens, completions[0].prompt_tokens) == (texts[0].tokens, 6)
+    mixed = [as_ids[0], *PROMPTS[1:3], as_ids[3]]
+    again = generator.complete(mixed, max_new_tokens=24)
+    assert [c.tokens for c in again] == [c.tokens for c in texts]
+    assert [c.prompt for c in again] == mixed
+    assert generator.generate(as_ids[0], max_new_tokens=24) == texts[0].text
+    with pytest.raises(ConfigError, match="Prompt 1 has the token id 257; ids are 0 to 256"):
+        generator.stream([[0], [1, 257]])
+    with pytest.raises(ConfigError, match="Prompt 0 has the token id -1"):
+        generator.stream([-1])
+
+
 def test_one_prompt_gives_a_string_and_several_a_list(generator, texts):
     assert generator.generate(PROMPTS[0], max_new_tokens=8) == ByteTokenizer().decode(texts[0].tokens[:8])
     options = GenerationOptions(max_new_tokens=24)
@@ -98,7 +113,9 @@ def test_one_prompt_gives_a_string_and_several_a_list(generator, texts):
 
 
 def test_batches_of_any_size_give_the_same_completions_and_compile_once(generator):
-    options = GenerationOptions(max_new_tokens=5, n=2, sampling=SAMPLED, max_len=64)
+    options = GenerationOptions(max_new_tokens=5, max_len=64, sampling=Sampling(top_p=0.5))
+    options = changed(options, temperature=1.0, top_p=1.0, n=2)  # as keywords of `complete` are
+    assert options.sampling == SAMPLED
     prompts = [*PROMPTS, "a fifth prompt"]
     together = generator.complete(prompts, options, batch_size=100)
     compiled = set(generator.engine.programs)
@@ -171,11 +188,20 @@ def test_overflow_shorten_ends_the_completion_at_the_end_of_the_cache(generator)
         ({"seed": 2**32}, "seed=4294967296"),
         ({"stop": ("a", "")}, "stop string must not be empty"),
         ({"sampling": Sampling(-1.0)}, "temperature=-1"),
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"sampling": SAMPLED, "temperature": 0.0, "top_k": 3}, "no effect on greedy"),
     ],
 )
 def test_illegal_options_are_refused_before_anything_runs(changes, words, generator):
     with pytest.raises(ConfigError, match=words):
         generator.stream("a", **changes)  # not even asked for its first event
+
+
+def test_an_option_that_is_none_is_named_with_those_there_are(generator):
+    with pytest.raises(
+        TypeError, match=r"no option temprature; there are: max_new_tokens, .*, temperature, "
+    ):
+        generator.stream("a", temprature=1.0)
 
 
 @pytest.mark.parametrize(("every_token", "calls", "position"), [(True, 3, 4), (False, 1, 2)])

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.decoding import load
 from mlra_jax.decoding.load import abstract_params, decode_devices, load_model, splits_heads
 from mlra_jax.model import to_decode
+from mlra_jax.model.weights import attention_weights
 from mlra_jax.sharding import decode_rules, make_mesh
 from mlra_jax.training.checkpoints import CheckpointError
 
@@ -28,6 +30,23 @@ def test_loaded_parameters_are_those_saved_laid_out_for_decoding(sizes, split_he
     for ours, theirs in pairs:
         assert ours.sharding == theirs.sharding
         assert np.array_equal(ours, theirs)
+
+
+def test_the_training_layout_scores_whole_sequences_with_the_parameters_saved(checkpoint, params_of):
+    loaded = load_model(checkpoint, MeshConfig(1, 2, 2, 1), layout="train")
+    held = nnx.to_pure_dict(nnx.state(loaded.model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, held, params_of("mlra_4"))
+    w_qb = loaded.model.layers.attention.w_qb[...]
+    assert w_qb.addressable_shards[0].data.size * 4 == w_qb.size
+    tokens = np.arange(12).reshape(2, 6)
+    with jax.set_mesh(loaded.mesh):
+        weights = attention_weights(loaded.model, tokens, layer=1)
+    assert weights.shape == (4, 2, 8, 6, 6)
+    one = load_model(checkpoint, layout="train")  # on one device
+    with jax.set_mesh(one.mesh):
+        np.testing.assert_allclose(attention_weights(one.model, tokens, layer=1), weights, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="n_heads=8 is not divisible by mesh axis tensor=3"):
+        load_model(checkpoint, MeshConfig(1, 1, 3, 1), layout="train")
 
 
 def test_heads_are_whole_on_gpus_where_that_spares_exchanges_and_costs_little():

@@ -1,6 +1,5 @@
-"""Latent attention against its formulas, for any legal sizes."""
+"""Latent attention against its equations (`mlra_jax.reference`), for any legal sizes."""
 
-import functools
 import math
 
 import jax
@@ -11,50 +10,12 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlra_jax import reference
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
 from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.model import from_params
 from mlra_jax.sharding import AxisRules
-
-
-def rms_norm(x, gain):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain
-
-
-def rotated(x, position):
-    half = len(x) // 2
-    angle = position * 10000.0 ** (-np.arange(half) / half) if half else np.zeros(0)
-    a, b = x[:half], x[half:]
-    return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
-
-
-def latent_attention(p, a, x):
-    """The formulas of the module's docstring for one sequence x [T, D], one query, head and branch at a time."""
-    (length, d), n_heads = x.shape, p["w_qb"].shape[1]
-    scale = lambda width: math.sqrt(d / width) if a.scale_latents else 1.0
-    q = np.einsum(
-        "TA,ANE->TNE", rms_norm(x @ p["w_qa"], p["q_norm"]["gain"]) * scale(a.q_lora_rank), p["w_qb"]
-    )
-    latent = rms_norm(np.einsum("TD,DLC->TLC", x, p["w_kva"]), p["kv_norm"]["gain"]) * scale(a.d_latent)
-    k_rope = np.array([rotated(k, t) for t, k in enumerate(x @ p["w_kr"])]).reshape(length, a.d_rope)
-    heads_per_group = n_heads // a.n_groups
-    y = np.zeros((length, n_heads, a.d_nope))
-    for n in range(n_heads):
-        for j in range(a.n_branches):
-            read = latent[:, j * a.n_groups + n // heads_per_group]
-            k, v = read @ p["w_uk"][j, n], read @ p["w_uv"][j, n]
-            for t in range(length):
-                q_rope = rotated(q[t, n, a.d_nope :], t)
-                scores = (k[: t + 1] @ q[t, n, : a.d_nope] + k_rope[: t + 1] @ q_rope) / math.sqrt(
-                    a.d_nope + a.d_rope
-                )
-                weights = np.exp(scores - scores.max())
-                y[t, n] += weights / weights.sum() @ v[: t + 1]
-    y *= 1 / math.sqrt(a.n_branches) if a.scale_latents else 1.0
-    if "w_gate" in p["output"]:
-        y /= 1 + np.exp(-np.einsum("TD,DNH->TNH", x, p["output"]["w_gate"]))
-    return np.einsum("TNH,NHD->TD", y, p["output"]["w_o"])
 
 
 @st.composite
@@ -89,7 +50,7 @@ def model_configs(draw):
     length=st.integers(2, 7),
     seed=st.integers(0, 99),
 )
-def test_forward_and_decoding_equal_the_formulas_for_any_legal_sizes(config, form, length, seed):
+def test_forward_and_decoding_equal_the_equations_for_any_legal_sizes(config, form, length, seed):
     assert config.faults() == []
     rng, batch, rules = np.random.default_rng(seed), 2, AxisRules()
     execution = ExecutionConfig(attention_form=form)
@@ -98,24 +59,23 @@ def test_forward_and_decoding_equal_the_formulas_for_any_legal_sizes(config, for
     )
     graph, state = nnx.split(nnx.eval_shape(lambda: make("train")))
     shapes = nnx.to_pure_dict(state)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape) / math.sqrt(x.shape[0]), shapes)
-    x = rng.standard_normal((batch, length, config.d_model))
-    expected = np.stack([latent_attention(params, config.attention, row) for row in x])
-    to_float32 = functools.partial(jax.tree.map, lambda leaf: jnp.asarray(leaf, jnp.float32))
+    draw = lambda shape: rng.standard_normal(shape).astype(np.float32)
+    params = jax.tree.map(lambda x: draw(x.shape) / math.sqrt(x.shape[0]), shapes)
+    x = draw((batch, length, config.d_model))
+    expected = np.asarray(jax.jit(reference.attention, static_argnums=1)(params, config, x))
 
     def merged(graph, state, values):
         nnx.replace_by_pure_dict(state, values)
         return nnx.merge(graph, state)
 
-    x32 = jnp.asarray(x, jnp.float32)
-    forward = jax.jit(lambda values, x: merged(graph, state, values)(x))(to_float32(params), x32)
+    forward = jax.jit(lambda values, x: merged(graph, state, values)(x))(params, x)
     # Normalising a latent that is nearly zero, as one of width 1 easily is, magnifies rounding; mistakes are larger.
     tolerance = 1e-3 * max(1, np.abs(expected).max())
     np.testing.assert_allclose(forward, expected, rtol=0, atol=tolerance)
 
     # Decoding: the same values, laid out by slot; the first rows of each sequence in one call, the rest in another.
     graph, state = nnx.split(nnx.eval_shape(lambda: make("decode")))
-    flat = nnx.traversals.flatten_mapping(to_float32(params))
+    flat = nnx.traversals.flatten_mapping(jax.tree.map(jnp.asarray, params))
     given = {".".join(path): leaf for path, leaf in flat.items()}
     made = {k: (v.sources, v.make) for k, v in LatentAttention.decode_leaves(config, rules).items()}
     for path, _ in nnx.to_flat_state(state):
@@ -132,9 +92,7 @@ def test_forward_and_decoding_equal_the_formulas_for_any_legal_sizes(config, for
         chunk = np.stack(
             [np.resize(row[i : i + n], row.shape) for row, i, n in zip(x, start, n_new, strict=True)]
         )
-        y, cache = step(
-            values, jnp.asarray(chunk, jnp.float32), cache, jnp.asarray(start), jnp.asarray(n_new)
-        )
+        y, cache = step(values, chunk, cache, jnp.asarray(start), jnp.asarray(n_new))
         for row, (i, n) in enumerate(zip(start, n_new, strict=True)):
             outputs[row, i : i + n] = y[row, :n]
         start = start + n_new
