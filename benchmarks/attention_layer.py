@@ -31,8 +31,8 @@ from benchmarks.decode_step import describe, filled, random_values
 from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, measure, rotation, together
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.decoding.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
-from mlra_jax.hardware import find_accelerator
+from mlra_jax.execution.accelerators import find_accelerator
+from mlra_jax.generation.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
 
 PROGRAM_US = 1500.0

@@ -3,7 +3,7 @@
     python -m benchmarks.decode_step --profile --out benchmarks/results/decode_step_h100
 
 The model has random weights in the decode layout, made on the device; the cache holds random values. A batch is
-measured in one compiled loop of steps (`mlra_jax.decoding.engine.run`), as `decode.py` generates, on the host's clock
+measured in one compiled loop of steps (`mlra_jax.generation.engine.run`), as `decode.py` generates, on the host's clock
 from the call to the last token. With --profile, one run more is traced, and its device time is shown by what the
 kernels do; XLA launches them one by one then and not as CUDA graphs, so that gaps between them are longer. Contexts of
 a batch share one cache, as long as the longest that fits, so that each batch is compiled once.
@@ -48,8 +48,8 @@ from benchmarks.measure import gpu_events
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.decoding.sampling import GREEDY
+from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
+from mlra_jax.generation.sampling import GREEDY
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.ops.product.api import PRODUCT

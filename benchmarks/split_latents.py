@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from mlra_jax.checkpoints import lazy_params, load_config
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.convert import split_latents
 from mlra_jax.data.pipeline import EvalBatches
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
-from mlra_jax.training.checkpoints import lazy_params, load_config
 from mlra_jax.training.step import make_eval_step
 
 SPLITS = ((4, 4), (2, 2), (8, 8), (4, 2), (2, 1), (4, 1))

@@ -41,9 +41,9 @@ from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.decoding.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
-from mlra_jax.decoding.load import abstract_params
-from mlra_jax.hardware import find_accelerator
+from mlra_jax.execution.accelerators import find_accelerator
+from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
+from mlra_jax.generation.load import abstract_params
 from mlra_jax.model import to_decode
 from mlra_jax.ops.tuning import slug
 

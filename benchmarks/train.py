@@ -12,7 +12,7 @@ call to result, after two that are not. One more is traced, and its device time 
 Tokens/s are those of one device: of all, divided by their number. The profile is that of the first device.
 
 MFU = tokens/s x (6 x parameters + causal attention, forward and backward, per token) / peak FLOP/s; what is recomputed
-does not count (`mlra_jax.training.flops`).
+does not count (`mlra_jax.execution.flops`).
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from benchmarks.decode_attention import Setting
 from benchmarks.measure import gpu_events
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
-from mlra_jax.hardware import GIB, device_memory, find_accelerator
+from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
+from mlra_jax.execution.flops import train_flops_per_token
+from mlra_jax.execution.planner import resolve
 from mlra_jax.ops.tuning import slug
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
-from mlra_jax.training.flops import train_flops_per_token
-from mlra_jax.training.plan import resolve
 from mlra_jax.training.step import init_state, make_train_step
 
 RESULTS = pathlib.Path(__file__).parent / "results"

@@ -23,7 +23,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
-from mlra_jax.ops.manual import varying
+from mlra_jax.ops.shard_map_utils import varying
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 

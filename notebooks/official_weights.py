@@ -19,6 +19,7 @@ from flax import nnx
 
 from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.checkpoints import lazy_params
 from mlra_jax.cli.convert import FromOfficialArgs, from_official
 from mlra_jax.config import MeshConfig, ModelConfig
 from mlra_jax.convert import (
@@ -28,9 +29,8 @@ from mlra_jax.convert import (
     open_weights,
     write_safetensors,
 )
-from mlra_jax.decoding.generator import Delta, Generator
+from mlra_jax.generation.generator import Delta, Generator
 from mlra_jax.model import Transformer
-from mlra_jax.training.checkpoints import lazy_params
 
 QUICK = False  # True: a small stand-in with random weights, without the internet
 

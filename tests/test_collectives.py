@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlra_jax.collectives import Collective, executed_collectives
+from mlra_jax.execution.collectives import Collective, executed_collectives
 
 GROUPS = "replica_groups=[2,4]<=[8], use_global_device_ids=true"
 PROGRAM = f"""HloModule jit_step, entry_computation_layout={{()->f32[]}}

@@ -34,9 +34,9 @@ from mlra_jax.config import (
     from_dict,
     to_dict,
 )
-from mlra_jax.decoding.generator import GenerationOptions
-from mlra_jax.decoding.sampling import Sampling
 from mlra_jax.distributed import DistributedConfig
+from mlra_jax.generation.generator import GenerationOptions
+from mlra_jax.generation.sampling import Sampling
 
 
 def test_the_defaults_are_legal():

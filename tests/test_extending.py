@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from mlra_jax.attention.registry import attention_name, attention_type
+from mlra_jax.checkpoints import find_step
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.decode import main as decode
 from mlra_jax.cli.describe import main as describe
@@ -21,7 +22,6 @@ from mlra_jax.cli.evaluate import main as evaluate
 from mlra_jax.cli.train import main as train
 from mlra_jax.config import ConfigError, ExecutionConfig, MeshConfig, from_dict, to_dict
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
-from mlra_jax.training.checkpoints import find_step
 
 OPTIONS = """
 --model.n_layers 1 --model.d_model 32 --model.d_ff 32 --model.attention.q_lora_rank 16 --data.micro_batch 1

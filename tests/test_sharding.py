@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mlra_jax import topologies
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.config import ConfigError, DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.execution import topologies
 from mlra_jax.sharding import (
     TRAIN_RULES,
     AxisRules,

@@ -8,9 +8,15 @@ import pytest
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig
+from mlra_jax.execution.planner import resolve
+from mlra_jax.execution.topologies import (
+    Memory,
+    compile_decode_step,
+    compile_train_step,
+    hbm_bytes,
+    topology_mesh,
+)
 from mlra_jax.model.layers import MLP_UNIT
-from mlra_jax.topologies import Memory, compile_decode_step, compile_train_step, hbm_bytes, topology_mesh
-from mlra_jax.training.plan import resolve
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),

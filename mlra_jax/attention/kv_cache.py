@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.ops.append import append_tokens
+from mlra_jax.ops.append import append
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
@@ -135,7 +135,7 @@ class LayerCache:
         """`append` of what this device holds."""
         position_BT = self.positions(start_B, n_new_B, next(iter(new.values())).shape[1])
         arrays = {
-            name: append_tokens(array, new[name], position_BT, layout=self.layout)
+            name: append(array, new[name], position_BT, layout=self.layout)
             for name, array in self.arrays.items()
         }
         return dataclasses.replace(self, arrays=arrays)

@@ -48,7 +48,7 @@ from mlra_jax.model.layers import (
     stored,
     weight,
 )
-from mlra_jax.ops.append import append_latents
+from mlra_jax.ops.append import normalize_and_append
 from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.remat import HEADS as HEADS_OUTPUT
@@ -495,7 +495,7 @@ class LatentAttention(Attention):
     ) -> tuple[jax.Array, LayerCache]:
         """On each device: the normalised queries [B, T, A], and its cache with the new latents and rotary keys."""
         t = a_BTXE.shape[1]
-        q_BTA, kv_latent, k_rope = append_latents(
+        q_BTA, kv_latent, k_rope = normalize_and_append(
             a_BTXE.squeeze(2),
             q_gain_A,
             kv_gain_UC,

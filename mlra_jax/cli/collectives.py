@@ -18,8 +18,8 @@ import tyro
 from mlra_jax.cli import command
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import OPTION, MeshConfig, Positive, Validated
-from mlra_jax.decoding.collectives import step_collectives, table
-from mlra_jax.decoding.sampling import GREEDY, Sampling
+from mlra_jax.generation.collectives import step_collectives, table
+from mlra_jax.generation.sampling import GREEDY, Sampling
 from mlra_jax.sharding import check_decode_layout, make_mesh
 
 _FOUR_DEVICES = MeshConfig(data=1, tensor=4)

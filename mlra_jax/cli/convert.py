@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from mlra_jax import checkpoints
 from mlra_jax.cli import command
 from mlra_jax.config import OPTION, DataConfig, NotNegative, Positive, PositiveFloat, TrainConfig, Validated
 from mlra_jax.convert import (
@@ -31,7 +32,6 @@ from mlra_jax.convert import (
 from mlra_jax.errors import UserError
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote, whole_folder
 from mlra_jax.textfiles import read_text
-from mlra_jax.training import checkpoints
 
 CONFIG_FILE = "config.json"
 

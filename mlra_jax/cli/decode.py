@@ -13,14 +13,21 @@ from typing import Annotated, TextIO
 import jax
 import tyro
 
+from mlra_jax.checkpoints import load_config
 from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.decoding.generator import DEFAULTS, Completion, Delta, GenerationOptions, Generator, fit_prompts
-from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.generation.generator import (
+    DEFAULTS,
+    Completion,
+    Delta,
+    GenerationOptions,
+    Generator,
+    fit_prompts,
+)
+from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.textfiles import decode_text, read_text
-from mlra_jax.training.checkpoints import load_config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,12 +32,12 @@ from mlra_jax.config import (
     TrainConfig,
     Validated,
 )
-from mlra_jax.decoding.engine import PREFILL_BYTES
-from mlra_jax.hardware import GIB, KINDS, Accelerator, named_accelerator
+from mlra_jax.execution.accelerators import GIB, KINDS, Accelerator, named_accelerator
+from mlra_jax.execution.flops import train_flops_per_token
+from mlra_jax.execution.planner import HEADROOM, Planner
+from mlra_jax.generation.engine import PREFILL_BYTES
 from mlra_jax.model import Transformer
 from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
-from mlra_jax.training.flops import train_flops_per_token
-from mlra_jax.training.plan import HEADROOM, Planner
 
 TENSOR = (1, 2, 4, 8)
 
@@ -227,7 +227,7 @@ def render(d: dict[str, Any]) -> str:
     lines += [
         "Training: 6 a parameter, and 3 times (forward and backward) the products with keys and values over the causal",
         "triangle. Decoding: 2 an element of a matrix, and the two products over what is cached, absorbed in latent",
-        "attention. The formulas: `mlra_jax/training/flops.py`.",
+        "attention. The formulas: `mlra_jax/execution/flops.py`.",
         "",
         "## Decoding, on each of `tensor` devices",
         "",

@@ -17,12 +17,12 @@ import tyro
 from mlra_jax.cli import command
 from mlra_jax.config import OPTION, ConfigError, MeshConfig, NotNegative, Positive, TrainConfig, Validated
 from mlra_jax.data.tokenizers import get_tokenizer
-from mlra_jax.decoding.generator import Generator
 from mlra_jax.distributed import initialize, take_args
 from mlra_jax.errors import UserError
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
+from mlra_jax.generation.generator import Generator
 from mlra_jax.sharding import check_decode_layout
 from mlra_jax.storage import write_whole
 

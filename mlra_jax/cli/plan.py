@@ -81,10 +81,10 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")
 
     from mlra_jax.config import MeshConfig
+    from mlra_jax.execution import report
+    from mlra_jax.execution.planner import resolve
+    from mlra_jax.execution.topologies import Memory, compile_train_step, topology_mesh
     from mlra_jax.sharding import check_train_layout
-    from mlra_jax.topologies import Memory, compile_train_step, topology_mesh
-    from mlra_jax.training import report
-    from mlra_jax.training.plan import resolve
 
     with _standard_error():
         mesh = topology_mesh(topology, config.mesh)

@@ -16,7 +16,7 @@ from mlra_jax.convert.official import (
 )
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.convert.uptraining import split_config, split_latents
-from mlra_jax.lazy import LazyStack, LazyTensor
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 
 __all__ = [
     "ConvertError",

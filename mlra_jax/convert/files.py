@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.errors import UserError
-from mlra_jax.lazy import LazyTensor, Tensor
+from mlra_jax.lazy_arrays import LazyTensor, Tensor
 from mlra_jax.textfiles import read_text
 
 _DTYPES = {

@@ -26,7 +26,7 @@ from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
 from mlra_jax.errors import UserError
-from mlra_jax.lazy import LazyStack, LazyTensor, Tensor
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor, Tensor
 
 
 class ConvertError(UserError):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlra_jax.errors import UserError
-from mlra_jax.lazy import LazyTensor
+from mlra_jax.lazy_arrays import LazyTensor
 
 _STORAGES = {
     "DoubleStorage": np.float64,

@@ -18,7 +18,7 @@ from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.lazy import LazyStack, LazyTensor
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 
 _AT = "layers.attention."
 _CHANGED = ("w_kva", "kv_norm.gain", "w_uk", "w_uv")

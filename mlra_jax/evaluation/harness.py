@@ -21,10 +21,10 @@ from lm_eval.tasks import TaskManager
 
 from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import Tokenizer
-from mlra_jax.decoding.generator import GenerationOptions, Generator
-from mlra_jax.decoding.sampling import Sampling
 from mlra_jax.errors import UserError
 from mlra_jax.evaluation.scoring import Scorer, rolling_windows
+from mlra_jax.generation.generator import GenerationOptions, Generator
+from mlra_jax.generation.sampling import Sampling
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
 """`mlra_choice` and `mlra_rolling`: small tasks whose data is here, for trying things out without a network."""

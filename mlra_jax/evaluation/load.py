@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from mlra_jax.checkpoints import find_step, load_config, load_params
 from mlra_jax.config import MeshConfig, NotNegative, Positive, TrainConfig, require
-from mlra_jax.decoding.load import decode_devices
+from mlra_jax.generation.load import decode_devices
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
-from mlra_jax.training.checkpoints import find_step, load_config, load_params
 from mlra_jax.training.step import abstract_state
 
 ALL_DEVICES = MeshConfig()
@@ -87,7 +87,7 @@ def plan_evaluation(
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
-      mesh: sizes, as in training; see `mlra_jax.decoding.load.decode_devices` for which devices.
+      mesh: sizes, as in training; see `mlra_jax.generation.load.decode_devices` for which devices.
       seq_len: most tokens of a sequence; 0: the length that the model was trained with.
       batch_size: sequences that a data-parallel device takes at a time.
       step: updates made by the checkpoint; None: the latest.

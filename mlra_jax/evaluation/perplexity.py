@@ -21,8 +21,8 @@ from tqdm import tqdm
 from mlra_jax.config import DataConfig, require
 from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
 from mlra_jax.data.shards import DataError, open_files
-from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.load import Evaluated
+from mlra_jax.generation.sampling import NotFiniteError
 from mlra_jax.training.step import make_eval_step
 
 Protocol = Literal["exact", "paper"]

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.data.pipeline import IGNORED, Placement
-from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.load import Evaluated
+from mlra_jax.generation.sampling import NotFiniteError
 from mlra_jax.model import from_params
 from mlra_jax.training.losses import token_scores
 

@@ -48,7 +48,7 @@ def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.A
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def turn(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """`x` [..., R] turned by angles: element i, of R/2, pairs with element i + R/2.
 
     Args:
@@ -74,4 +74,4 @@ def rotate(x: jax.Array, positions: jax.Array, frequencies: Frequencies) -> jax.
     """
     positions = positions[None] if positions.ndim == 1 else positions
     tables = rotary_tables(positions, frequencies)  # [(B or 1,) T, R/2]
-    return turn(x, *(jnp.expand_dims(table, range(2, x.ndim - 1)) for table in tables))
+    return apply_rope(x, *(jnp.expand_dims(table, range(2, x.ndim - 1)) for table in tables))

@@ -15,17 +15,17 @@ import jax
 from etils import epath
 from jax.sharding import NamedSharding
 
+from mlra_jax.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
 from mlra_jax.config import TrainConfig
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal, agree
 from mlra_jax.errors import ExplainedError
-from mlra_jax.hardware import device_memory
+from mlra_jax.execution.accelerators import device_memory
+from mlra_jax.execution.flops import peak_flops, train_flops_per_token
+from mlra_jax.execution.planner import Plan, resolve
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
-from mlra_jax.training.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
-from mlra_jax.training.flops import peak_flops, train_flops_per_token
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
-from mlra_jax.training.plan import Plan, resolve
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
 
 

@@ -16,7 +16,7 @@ from mlra_jax.cli.convert import main as convert
 from mlra_jax.config import ModelConfig
 from mlra_jax.ops import hopper
 from mlra_jax.ops.attention import xla
-from mlra_jax.ops.attention.parts import joined
+from mlra_jax.ops.attention.qk_parts import joined
 
 
 @pytest.fixture

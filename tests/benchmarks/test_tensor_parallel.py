@@ -13,8 +13,8 @@ from benchmarks import attention_layer, tensor_parallel
 from benchmarks.attention_layer import Layers, places, share_of, split_kernels
 from benchmarks.measure import Timing
 from benchmarks.tensor_parallel import VARIANTS, layer_config, model_config, tiny
-from mlra_jax.collectives import parse_collectives
 from mlra_jax.config import ConfigError
+from mlra_jax.execution.collectives import parse_collectives
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -198,7 +198,7 @@ TPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="nee
 
 @pytest.mark.parametrize("topology", [pytest.param("v5e:2x2", marks=TPU), pytest.param("h100:4", marks=GPU)])
 def test_a_layer_compiled_for_four_devices_exchanges_what_its_layout_says(topology, few_layers):
-    from mlra_jax.topologies import described_devices
+    from mlra_jax.execution.topologies import described_devices
 
     place, _ = places("mlra_4", layer_config("mlra_4", "paper"), 4, 4)
     hlo = Layers(place, 16, [4096], described_devices(topology)).compile().as_text()

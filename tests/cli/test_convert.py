@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlra_jax.checkpoints import Checkpoints, lazy_params, load_config
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.convert import main
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import open_weights, split_latents
 from mlra_jax.textfiles import TextError
-from mlra_jax.training.checkpoints import Checkpoints, lazy_params, load_config
 from tests.convert.torch_writer import write_torch
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.describe import describe, main, render
-from mlra_jax.hardware import KINDS, find_accelerator, named_accelerator
+from mlra_jax.execution.accelerators import KINDS, find_accelerator, named_accelerator
 
 
 def described(capsys, *argv):

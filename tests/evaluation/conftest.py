@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.checkpoints import Checkpoints
 from mlra_jax.config import DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
-from mlra_jax.training.checkpoints import Checkpoints
 from mlra_jax.training.step import TrainState, abstract_state
 
 SEQ_LEN = 96

@@ -11,9 +11,9 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval
 from mlra_jax.cli.evaluate import main
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.decoding.generator import Generator
 from mlra_jax.evaluation import harness
 from mlra_jax.evaluation.scoring import Scorer
+from mlra_jax.generation.generator import Generator
 
 TASKS = ["mlra_choice", "mlra_rolling"]
 

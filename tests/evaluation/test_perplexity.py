@@ -11,8 +11,8 @@ import pytest
 from mlra_jax.config import MeshConfig
 from mlra_jax.data.shards import DataError, ShardWriter
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.perplexity import count_bytes, evaluate, mean, open_parts, paper_sequences
+from mlra_jax.generation.sampling import NotFiniteError
 from mlra_jax.sharding import make_mesh
 
 T = 32

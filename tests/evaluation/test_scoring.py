@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlra_jax.decoding.sampling import NotFiniteError
 from mlra_jax.evaluation.scoring import Scorer, rolling_windows
+from mlra_jax.generation.sampling import NotFiniteError
 
 MESHES = {"one": (1, 1, 1, 1), "data": (8, 1, 1, 1), "all": (1, 2, 2, 2)}
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import MeshConfig, ModelConfig
-from mlra_jax.decoding.engine import compile_step
+from mlra_jax.execution.topologies import topology_mesh
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops import explain
-from mlra_jax.ops.append import append_latents, append_tokens, mosaic_tpu
+from mlra_jax.ops.append import append, mosaic_tpu, normalize_and_append
 from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.rotary import frequencies, rotate
 from mlra_jax.sharding import decode_rules
-from mlra_jax.topologies import topology_mesh
 
 S = 128
 SLOTS = st.one_of(st.integers(0, S - 1), st.sampled_from([-1, -(2**31), S, S + 1, 2**31 - 1]))
@@ -41,8 +41,8 @@ def written(array, tokens, slot):
 
 @functools.cache
 def back_end(name, layout):
-    interpreted = functools.partial(mosaic_tpu.append_tokens, interpret=True)
-    op = interpreted if name == "mosaic_tpu" else functools.partial(append_tokens, implementation=name)
+    interpreted = functools.partial(mosaic_tpu.append, interpret=True)
+    op = interpreted if name == "mosaic_tpu" else functools.partial(append, implementation=name)
     return jax.jit(functools.partial(op, layout=layout))
 
 
@@ -92,7 +92,7 @@ def run_on_hopper(*args):
     from mlra_jax.ops.append import mosaic_gpu
 
     interpret = None if jax.default_backend() == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
-    return mosaic_gpu.append_latents(*args, **SCALES, layout="token_major", interpret=interpret)
+    return mosaic_gpu.normalize_and_append(*args, **SCALES, layout="token_major", interpret=interpret)
 
 
 @pytest.mark.parametrize("slots", [(5, S - 1, S), (-1, 0, 2**31 - 1)], ids=str)
@@ -101,7 +101,7 @@ def run_on_hopper(*args):
 )
 def test_a_token_is_normalised_rotated_and_written_where_it_belongs_and_nowhere_else(name, slots):
     a, q_gain, kv_gain, position, slot, kv_latent, k_rope = args = arguments(slots=slots)
-    reference = functools.partial(append_latents, **SCALES, implementation="reference")
+    reference = functools.partial(normalize_and_append, **SCALES, implementation="reference")
     q, *caches = jax.jit(run_on_hopper if name == "mosaic_gpu" else reference)(*args)
     norm = lambda x, gain, scale: (rms_norm(x, gain, EPS) * scale).astype(jnp.bfloat16)
     latents = norm(a[..., A : A + U * C].reshape(B, 1, U, C), kv_gain, KV_SCALE)
@@ -138,12 +138,12 @@ def test_what_the_kernels_do_not_take_is_declined_and_left_to_the_reference(
     *args, kv_latent, k_rope = arguments(**change)
     if layout == "feature_major":
         kv_latent, k_rope = (x[..., :100, :].swapaxes(-1, -2) for x in (kv_latent, k_rope))
-    why = explain(functools.partial(append_latents, **SCALES, layout=layout), *args, kv_latent, k_rope)
-    assert message in why["append_latents"]["mosaic_gpu"]
-    assert why["append_latents"]["reference"] is None
+    why = explain(functools.partial(normalize_and_append, **SCALES, layout=layout), *args, kv_latent, k_rope)
+    assert message in why["normalize_and_append"]["mosaic_gpu"]
+    assert why["normalize_and_append"]["reference"] is None
     tiles = "needs a cache of whole tiles of 128 slots; got 100"
-    assert (tiles if layout == "feature_major" else "feature_major") in why["append_tokens"]["mosaic_tpu"]
-    assert why["append_tokens"]["reference"] is None
+    assert (tiles if layout == "feature_major" else "feature_major") in why["append"]["mosaic_tpu"]
+    assert why["append"]["reference"] is None
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])

@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
-from mlra_jax.ops.attention.parts import joined
+from mlra_jax.ops.attention.qk_parts import joined
 
 
 def by_hand(q, k, v, scale, q_start):

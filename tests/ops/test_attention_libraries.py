@@ -15,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mlra_jax.cli.configs import load_config
+from mlra_jax.execution.topologies import compile_train_step, gpu_devices
 from mlra_jax.ops.attention import api, causal_attention, cudnn, tokamax
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES
-from mlra_jax.topologies import compile_train_step, gpu_devices
 
 A100, H100, T4 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "Tesla T4"
 with_tokamax = pytest.mark.skipif(

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops import hopper
 from mlra_jax.ops.attention import causal_attention, causal_attention_parts, mosaic_gpu
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 from mlra_jax.ops.attention.mosaic_gpu import TILE, Config, Shape
 from mlra_jax.ops.dispatch import explain
-from mlra_jax.topologies import gpu_devices
 
 H100 = "NVIDIA H100 80GB HBM3"
 newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")

@@ -25,11 +25,11 @@ from benchmarks.measure import (
     sum_mosaic,
     sum_xla,
 )
+from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops.decode import xla
 from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
 from mlra_jax.ops.decode.mosaic_gpu import Shape, find_tuned
 from mlra_jax.ops.tuning import read_table
-from mlra_jax.topologies import gpu_devices
 
 TINY = "tiny 2x256"
 H100 = "NVIDIA H100 80GB HBM3"

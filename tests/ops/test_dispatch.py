@@ -94,7 +94,7 @@ def test_a_module_that_does_not_import_declines_and_is_explained(monkeypatch):
 def test_no_op_needs_a_kernel_library_to_be_imported(hidden):
     program = (
         f"import sys; sys.modules[{hidden!r}] = None\n"
-        "import mlra_jax.decoding.engine, mlra_jax.training.loop\n"
+        "import mlra_jax.generation.engine, mlra_jax.training.loop\n"
         "import jax.numpy as jnp\n"
         "from mlra_jax.ops.attention import causal_attention\n"
         "x = jnp.ones((1, 4, 1, 2))\n"

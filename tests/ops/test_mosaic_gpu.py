@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from mlra_jax.cli.configs import load_config
-from mlra_jax.decoding.engine import compile_step
+from mlra_jax.execution.topologies import gpu_devices
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops import hopper
 from mlra_jax.ops.decode import api, mosaic_gpu
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abridge, abstract_call, make_case
 from mlra_jax.ops.decode.mosaic_gpu import Config, Shape
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES, decode_rules
-from mlra_jax.topologies import gpu_devices
 from tests.ops.draws import kv_lens
 
 H100 = "NVIDIA H100 80GB HBM3"

@@ -16,11 +16,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
+from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops import hopper
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.ops.product import api, mosaic_gpu, product, swiglu
 from mlra_jax.ops.product.mosaic_gpu import Config, Shape
-from mlra_jax.topologies import gpu_devices
 
 H100 = "NVIDIA H100 80GB HBM3"
 MATRICES = {  # of the 2.9 B MLRA-4: F, K, whether gated

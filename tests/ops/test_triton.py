@@ -21,10 +21,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops.decode import triton
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
 from mlra_jax.ops.dispatch import explain
-from mlra_jax.topologies import gpu_devices
 
 installed = lambda *names: all(importlib.util.find_spec(name) for name in names)
 

@@ -18,15 +18,9 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 
+from mlra_jax import checkpoints
 from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.cli import convert
-from mlra_jax.config import CheckpointConfig, ExecutionConfig, TrainConfig, to_dict
-from mlra_jax.data.pipeline import TrainBatches
-from mlra_jax.lazy import LazyStack, LazyTensor
-from mlra_jax.sharding import TRAIN_RULES
-from mlra_jax.storage import StorageError
-from mlra_jax.training import checkpoints
-from mlra_jax.training.checkpoints import (
+from mlra_jax.checkpoints import (
     CheckpointError,
     Checkpoints,
     config_differences,
@@ -36,6 +30,12 @@ from mlra_jax.training.checkpoints import (
     load_params,
     save_params,
 )
+from mlra_jax.cli import convert
+from mlra_jax.config import CheckpointConfig, ExecutionConfig, TrainConfig, to_dict
+from mlra_jax.data.pipeline import TrainBatches
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor
+from mlra_jax.sharding import TRAIN_RULES
+from mlra_jax.storage import StorageError
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 

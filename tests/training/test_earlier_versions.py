@@ -14,7 +14,7 @@ import pytest
 from mlra_jax.attention.registry import BUILT_IN, attention_name
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ExecutionConfig, MeshConfig, from_dict
-from mlra_jax.decoding.generator import Generator
+from mlra_jax.generation.generator import Generator
 from mlra_jax.training.loop import train
 
 

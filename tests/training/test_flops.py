@@ -1,7 +1,7 @@
 import pytest
 
 from mlra_jax.cli.configs import load_config
-from mlra_jax.training.flops import peak_flops, train_flops_per_token
+from mlra_jax.execution.flops import peak_flops, train_flops_per_token
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from mlra_jax.cli.train import main
-from mlra_jax.config import ConfigError, MeshConfig, to_dict
-from mlra_jax.errors import UserError
-from mlra_jax.storage import StorageError
-from mlra_jax.training import loop
-from mlra_jax.training import step as step_module
-from mlra_jax.training.checkpoints import (
+from mlra_jax.checkpoints import (
     CheckpointError,
     find_step,
     load_config,
@@ -34,7 +28,13 @@ from mlra_jax.training.checkpoints import (
     owned,
     save_params,
 )
-from mlra_jax.training.flops import train_flops_per_token
+from mlra_jax.cli.train import main
+from mlra_jax.config import ConfigError, MeshConfig, to_dict
+from mlra_jax.errors import UserError
+from mlra_jax.execution.flops import train_flops_per_token
+from mlra_jax.storage import StorageError
+from mlra_jax.training import loop
+from mlra_jax.training import step as step_module
 from mlra_jax.training.loop import DivergedError, train
 from mlra_jax.training.metrics import FILE_NAME, read_metrics
 from mlra_jax.training.step import make_train_step

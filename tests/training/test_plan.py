@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.hardware import GIB
+from mlra_jax.execution.accelerators import GIB
+from mlra_jax.execution.planner import Planner, resolve
 from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.sharding import make_mesh
-from mlra_jax.training.plan import Planner, resolve
 
 LENGTH, HEADS, BRANCHES, LATENT, WIDTH, D_FF, LAYERS = 16, 4, 4, 8, 32, 64, 2  # of the tiny configuration
 FLOAT = 4

@@ -14,11 +14,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.collectives import executed_collectives
 from mlra_jax.data.pipeline import IGNORED
+from mlra_jax.execution.collectives import executed_collectives
+from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.model import cast_weights
 from mlra_jax.sharding import MESH_AXES, TRAIN_RULES
-from mlra_jax.topologies import gpu_devices
 from mlra_jax.training import step as step_module
 from mlra_jax.training.optimizer import make_optimizer
 from mlra_jax.training.step import abstract_state, init_state, make_eval_step, make_train_step

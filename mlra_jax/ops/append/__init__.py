@@ -1,5 +1,5 @@
 """New tokens on their way into a KV cache."""
 
-from mlra_jax.ops.append.api import append_latents, append_tokens
+from mlra_jax.ops.append.api import append, normalize_and_append
 
-__all__ = ["append_latents", "append_tokens"]
+__all__ = ["append", "normalize_and_append"]

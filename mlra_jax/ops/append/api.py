@@ -17,13 +17,13 @@ from mlra_jax.ops.rotary import Frequencies
 Layout = Literal["token_major", "feature_major"]
 
 TOKENS: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_tpu": lazily("mlra_jax.ops.append.mosaic_tpu", "append_tokens"),
-    "reference": reference.append_tokens,
+    "mosaic_tpu": lazily("mlra_jax.ops.append.mosaic_tpu", "append"),
+    "reference": reference.append,
 }
-"""Back ends of `append_tokens`, best first."""
+"""Back ends of `append`, best first."""
 
 
-def append_tokens(
+def append(
     array: Float[Array, "B *heads _ _"],
     tokens: Float[Array, "B T *heads W"],
     slot: Int[Array, "B T"],
@@ -46,17 +46,17 @@ def append_tokens(
       NotImplementedError: the named implementation does not take these arguments.
     """
     tokens, slot = tokens.astype(array.dtype), slot.astype(jnp.int32)
-    return dispatch("append_tokens", TOKENS, implementation, array, tokens, slot, layout=layout)
+    return dispatch("append", TOKENS, implementation, array, tokens, slot, layout=layout)
 
 
 LATENTS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.append.mosaic_gpu", "append_latents"),
-    "reference": functools.partial(reference.append_latents, append=append_tokens),
+    "mosaic_gpu": lazily("mlra_jax.ops.append.mosaic_gpu", "normalize_and_append"),
+    "reference": functools.partial(reference.normalize_and_append, append=append),
 }
-"""Back ends of `append_latents`, best first."""
+"""Back ends of `normalize_and_append`, best first."""
 
 
-def append_latents(
+def normalize_and_append(
     a: Float[Array, "B T _"],
     q_gain: Float[Array, "A"],
     kv_gain: Float[Array, "U C"],
@@ -79,15 +79,15 @@ def append_latents(
       q_gain: of the queries' norm.
       kv_gain: of the latents' norms.
       position: of each token, see `mlra_jax.ops.rotary.rotary_tables`.
-      slot: see `append_tokens`.
+      slot: see `append`.
       kv_latent: cached latents [B, U, S, C], or features before tokens; donate it.
       k_rope: cached rotary keys [B, S, R], or features before tokens; donate it.
       eps: of the norms.
       q_scale: multiplies the normalised queries.
       kv_scale: multiplies the normalised latents.
       frequencies: of the rotation.
-      layout: of the cache, see `append_tokens`.
-      implementation: see `append_tokens`; of `LATENTS`.
+      layout: of the cache, see `append`.
+      implementation: see `append`; of `LATENTS`.
 
     Returns:
       The normalised, scaled queries in the type of `a`, and the two caches.
@@ -98,5 +98,11 @@ def append_latents(
     args = a, q_gain, kv_gain, position, slot.astype(jnp.int32), kv_latent, k_rope
     scales = {"eps": eps, "q_scale": q_scale, "kv_scale": kv_scale}
     return dispatch(
-        "append_latents", LATENTS, implementation, *args, **scales, frequencies=frequencies, layout=layout
+        "normalize_and_append",
+        LATENTS,
+        implementation,
+        *args,
+        **scales,
+        frequencies=frequencies,
+        layout=layout,
     )

@@ -11,8 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops.hopper import THREADS, check_device, plgpu
-from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.rotary import Frequencies, rotary_tables
+from mlra_jax.ops.shard_map_utils import unchecked
 
 
 def _store(ref: Any, value: jax.Array) -> None:
@@ -76,7 +76,7 @@ def _kernel(
         _store(k_rope_ref.at[b, slot], rotated.astype(a_ref.dtype))
 
 
-def append_latents(
+def normalize_and_append(
     a_BTE: jax.Array,
     q_gain_A: jax.Array,
     kv_gain_UC: jax.Array,
@@ -92,7 +92,7 @@ def append_latents(
     layout: str,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `mlra_jax.ops.append.append_latents`; for one token of each row, and token-major caches.
+    """See `mlra_jax.ops.append.normalize_and_append`; for one token of each row, and token-major caches.
 
     `interpret`: `plgpu.InterpretGPUParams` run the kernel on the CPU.
 
@@ -129,7 +129,7 @@ def append_latents(
             thread_name="wg",
             compiler_params=plgpu.CompilerParams(),
             interpret=interpret,
-            kernel_name="append_latents",
+            kernel_name="normalize_and_append",
         )(*given, *caches)
         return q_BA[:, None], *(jax.freeze(cache) for cache in caches)
 

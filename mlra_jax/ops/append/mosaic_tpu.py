@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops.device import current_device
-from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.shard_map_utils import unchecked
 
 LANES = 128
 
@@ -24,10 +24,10 @@ def _kernel(slot_ref: Any, token_ref: Any, array_ref: Any, out_ref: Any, *, n_sl
     out_ref[...] = jnp.where(lane == slot - first, token_ref[...], array_ref[...])
 
 
-def append_tokens(
+def append(
     array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, layout: str, interpret: Any = False
 ) -> jax.Array:
-    """See `mlra_jax.ops.append.append_tokens`; for one token of each row.
+    """See `mlra_jax.ops.append.append`; for one token of each row.
 
     XLA would give a scatter over lanes, or an update of one, another layout than the attention kernel reads, and copy
     the cache there and back. Here a tile of 128 slots of each row goes through VMEM.

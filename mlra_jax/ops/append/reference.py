@@ -12,8 +12,8 @@ from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.rotary import Frequencies, rotate
 
 
-def append_tokens(array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, layout: str) -> jax.Array:
-    """See `mlra_jax.ops.append.append_tokens`."""
+def append(array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, layout: str) -> jax.Array:
+    """See `mlra_jax.ops.append.append`."""
     token_axis = array.ndim - (1 if layout == "feature_major" else 2)
     if tokens.shape[:2] == (1, 1) and layout == "token_major":
         # A second token, that is dropped: XLA would make of a single one three operations on the GPU, to read what
@@ -27,7 +27,7 @@ def append_tokens(array: jax.Array, tokens: jax.Array, slot_BT: jax.Array, *, la
     return array.at[tuple(index)].set(tokens, mode="drop")
 
 
-def append_latents(
+def normalize_and_append(
     a_BTE: jax.Array,
     q_gain_A: jax.Array,
     kv_gain_UC: jax.Array,
@@ -43,7 +43,7 @@ def append_latents(
     layout: str,
     append: Callable[..., jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """See `mlra_jax.ops.append.append_latents`; `append`: the op `append_tokens`, of which TPUs have a kernel."""
+    """See `mlra_jax.ops.append.normalize_and_append`; `append`: the op `append`, of which TPUs have a kernel."""
     rank, (u, c) = len(q_gain_A), kv_gain_UC.shape
     q_BTA, kv, key_BTR = jnp.split(a_BTE, [rank, rank + u * c], axis=2)
     latent_BTUC = rms_norm(kv.reshape(*kv.shape[:2], u, c), kv_gain_UC, eps) * kv_scale

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float, Int
 
 from mlra_jax.ops.attention import reference, xla
-from mlra_jax.ops.attention.parts import Parts, heads_of, joined
+from mlra_jax.ops.attention.qk_parts import Parts, heads_of, joined
 from mlra_jax.ops.dispatch import dispatch, lazily
 
 IMPLEMENTATIONS = {

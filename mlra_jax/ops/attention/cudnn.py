@@ -8,7 +8,7 @@ import numpy as np
 
 from mlra_jax.ops.device import current_device, find_chip
 from mlra_jax.ops.libraries import declining
-from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.shard_map_utils import unchecked
 
 
 def causal_attention(

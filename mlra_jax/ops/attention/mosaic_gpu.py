@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.ops.attention.parts import Parts, heads_of
+from mlra_jax.ops.attention.qk_parts import Parts, heads_of
 from mlra_jax.ops.hopper import ROWS, check_device
-from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.remat import ATTENTION
+from mlra_jax.ops.shard_map_utils import unchecked
 
 TILE = 128
 """Tokens are padded to a multiple of it."""

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.remat import ATTENTION
+from mlra_jax.ops.shard_map_utils import unchecked
 
 BLOCKS = (512, 256, 128)
 """Tokens of a block of queries or keys: the first that divides them."""

@@ -9,7 +9,7 @@ from jax.extend.backend import get_default_device
 
 from mlra_jax.ops.device import current_device, find_chip
 from mlra_jax.ops.libraries import declining, name, version
-from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.shard_map_utils import unchecked
 
 OLDEST = (0, 0, 17)
 """Of Tokamax; it needs JAX 0.11.1, so Python 3.12."""

@@ -62,8 +62,8 @@ def latent_decode_attention(
         integers, in any order: a query of 0 or less sees none, one of more than its row has room for (S, or N * S in
         pages) sees all.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
-      rotary: cosines and sines [B, T, R/2] that `q_rope` is turned by first (`mlra_jax.ops.rotary.turn`); None: it has
-        been.
+      rotary: cosines and sines [B, T, R/2] by which `q_rope` is rotated first (`mlra_jax.ops.rotary.apply_rope`);
+        None: it has been.
       page_table: token i of row b lies in slot i % S of page `page_table[b, i // S]`; entries past the last token that
         a query of the row sees may hold anything.
       layout: `token_major`, as above, or `feature_major`: kv_latent [P, L, C, S] and k_rope [P, R, S].

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
 from mlra_jax.ops.decode.api import Layout, grouped_decode_attention, latent_decode_attention
-from mlra_jax.ops.rotary import turn
+from mlra_jax.ops.rotary import apply_rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def abridge(call: Call, branches: int) -> tuple[Call, Call]:
     angles = jnp.arange(b * t * (r // 2), dtype=jnp.float32).reshape(b, t, r // 2)
     rotary = jnp.cos(angles), jnp.sin(angles)
     wide = jnp.concatenate([jnp.full((*shared.shape[:-1], 8), jnp.nan, shared.dtype), shared], axis=-1)
-    turned = jnp.tile(turn(shared, *(x[:, :, None, None] for x in rotary)), (1, 1, branches, 1, 1))
+    turned = jnp.tile(apply_rope(shared, *(x[:, :, None, None] for x in rotary)), (1, 1, branches, 1, 1))
     return (
         Call(call.op, (q_nope, wide, *rest), {**call.static, "rotary": rotary}),
         dataclasses.replace(call, args=(q_nope, turned, *rest)),

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from mlra_jax.ops import tuning
 from mlra_jax.ops.decode.reference import Parts, Rotary
 from mlra_jax.ops.hopper import ROWS, SHARED_MEMORY, check_device
-from mlra_jax.ops.manual import unchecked
-from mlra_jax.ops.rotary import turn
+from mlra_jax.ops.rotary import apply_rope
+from mlra_jax.ops.shard_map_utils import unchecked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +214,7 @@ def decode_attention(
     turns = rotary is not None and kv_len_BT.shape[1] == 1 and parts[0][1].shape[-1] < 512
     if rotary is not None and not turns:
         *first, (q, k) = parts
-        parts = [*first, (turn(q[..., -k.shape[-1] :], *(x[:, :, None, None] for x in rotary)), k)]
+        parts = [*first, (apply_rope(q[..., -k.shape[-1] :], *(x[:, :, None, None] for x in rotary)), k)]
     shape = Shape.of(parts, v, page_table, rotary=turns)
     if any(w != 32 and w % 64 for w in shape.widths) or shape.v_width not in (64, 128, 256, 512):
         raise NotImplementedError(

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlra_jax.ops.rotary import turn
+from mlra_jax.ops.rotary import apply_rope
 
 Parts = Sequence[tuple[jax.Array, jax.Array]]
 """Queries [B, T, L, M, W] with keys [P, L, S, W], or [P, 1, S, W] where all heads share them; scores are their sum.
@@ -37,7 +37,7 @@ def unabridged(attend: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[.
         plain = [(q[..., -token_major(k, layout).shape[-1] :], k) for q, k in parts]
         if rotary is not None:
             q, k = plain[-1]
-            plain[-1] = turn(q, *(x[:, :, None, None] for x in rotary)), k
+            plain[-1] = apply_rope(q, *(x[:, :, None, None] for x in rotary)), k
         whole = lambda q: jnp.tile(q, (1, 1, heads // q.shape[2], 1, 1))
         return attend([(whole(q), k) for q, k in plain], v, *args, **keywords)
 

@@ -13,8 +13,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.ops.hopper import THREADS, check_device, plgpu
-from mlra_jax.ops.manual import unchecked
 from mlra_jax.ops.remat import RESIDUAL
+from mlra_jax.ops.shard_map_utils import unchecked
 
 MAX_WIDTH = 8192
 """A thread has its elements of a row in registers."""

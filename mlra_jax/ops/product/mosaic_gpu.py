@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops.hopper import ROWS, SHARED_MEMORY, check_device, plgpu, transforms
-from mlra_jax.ops.manual import unchecked
+from mlra_jax.ops.shard_map_utils import unchecked
 
 UNIT = 8
 """Rows of x, and columns of the result, come in multiples of this."""

@@ -10,13 +10,13 @@ from flax import nnx
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.checkpoints import Checkpoints
 from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.decoding.engine import NO_TOKEN, Engine, Rows
-from mlra_jax.decoding.generator import Generator
+from mlra_jax.generation.engine import NO_TOKEN, Engine, Rows
+from mlra_jax.generation.generator import Generator
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
-from mlra_jax.training.checkpoints import Checkpoints
 from mlra_jax.training.step import TrainState, abstract_state
 
 N_VOCAB = 257

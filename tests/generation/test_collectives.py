@@ -13,10 +13,10 @@ from flax import nnx
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.collectives import CollectivesArgs
 from mlra_jax.cli.configs import load_config
-from mlra_jax.collectives import Collective, parse_collectives
 from mlra_jax.config import MeshConfig, ModelConfig
-from mlra_jax.decoding.collectives import step_collectives, table
-from mlra_jax.decoding.sampling import GREEDY, Sampling
+from mlra_jax.execution.collectives import Collective, parse_collectives
+from mlra_jax.generation.collectives import step_collectives, table
+from mlra_jax.generation.sampling import GREEDY, Sampling
 from mlra_jax.model import Transformer
 from mlra_jax.sharding import decode_rules, make_mesh
 
@@ -89,7 +89,7 @@ def test_one_device_exchanges_nothing(config_of):
 
 def test_on_a_tpu_the_exchanges_are_the_same_in_bfloat16():
     pytest.importorskip("libtpu")
-    from mlra_jax.topologies import compile_decode_step
+    from mlra_jax.execution.topologies import compile_decode_step
 
     config = ModelConfig(n_layers=1)
     program = compile_decode_step(config, "v5e:2x2", MeshConfig(1, 1, 4, 1), batch=64, max_len=4096)

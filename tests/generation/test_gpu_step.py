@@ -13,10 +13,10 @@ from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.kv_cache import values_per_token
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import ModelConfig
-from mlra_jax.decoding.engine import compile_step
+from mlra_jax.execution.topologies import gpu_devices
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import MESH_AXES, decode_rules
-from mlra_jax.topologies import gpu_devices
 
 pytestmark = [
     pytest.mark.smoke,

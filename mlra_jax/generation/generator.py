@@ -19,10 +19,10 @@ import tyro
 
 from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
-from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
-from mlra_jax.decoding.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
-from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
-from mlra_jax.decoding.text import FinishReason, RowText
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
+from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
+from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
+from mlra_jax.generation.text import FinishReason, RowText
 
 STEPS_BETWEEN_STOPS = 16
 """Steps between looks at the text for stop strings: no row runs on for longer after one."""
@@ -228,8 +228,8 @@ class Generator:
           checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
           mesh: sizes of the mesh; their product is the number of devices it takes.
           split_heads: whether the query heads of W_qb and W_o are split over `tensor` too; see
-            `mlra_jax.decoding.load.splits_heads`.
-          param_dtype: type in which weights are held; see `mlra_jax.decoding.load.load_model`.
+            `mlra_jax.generation.load.splits_heads`.
+          param_dtype: type in which weights are held; see `mlra_jax.generation.load.load_model`.
           step: updates made by the checkpoint; None: the latest.
           tokenizer: see `mlra_jax.data.get_tokenizer`; empty: the one that the run was trained with.
 

@@ -15,12 +15,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
-from mlra_jax.decoding.engine import compile_step
 from mlra_jax.errors import UserError
-from mlra_jax.hardware import GIB, KINDS, device_memory, find_accelerator
+from mlra_jax.execution.accelerators import GIB, KINDS, device_memory, find_accelerator
+from mlra_jax.execution.planner import resolve
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
-from mlra_jax.training.plan import resolve
 from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}

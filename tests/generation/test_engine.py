@@ -9,9 +9,9 @@ import pytest
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.decoding import engine as engine_module
-from mlra_jax.decoding.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
-from mlra_jax.decoding.sampling import GREEDY, Sampling
+from mlra_jax.generation import engine as engine_module
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
+from mlra_jax.generation.sampling import GREEDY, Sampling
 from mlra_jax.sharding import decode_rules, make_mesh
 
 SAMPLING = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.01)

@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from mlra_jax.config import ModelConfig, TrainConfig
-from mlra_jax.hardware import Accelerator
-from mlra_jax.training.flops import train_flops_per_token
+from mlra_jax.execution.accelerators import Accelerator
+from mlra_jax.execution.flops import train_flops_per_token
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pytest
 
 from mlra_jax.config import ConfigError
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.decoding.engine import Rows
-from mlra_jax.decoding.generator import Completion, Delta, GenerationOptions, Generator, changed
-from mlra_jax.decoding.sampling import NotFiniteError, Sampling
+from mlra_jax.generation.engine import Rows
+from mlra_jax.generation.generator import Completion, Delta, GenerationOptions, Generator, changed
+from mlra_jax.generation.sampling import NotFiniteError, Sampling
 
 PROMPTS = ["ROMEO:", "To be, or not to be,", "x", "€"]
 SAMPLED = Sampling(temperature=1.0)

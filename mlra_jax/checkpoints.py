@@ -38,7 +38,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mlra_jax.config import CheckpointConfig, ConfigError, TrainConfig, from_dict, to_dict
 from mlra_jax.errors import ExplainedError, UserError
-from mlra_jax.lazy import LazyStack, LazyTensor
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, exclusive, is_remote, write_whole
 from mlra_jax.training.step import TrainState
 

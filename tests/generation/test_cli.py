@@ -13,8 +13,8 @@ import pytest
 
 from mlra_jax.cli import decode
 from mlra_jax.config import ConfigError
-from mlra_jax.decoding import load
-from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.generation import load
+from mlra_jax.generation.sampling import Sampling
 from mlra_jax.textfiles import TextError
 
 PROMPTS = ["ROMEO:", "To be, or not to be,"]

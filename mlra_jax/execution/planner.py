@@ -19,12 +19,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ConfigError, ExecutionConfig, Gather, ModelConfig, Remat, TrainConfig
-from mlra_jax.hardware import GIB, device_memory, find_accelerator
+from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
+from mlra_jax.execution.roofline import Costs, step_costs
 from mlra_jax.model import Transformer, cast_weights, from_params
 from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
-from mlra_jax.training.costs import Costs, step_costs
 from mlra_jax.training.losses import logit_chunks
 from mlra_jax.training.step import abstract_state, unrolls_layers
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mlra_jax.checkpoints import load_config, load_params
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, require
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.model import Transformer, from_params, to_decode
@@ -23,7 +24,6 @@ from mlra_jax.sharding import (
     make_mesh,
     train_layout_faults,
 )
-from mlra_jax.training.checkpoints import load_config, load_params
 
 ParamDtype = Literal["auto", "float32", "bfloat16"]
 SplitHeads = Literal["auto", "yes", "no"]

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, Sampling, filtered_logits, greedy, sample
+from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, Sampling, filtered_logits, greedy, sample
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 V, N_VOCAB = 16, 13

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from mlra_jax.collectives import executed_collectives
 from mlra_jax.config import TrainConfig
-from mlra_jax.hardware import GIB, find_accelerator
-from mlra_jax.topologies import Memory
-from mlra_jax.training.plan import Plan
+from mlra_jax.execution.accelerators import GIB, find_accelerator
+from mlra_jax.execution.collectives import executed_collectives
+from mlra_jax.execution.planner import Plan
+from mlra_jax.execution.topologies import Memory
 
 _LEAST = 2**20
 """Bytes in a step below which an exchange is not worth a line."""

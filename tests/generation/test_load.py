@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mlra_jax.checkpoints import CheckpointError
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.decoding import load
-from mlra_jax.decoding.load import abstract_params, decode_devices, load_model, splits_heads
+from mlra_jax.generation import load
+from mlra_jax.generation.load import abstract_params, decode_devices, load_model, splits_heads
 from mlra_jax.model import to_decode
 from mlra_jax.model.weights import attention_weights
 from mlra_jax.sharding import decode_rules, make_mesh
-from mlra_jax.training.checkpoints import CheckpointError
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 from jax.sharding import Mesh
 
-from mlra_jax.collectives import Collective, parse_collectives
 from mlra_jax.config import ModelConfig
-from mlra_jax.decoding.engine import compile_step
-from mlra_jax.decoding.sampling import Sampling
+from mlra_jax.execution.collectives import Collective, parse_collectives
+from mlra_jax.generation.engine import compile_step
+from mlra_jax.generation.sampling import Sampling
 from mlra_jax.sharding import decode_rules
 
 

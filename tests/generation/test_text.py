@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.decoding.text import RowText
+from mlra_jax.generation.text import RowText
 
 EOS = 256
 

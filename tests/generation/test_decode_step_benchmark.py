@@ -26,7 +26,7 @@ def decode_step():
 
 def test_it_measures_each_case_and_refuses_what_does_not_fit(decode_step, monkeypatch, tmp_path, capsys):
     free = 2**26
-    monkeypatch.setattr("mlra_jax.decoding.engine.free_bytes", lambda device: free)
+    monkeypatch.setattr("mlra_jax.generation.engine.free_bytes", lambda device: free)
     options = [
         "--config",
         "tiny",

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.attention.kv_cache import Cache, repeat_rows
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.decoding.sampling import GREEDY, NO_NUMBER, Sampling, sample
+from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, Sampling, sample
 from mlra_jax.model import Transformer
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh

@@ -16,8 +16,8 @@ from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
-from mlra_jax.collectives import executed_collectives
 from mlra_jax.config import ExecutionConfig, ModelConfig
+from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules

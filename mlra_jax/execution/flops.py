@@ -6,7 +6,7 @@ Model FLOPs utilisation is `tokens_per_second * train_flops_per_token(...) / (de
 from __future__ import annotations
 
 from mlra_jax.config import ModelConfig
-from mlra_jax.hardware import find_accelerator
+from mlra_jax.execution.accelerators import find_accelerator
 
 
 def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> float:
