@@ -116,7 +116,5 @@ FAMILIES = {attention_type(f.__name__): f for f in (latent, grouped, tied, tenso
 def heads_of(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
     """Of the layer's family; a `NotImplementedError` for one that is not in `FAMILIES`."""
     if (kind := type(config.attention)) not in FAMILIES:
-        raise NotImplementedError(
-            f"mlra_jax.reference does not know {kind.__name__}; add it to its FAMILIES."
-        )
+        raise NotImplementedError(f"mlra_jax.reference does not know {kind.__name__}: add it to FAMILIES.")
     return FAMILIES[kind](p, config, x_BTD)

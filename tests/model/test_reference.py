@@ -136,6 +136,10 @@ def test_the_weights_of_a_model_are_those_of_its_layers(stacked, sizes, on_mesh)
         mlra.attention_weights(model, tokens, layer=2)
 
 
+def test_the_file_is_as_long_as_the_pages_say(repository):
+    assert len((repository / "mlra_jax/reference.py").read_text().splitlines()) <= 120
+
+
 def test_what_the_equations_do_not_know_is_refused():
     @dataclasses.dataclass(frozen=True)
     class Own(mlra.LatentAttentionConfig):
