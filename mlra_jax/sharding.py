@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +109,9 @@ class AxisRules:
     @classmethod
     def of(cls, **rules: str | tuple[str, ...] | None) -> AxisRules:
         """`AxisRules.of(batch=("data", "fsdp"), heads="tensor", mlp=None)`."""
+        if "latent_slots" in rules:
+            warnings.warn("latent_slots is called kv_head_shards now.", DeprecationWarning, stacklevel=2)
+            rules["kv_head_shards"] = rules.pop("latent_slots")
         as_tuple = {k: (v,) if isinstance(v, str) else v or () for k, v in rules.items()}
         return cls(tuple(sorted(as_tuple.items())))
 

@@ -23,8 +23,14 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mlra_jax import LatentAttention, LatentAttentionConfig, ModelConfig, explain, latent_decode_attention
-from mlra_jax.ops.rotary import rotate
+from mlra_jax import (
+    LatentAttention,
+    LatentAttentionConfig,
+    ModelConfig,
+    decode_rules,
+    explain,
+    latent_decode_attention,
+)
 
 QUICK = False  # True: a few steps only, to see that everything runs
 
@@ -134,64 +140,26 @@ for step in range(STEPS):
 # %% [markdown]
 # ## Decode it
 #
-# The cache is two arrays: `kv_latent` [B, L, S, C], and `k_rope` [B, S, R] for all heads. Decoding splits
-# the *latent heads* over `tensor`, so W_UK and W_UV, [L, N, C, H] in an MLRA-4, change over from their
-# second axis to their first; that is the whole difference between the two layouts. Each device attends over
-# its own latent head with the kernel, and one sum over `tensor` ends the layer.
+# The cache of a layer is two arrays: `kv_latent` [B, L, S, C], and `k_rope` [B, S, R] for all heads. Decoding
+# splits the *latent heads* over `tensor`: `to_decode` lays the layer's parameters out so, on the current
+# mesh, and `init_cache` makes an empty cache. In `decode` each device attends over its own latent head with
+# the kernel, and one sum over `tensor` ends the layer.
 
 # %%
-attention, sizes = model.attention, config.attention
-whole = P()
-
-
-def decode_step(attention, x_BTD, kv_latent, k_rope, length):
-    """One new token in each row: the layer's output [B, 1, D], and the cache with the token at position `length`."""
-    positions = length[None]
-    q_BTA = attention.q_norm(x_BTD @ attention.w_qa[...]) * attention.q_scale
-    w_qb = jax.reshard(attention.w_qb[...], whole)  # each latent head is read by all query heads
-    q_BTNE = jnp.einsum("BTA,ANE->BTNE", q_BTA, w_qb)
-    q_nope, q_rope = q_BTNE[..., : sizes.d_nope], q_BTNE[..., sizes.d_nope :]
-    new_BTLC = (
-        attention.kv_norm(jnp.einsum("BTD,DLC->BTLC", x_BTD, attention.w_kva[...])) * attention.kv_scale
-    )
-    new_BTR = rotate(x_BTD @ attention.w_kr[...], positions, attention.frequencies)
-    w_uk, w_uv = (jax.reshard(w[...], P("tensor")) for w in (attention.w_uk, attention.w_uv))
-
-    def on_one_device(q_nope, q_rope, new_BTLC, new_BTR, kv_latent, k_rope, w_uk, w_uv, length):
-        new_BLTC = new_BTLC.transpose(0, 2, 1, 3)
-        kv_latent = jax.lax.dynamic_update_slice_in_dim(kv_latent, new_BLTC, length, axis=2)
-        k_rope = jax.lax.dynamic_update_slice_in_dim(k_rope, new_BTR, length, axis=1)
-        q_BTLNC = jnp.einsum("BTNH,LNCH->BTLNC", q_nope, w_uk)  # W_UK moves to the query
-        kv_len = jnp.full(q_nope.shape[:2], length + 1, jnp.int32)
-        z_BTLNC, _ = latent_decode_attention(
-            q_BTLNC, q_rope[:, :, None], kv_latent, k_rope, kv_len, scale=attention.softmax_scale
-        )
-        y_BTNH = jnp.einsum("BTLNC,LNCH->BTNH", z_BTLNC, w_uv) * attention.branch_scale
-        return jax.lax.psum(y_BTNH, "tensor"), kv_latent, k_rope  # the sum over the branches
-
-    rows, cache = P("data"), (P("data", "tensor"), P("data"))
-    split = (rows, rows, P("data", None, "tensor"), rows, *cache, P("tensor"), P("tensor"), whole)
-    q_rope = rotate(q_rope, positions, attention.frequencies)
-    arguments = (q_nope, q_rope, new_BTLC, new_BTR, kv_latent, k_rope, w_uk, w_uv, length)
-    run = jax.shard_map(on_one_device, in_specs=split, out_specs=(rows, *cache), check_vma=False)
-    y_BTNH, *cache = run(*jax.reshard(arguments, split))
-    return attention.output(x_BTD, y_BTNH), *cache
-
+decoder = model.attention.to_decode(decode_rules(split_heads=False))
+tokens = batch(rng, n=8)
+x_BTD = model.embed(tokens)
+cache, new = decoder.init_cache(batch=8, max_len=LENGTH), jnp.ones(8, jnp.int32)
+step = jax.jit(lambda decoder, *args: decoder.decode(*args), donate_argnums=2)
+outputs = []
+for t in range(LENGTH):
+    y_B1D, cache = step(decoder, x_BTD[:, t : t + 1], cache, jnp.full(8, t), new)
+    outputs.append(np.asarray(y_B1D))
 
 # %% [markdown]
 # Fed token by token, it gives what the module gives for the whole sequence.
 
 # %%
-tokens = batch(rng, n=8)
-x_BTD = model.embed(tokens)
-zeros = lambda *shape, spec: jax.device_put(jnp.zeros(shape), spec)
-kv_latent = zeros(8, sizes.n_latent_heads, LENGTH, sizes.d_latent, spec=P("data", "tensor"))
-k_rope = zeros(8, LENGTH, sizes.d_rope, spec=P("data"))
-step = jax.jit(decode_step, donate_argnums=(2, 3))
-outputs = []
-for t in range(LENGTH):
-    y_B1D, kv_latent, k_rope = step(attention, x_BTD[:, t : t + 1], kv_latent, k_rope, jnp.int32(t))
-    outputs.append(np.asarray(y_B1D))
 expected = np.asarray(forward(model, tokens))
 np.testing.assert_allclose(
     np.concatenate(outputs, axis=1), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
@@ -199,9 +167,9 @@ np.testing.assert_allclose(
 print("decoding agrees with the whole sequence")
 
 print("kv_latent, sequences down, latent heads across: each device has its own latent head")
-jax.debug.visualize_array_sharding(kv_latent[:, :, 0, 0])
+jax.debug.visualize_array_sharding(cache["kv_latent"][:, :, 0, 0])
 print("k_rope, sequences down, positions across: the devices along tensor have the same")
-jax.debug.visualize_array_sharding(k_rope[:, :, 0])
+jax.debug.visualize_array_sharding(cache["k_rope"][:, :, 0])
 
 # %% [markdown]
 # ## Which kernel
@@ -226,6 +194,6 @@ for name, reason in reasons["latent_decode_attention"].items():
     print(f"{name:12} {reason or 'takes it'}")
 
 # %% [markdown]
-# `mlra_jax.model.Transformer`, `to_decode` and `mlra_jax.attention.kv_cache` do all this for the whole model,
+# `mlra_jax.Transformer`, `to_decode` and `Cache` do all this for the whole model,
 # for every attention of the paper, and with pages, ragged batches and a split along the tokens:
 # [docs/sharding.md](../docs/sharding.md), [docs/decoding.md](../docs/decoding.md).

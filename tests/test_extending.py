@@ -19,6 +19,7 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.decode import main as decode
 from mlra_jax.cli.describe import main as describe
 from mlra_jax.cli.evaluate import main as evaluate
+from mlra_jax.cli.prepare import main as prepare
 from mlra_jax.cli.train import main as train
 from mlra_jax.config import ConfigError, ExecutionConfig, MeshConfig, from_dict, to_dict
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
@@ -63,8 +64,9 @@ def test_it_trains_resumes_decodes_is_evaluated_and_described(folder, capsys):
         assert decode(["--checkpoint", "runs/my_run", "--mesh.tensor", tensor, *prompt]) in (None, 0)
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    (folder / "held_out.txt").write_text("To be, or not to be, that is the question:\n" * 8)
-    assert evaluate(["--checkpoint", "runs/my_run", "--data", "held_out.txt"]) in (None, 0)
+    (folder / "text.txt").write_text("To be, or not to be, that is the question:\n" * 32)
+    prepare(["text.txt", "--out", "shards"])
+    assert evaluate(["--checkpoint", "runs/my_run", "--data", "shards"]) in (None, 0)
     assert "bits per byte" in capsys.readouterr().out
     assert describe(["my_run.py", "--json"]) in (None, 0)
     assert json.loads(capsys.readouterr().out)["parameters"]["attention temperature"] == 3 * 4

@@ -225,3 +225,8 @@ def test_the_two_tables_split_query_heads_in_training_and_latent_heads_in_decodi
         assert TRAIN_RULES.spec("heads", "kv_head_shards") == P("tensor", None)
         assert decode_rules().spec("heads", "kv_head_shards") == P("tensor", "tensor")
         assert decode_rules(split_heads=False).spec("heads", "kv_head_shards") == P(None, "tensor")
+
+
+def test_the_name_that_earlier_versions_had_for_shards_of_kv_heads_still_works():
+    with pytest.warns(DeprecationWarning, match="latent_slots is called kv_head_shards now"):
+        assert AxisRules.of(latent_slots="model") == AxisRules.of(kv_head_shards="model")
