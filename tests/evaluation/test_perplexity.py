@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlra_jax.config import MeshConfig
+from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.shards import DataError, ShardWriter
 from mlra_jax.data.tokenizers import ByteTokenizer
 from mlra_jax.evaluation.perplexity import count_bytes, evaluate, mean, open_parts, paper_sequences
@@ -122,6 +122,10 @@ def test_what_cannot_be_evaluated_is_named(paths, protocol, vocab_size, words, f
     found = [shard(folder, p) if p in LENGTHS else p for p in paths]
     with pytest.raises(DataError, match=words):
         open_parts(found, data, vocab_size, protocol)
+    with pytest.raises(
+        ConfigError, match="protocol='papers' must be one of exact, paper. Did you mean paper"
+    ):
+        open_parts(found, data, vocab_size, "papers")
 
 
 def test_positions_that_do_not_count_have_no_bytes():

@@ -111,6 +111,18 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(mesh, words
         load_model(checkpoint, mesh)
 
 
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({"split_heads": "Yes"}, "split_heads='Yes' must be one of auto, yes, no. Did you mean yes"),
+        ({"param_dtype": "float16"}, "param_dtype='float16' must be one of auto, float32, bfloat16"),
+    ],
+)
+def test_a_misspelt_choice_is_refused(choice, words, checkpoint):
+    with pytest.raises(ConfigError, match=words):
+        load_model(checkpoint, MeshConfig(1), **choice)
+
+
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(load, "load_params", lambda *_: pytest.fail("read parameters"))
     monkeypatch.setattr(load, "get_tokenizer", lambda name: type("Big", (), {"n_vocab": 265})())

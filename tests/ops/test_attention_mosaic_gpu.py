@@ -153,7 +153,7 @@ def test_asked_for_by_name_it_fails_rather_than_fall_back():
 @given(t=st.integers(1, 70_000), m=st.integers(1, 24), heads=st.integers(1, 24), batch=st.integers(1, 8))
 def test_the_heuristic_gives_every_program_whole_tiles_and_every_share_some(t, m, heads, batch):
     padded = -(-t // TILE) * TILE
-    shape = Shape(batch, heads, (heads, 1), (heads, 1), (128, 64), 128, True, m, padded, padded)
+    shape = Shape(batch, heads, (heads, 1), (heads, 1), (128, 64), 128, True, m, padded, padded, t)
     config = Config.heuristic(shape, 132)
     tiles = padded // hopper.ROWS * m
     assert tiles % config.row_groups == 0

@@ -93,15 +93,15 @@ def test_it_is_for_hopper_alone():
     with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
         product(x, w, implementation="mosaic_gpu")
     assert list(api.PRODUCT) == list(api.SWIGLU) == ["mosaic_gpu", "reference"]
-    assert not mosaic_gpu.takes_rows(8, jnp.dtype("bfloat16"))
+    assert not api.has_kernel(8, jnp.dtype("bfloat16"))
 
 
 @newer_jax
 def test_few_rows_of_bfloat16_are_for_it(monkeypatch):
     monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
-    taken = [mosaic_gpu.takes_rows(rows, jnp.dtype("bfloat16")) for rows in (1, 2, 64, 65)]
+    taken = [api.has_kernel(rows, jnp.dtype("bfloat16")) for rows in (1, 2, 64, 65)]
     assert taken == [False, True, True, False]
-    assert not mosaic_gpu.takes_rows(8, jnp.dtype("float32"))
+    assert not api.has_kernel(8, jnp.dtype("float32"))
 
 
 # How it cuts the work

@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import mlra_jax.ops.decode
 from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops.decode import triton
 from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
@@ -75,6 +76,28 @@ def test_it_says_why_it_declines_a_device(on):
     assert reason(abstract_call(SMALL)).startswith("It does not know NVIDIA T4;")
 
 
+@pytest.fixture
+def installs(monkeypatch):
+    """Pretends that libraries of these versions are installed; what they hold is missing."""
+
+    def install(bridge, triton, jax_version):
+        kept, versions = importlib.metadata.version, {"jax-triton": bridge, "triton": triton}
+
+        def version(package):
+            if (found := versions.get(package, "")) is None:
+                raise importlib.metadata.PackageNotFoundError(package)
+            return found or kept(package)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        monkeypatch.setattr(jax, "__version_info__", jax_version)
+        monkeypatch.delitem(sys.modules, "mlra_jax.ops.decode.triton_kernels", raising=False)
+        monkeypatch.delattr(mlra_jax.ops.decode, "triton_kernels", raising=False)
+        monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
+        monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+
+    return install
+
+
 @pytest.mark.parametrize(
     ("bridge", "triton", "jax_version", "said"),
     [
@@ -97,23 +120,22 @@ def test_it_says_why_it_declines_a_device(on):
     ],
 )
 def test_libraries_that_do_not_fit_are_declined_with_versions_and_what_to_install(
-    on, monkeypatch, bridge, triton, jax_version, said
+    on, installs, bridge, triton, jax_version, said
 ):
     """Some pairs import and trace, and would fail when the program is compiled, after `xla` could have been taken."""
     on(A100)
-    kept, versions = importlib.metadata.version, {"jax-triton": bridge, "triton": triton}
-
-    def version(package):
-        if (found := versions.get(package, "")) is None:
-            raise importlib.metadata.PackageNotFoundError(package)
-        return found or kept(package)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(jax, "__version_info__", jax_version)
-    monkeypatch.delitem(sys.modules, "mlra_jax.ops.decode.triton_kernels", raising=False)
-    monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
-    monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
+    installs(bridge, triton, jax_version)
     assert re.search(said, reason(abstract_call(SMALL)))
+
+
+def test_a_cuda_plugin_that_does_not_fit_jaxlib_is_declined_with_both_versions(on, installs, monkeypatch):
+    on(A100)
+    installs("0.4.1", "3.7.0", (0, 11, 2))
+    kernels = "mlra_jax.ops.decode.triton_kernels"
+    monkeypatch.setitem(sys.modules, kernels, types.ModuleType(kernels))
+    monkeypatch.setitem(sys.modules, "jaxlib.gpu_triton", types.ModuleType("jaxlib.gpu_triton"))
+    said = reason(abstract_call(SMALL))
+    assert re.search("CUDA plugin, .* these are jaxlib .*: pip install --upgrade 'mlra_jax.cuda.'", said)
 
 
 def test_a_block_that_does_not_divide_the_page_is_declined(on):

@@ -273,8 +273,14 @@ def _import_kernels() -> Any:
         import jax_triton  # noqa: F401
 
         from mlra_jax.ops.decode import triton_kernels
-
-        return triton_kernels
+    try:
+        from jaxlib.gpu_triton import TritonKernel  # noqa: F401
+    except ImportError as e:
+        raise NotImplementedError(
+            "It needs JAX's CUDA plugin, of the version of jaxlib; these are "
+            f"{name('jaxlib', 'jax-cuda13-plugin')}: pip install --upgrade 'mlra_jax[cuda]'."
+        ) from e
+    return triton_kernels
 
 
 def _launch(
