@@ -123,7 +123,7 @@ def test_what_cannot_be_evaluated_is_named(paths, protocol, vocab_size, words, f
     with pytest.raises(DataError, match=words):
         open_parts(found, data, vocab_size, protocol)
     with pytest.raises(
-        ConfigError, match="protocol='papers' must be one of exact, paper. Did you mean paper"
+        ConfigError, match=r"protocol='papers' must be one of exact, paper\. Did you mean paper"
     ):
         open_parts(found, data, vocab_size, "papers")
 

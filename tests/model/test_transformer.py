@@ -100,8 +100,8 @@ ATTENTIONS = pytest.mark.parametrize(
 @ATTENTIONS
 def test_an_attention_by_itself_refuses_misspelt_choices(attention):
     config = dataclasses.replace(TINY, attention=attention)
-    cls = attention_class(config)
-    with pytest.raises(ConfigError, match="model.output_init='zero' must be one of zeros, normal"):
+    cls = attention.module()
+    with pytest.raises(ConfigError, match=r"model\.output_init='zero' must be one of zeros, normal"):
         cls(dataclasses.replace(config, output_init="zero"), rngs=nnx.Rngs(0))
     with pytest.raises(ConfigError, match="layout='decoding' must be one of train, decode"):
         cls(config, rngs=nnx.Rngs(0), layout="decoding")
@@ -195,7 +195,7 @@ def test_each_layout_refuses_what_the_other_runs():
         NotImplementedError, match="decode layout runs `decode`; build one with layout='train'"
     ):
         make("decode")(TOKENS)
-    with pytest.raises(ConfigError, match="logits='lst' must be one of all, last. Did you mean last"):
+    with pytest.raises(ConfigError, match=r"logits='lst' must be one of all, last\. Did you mean last"):
         make("decode").decode(TOKENS, cache, np.array([8, 8], np.int32), logits="lst")
 
 
