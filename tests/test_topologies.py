@@ -46,8 +46,14 @@ def train_config(name: str, n_devices: int):
     )
 
 
-@pytest.mark.parametrize("topology", TRAIN)
-@pytest.mark.parametrize("name", ["tiny", "mlra_4"])
+def on_each(topologies, always):
+    """`tiny` on each topology, and the paper's model on one, on the others only with the slow tests."""
+    slow = lambda topology: () if topology == always else pytest.mark.slow
+    paper = [pytest.param("mlra_4", topology, marks=slow(topology)) for topology in topologies]
+    return [*(("tiny", topology) for topology in topologies), *paper]
+
+
+@pytest.mark.parametrize(("name", "topology"), on_each(TRAIN, "v5p:2x2x1"))
 def test_train_step_compiles_and_fits(name, topology):
     config = train_config(name, TRAIN[topology])
     memory = Memory.of(compile_train_step(config, topology))
@@ -63,8 +69,7 @@ def test_train_step_compiles_and_fits(name, topology):
         assert 0.99 * state < memory.arguments < 1.1 * state
 
 
-@pytest.mark.parametrize("topology", DECODE)
-@pytest.mark.parametrize("name", ["tiny", "mlra_4"])
+@pytest.mark.parametrize(("name", "topology"), on_each(DECODE, "v5p:2x2x1"))
 def test_decode_step_compiles_and_fits(name, topology):
     config = dataclasses.replace(load_config(name).model, param_dtype="bfloat16", compute_dtype="bfloat16")
     batch, max_len = 8, 4096

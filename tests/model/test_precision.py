@@ -79,7 +79,7 @@ def plain_logits(config, params, tokens, dtype):
 
     def tensor_product_attention(p, x):
         def made(name, r, turn):
-            left, right = product(x, p[f"w_a{name}"]), apply_rope(product(x, p[f"w_b{name}"]))
+            left, right = product(x, p[f"w_a{name}"]), turn(product(x, p[f"w_b{name}"]))
             return jnp.einsum("btnr,btrh->btnh", left, right) * dtype(1 / r)
 
         return attend(

@@ -146,7 +146,16 @@ def test_what_the_kernels_do_not_take_is_declined_and_left_to_the_reference(
     assert why["append"]["reference"] is None
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5e:2x2",
+        *(
+            pytest.param(t, marks=pytest.mark.slow)
+            for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+        ),
+    ],
+)
 def test_the_decode_step_on_tpu_copies_no_cache(topology):
     mesh = topology_mesh(topology, MeshConfig(data=1, fsdp=1, tensor=4, context=-1))
     config = dataclasses.replace(load_config("mlra_4").model, n_layers=1)

@@ -232,7 +232,16 @@ def test_splash_names_why_it_declines(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        "v5e:2x2",
+        *(
+            pytest.param(t, marks=pytest.mark.slow)
+            for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+        ),
+    ],
+)
 def test_tpus_attend_with_splash_forward_and_backward(topology):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:4]
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
