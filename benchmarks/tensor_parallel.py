@@ -28,7 +28,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_la
 from benchmarks.decode_attention import RESULTS, Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
 from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.registry import attention_name
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
@@ -63,13 +63,17 @@ def case(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(str(e)) from None
 
 
+TINY = {
+    "latent": {"q_lora_rank": 32, "kv_lora_rank": 64, "d_nope": 16, "d_rope": 8},
+    "grouped": {"n_kv_heads": 8, "d_head": 16},
+}
+"""Sizes of an attention that a CPU can run."""
+
+
 def tiny(config: ModelConfig) -> ModelConfig:
     """A model of the same attention that a CPU can run."""
-    a: Any = config.attention
-    if isinstance(a, LatentAttentionConfig):
-        attention: Any = dataclasses.replace(a, q_lora_rank=32, kv_lora_rank=64, d_nope=16, d_rope=8)
-    else:
-        attention = GroupedAttentionConfig(n_kv_heads=8, d_head=16)
+    a = config.attention
+    attention = dataclasses.replace(cast(Any, a), **TINY[attention_name(type(a))])
     return dataclasses.replace(
         config,
         vocab_size=256,

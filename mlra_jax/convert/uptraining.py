@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.attention.registry import BUILT_IN, attention_name
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 
@@ -30,25 +31,12 @@ def split_config(config: ModelConfig, n_latent_heads: int, n_branches: int) -> M
     Raises:
       ConfigError: the attention is not latent, or its heads cannot be cut so.
     """
-    a = config.attention
-    if not isinstance(a, LatentAttentionConfig):
-        raise ConfigError(["Only latent attention (MLA, GLA, MLRA) has a latent that can be split."])
-    new = dataclasses.replace(a, n_latent_heads=n_latent_heads, n_branches=n_branches)
-    split = dataclasses.replace(config, attention=new)
+    if (name := attention_name(type(config.attention))) not in BUILT_IN:
+        raise ConfigError(
+            [f"How the parameters of {name}, an attention of your own, are split is not known."]
+        )
+    split = dataclasses.replace(config, attention=config.attention.split(n_latent_heads, n_branches))
     split.validate()
-    faults = []
-    if n_latent_heads % a.n_latent_heads or n_latent_heads == a.n_latent_heads:
-        faults.append(
-            f"n_latent_heads={n_latent_heads} must be twice, or another multiple of, the {a.n_latent_heads} of the "
-            "model; each is cut into equal pieces."
-        )
-    elif n_branches % a.n_branches or new.n_groups % a.n_groups:
-        faults.append(
-            f"n_branches={n_branches} must be a multiple of the {a.n_branches} that the model has, and "
-            f"n_latent_heads/n_branches={new.n_groups} of its {a.n_groups} groups of query heads."
-        )
-    if faults:
-        raise ConfigError(faults)
     return split
 
 
