@@ -64,6 +64,11 @@ class Attention(WithLayout):
         self.config, self.rules, self.layout, self.execution = config, rules, layout, execution
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         self.shards = HeadShards.of(config, rules)
+        self.build(rngs)
+
+    def build(self, rngs: nnx.Rngs) -> None:
+        """Makes the parameters of the layer's layout, `output` among them, and what follows from its sizes."""
+        raise NotImplementedError
 
     def _parameter(self, rngs: nnx.Rngs, shape: tuple[int, ...], names: Names) -> nnx.Param:
         """A parameter with the model's normal initialisation."""

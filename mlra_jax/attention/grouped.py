@@ -24,7 +24,6 @@ from mlra_jax.attention.output import Output
 from mlra_jax.config import (
     AttentionConfig,
     CacheArray,
-    ExecutionConfig,
     ModelConfig,
     NotNegative,
     Positive,
@@ -32,7 +31,6 @@ from mlra_jax.config import (
 )
 from mlra_jax.model.layers import (
     DecodeLeaves,
-    Layout,
     Relayout,
     RMSNorm,
     nested,
@@ -42,7 +40,7 @@ from mlra_jax.model.layers import (
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import grouped_decode_attention
 from mlra_jax.ops.rotary import rotate
-from mlra_jax.sharding import TRAIN_RULES, AxisRules
+from mlra_jax.sharding import AxisRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +116,8 @@ class GroupedAttention(Attention):
     decode.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        rules: AxisRules = TRAIN_RULES,
-        layout: Layout = "train",
-        execution: ExecutionConfig = ExecutionConfig(),
-    ):
-        super().__init__(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
+    def build(self, rngs: nnx.Rngs) -> None:
+        config, rules, layout = self.config, self.rules, self.layout
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
         d, n, h, rank = config.d_model, config.n_heads, a.d_head, a.q_lora_rank

@@ -28,7 +28,6 @@ from mlra_jax.config import (
     AttentionConfig,
     CacheArray,
     ConfigError,
-    ExecutionConfig,
     ModelConfig,
     NotNegative,
     Positive,
@@ -37,7 +36,6 @@ from mlra_jax.config import (
 from mlra_jax.model.layers import (
     DecodeLeaves,
     Initializer,
-    Layout,
     Relayout,
     RMSNorm,
     decode_product,
@@ -54,7 +52,7 @@ from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.remat import HEADS as HEADS_OUTPUT
 from mlra_jax.ops.remat import PRODUCT, QUERIES
 from mlra_jax.ops.rotary import rotary_tables, rotate
-from mlra_jax.sharding import TRAIN_RULES, AxisRules, Names
+from mlra_jax.sharding import AxisRules, Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,16 +209,8 @@ class LatentAttention(Attention):
     branch_parameters: ClassVar[tuple[str, ...]] = ()
     """Names of a variant's own parameters [J], made by `branch_parameter`: one number for each branch."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        rules: AxisRules = TRAIN_RULES,
-        layout: Layout = "train",
-        execution: ExecutionConfig = ExecutionConfig(),
-    ):
-        super().__init__(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
+    def build(self, rngs: nnx.Rngs) -> None:
+        config, rules, layout = self.config, self.rules, self.layout
         a = config.attention
         assert isinstance(a, LatentAttentionConfig)
         self.sizes = a

@@ -24,10 +24,9 @@ from mlra_jax.attention.base import HEADS, Attention
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, Positive, uneven
+from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, Positive, uneven
 from mlra_jax.model.layers import (
     DecodeLeaves,
-    Layout,
     Relayout,
     nested,
     parameter,
@@ -38,7 +37,7 @@ from mlra_jax.model.layers import (
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import factored_decode_attention
 from mlra_jax.ops.rotary import rotate
-from mlra_jax.sharding import TRAIN_RULES, AxisRules
+from mlra_jax.sharding import AxisRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +90,8 @@ class TensorProductAttention(Attention):
     w_aq [N, r, D], w_ak and w_av by KV-head shard as w_akv [2, U, r, D], and all of w_b* as w_b [sum of r, H, D].
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        rules: AxisRules = TRAIN_RULES,
-        layout: Layout = "train",
-        execution: ExecutionConfig = ExecutionConfig(),
-    ):
-        super().__init__(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
+    def build(self, rngs: nnx.Rngs) -> None:
+        config, rules, layout = self.config, self.rules, self.layout
         a = config.attention
         assert isinstance(a, TensorProductAttentionConfig)
         self.sizes = a

@@ -24,11 +24,11 @@ from mlra_jax.attention.grouped import attend_grouped
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import AttentionConfig, CacheArray, ExecutionConfig, ModelConfig, Positive, uneven
-from mlra_jax.model.layers import DecodeLeaves, Layout, Relayout, nested, product, rotary_frequencies
+from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, Positive, uneven
+from mlra_jax.model.layers import DecodeLeaves, Relayout, nested, product, rotary_frequencies
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.rotary import rotate
-from mlra_jax.sharding import TRAIN_RULES, AxisRules
+from mlra_jax.sharding import AxisRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +85,8 @@ class TiedAttention(Attention):
     w_kv by KV-head shard [U, H, D], and w_kr [R, D].
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        rngs: nnx.Rngs,
-        rules: AxisRules = TRAIN_RULES,
-        layout: Layout = "train",
-        execution: ExecutionConfig = ExecutionConfig(),
-    ):
-        super().__init__(config, rngs=rngs, rules=rules, layout=layout, execution=execution)
+    def build(self, rngs: nnx.Rngs) -> None:
+        config, rules, layout = self.config, self.rules, self.layout
         a = config.attention
         assert isinstance(a, TiedAttentionConfig)
         d, n, h = config.d_model, config.n_heads, a.d_head
