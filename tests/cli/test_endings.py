@@ -164,12 +164,18 @@ with exclusive({str(tmp_path / "lock")!r}, "It is used"):
 # Streams and signals, as a process of its own -------------------------------------------------------------------------
 
 
+def heed_interrupts():
+    """In a new process: what the shell of a background job, which the tests may be run in, has switched off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_command(body, encoding="", **options):
     """Runs a command with the body `body`, a line of Python."""
     code = f"import os, signal, sys, time\nfrom mlra_jax.cli import command\n@command\ndef main(argv):\n {body}\nmain()"
     return subprocess.run(
         [sys.executable, "-c", code],
         stderr=subprocess.PIPE,
+        preexec_fn=heed_interrupts,
         text=True,
         timeout=60,
         env=os.environ | {"PYTHONUNBUFFERED": "", "PYTHONIOENCODING": encoding},
@@ -227,7 +233,13 @@ sys.meta_path.insert(0, Interrupting())
 sys.argv = ["decode.py", "--help"]
 exec(open("decode.py").read())
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=repository)
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        preexec_fn=heed_interrupts,
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "interrupted\n")
 
 
