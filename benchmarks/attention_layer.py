@@ -274,10 +274,8 @@ class Layers:
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
                 raise ConfigError(
-                    [
-                        f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
-                        f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
-                    ]
+                    f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
+                    f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
                 )
         *_, x = self._abstract
         with jax.set_mesh(self.mesh):

@@ -291,7 +291,7 @@ def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
             return results
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError([f"{path} holds no results of this command; move it, or give another --out."])
+    raise ConfigError(f"{path} holds no results of this command; move it, or give another --out.")
 
 
 def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:

@@ -86,11 +86,11 @@ def read_prompts(file: str) -> list[str]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError([f"{file}, line {number} is not JSON: {error}."]) from error
+            raise ConfigError(f"{file}, line {number} is not JSON: {error}.") from error
         prompt = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(prompt, str):
             raise ConfigError(
-                [f"{file}, line {number} is neither a string nor an object with the field prompt."]
+                f"{file}, line {number} is neither a string nor an object with the field prompt."
             )
         prompts.append(prompt)
     return prompts
@@ -103,7 +103,7 @@ def _standard_input() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise ConfigError(
-            [f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."]
+            f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."
         ) from error
 
 
@@ -111,13 +111,13 @@ def _prompts(args: DecodeArgs) -> list[str]:
     prompts = list(args.prompt)
     if args.prompts_file == "-" and jax.process_count() > 1:
         raise ConfigError(
-            ["Standard input reaches only one of several processes; give each of them --prompts-file FILE."]
+            "Standard input reaches only one of several processes; give each of them --prompts-file FILE."
         )
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file)
     if not prompts:
         raise ConfigError(
-            ["There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."]
+            "There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."
         )
     return prompts
 

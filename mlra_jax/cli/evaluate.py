@@ -23,6 +23,7 @@ from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.generation.generator import Generator
+from mlra_jax.markdown import padded
 from mlra_jax.sharding import check_decode_layout
 from mlra_jax.storage import write_whole
 
@@ -76,7 +77,7 @@ def _harness() -> Any:
         from mlra_jax.evaluation import harness
     except ImportError as error:
         raise ConfigError(
-            [f"--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]' ({error})."]
+            f"--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]' ({error})."
         ) from error
     return harness
 
@@ -95,10 +96,8 @@ def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
         _say(f"note: no bits per byte, for the tokenizer {name}: {reason}.")
     elif len(lengths) > config.model.vocab_size:
         raise ConfigError(
-            [
-                f"The tokenizer {name} has {len(lengths)} ids, the model's vocabulary {config.model.vocab_size}; name "
-                "the tokenizer that the model was trained with."
-            ]
+            f"The tokenizer {name} has {len(lengths)} ids, the model's vocabulary {config.model.vocab_size}; name "
+            "the tokenizer that the model was trained with."
         )
     return lengths
 
@@ -108,40 +107,19 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def table(rows: Sequence[Sequence[str]], n_texts: int = 1) -> str:
-    """Rows of cells, the first one the header, as Markdown; the columns after the first `n_texts` end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pad = lambda i, cell: cell.ljust(widths[i]) if i < n_texts else cell.rjust(widths[i])
-    lines = ["| " + " | ".join(pad(i, cell) for i, cell in enumerate(row)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < n_texts else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def perplexity_table(results: Sequence[Perplexity]) -> str:
+def perplexity_table(results: Sequence[Perplexity]) -> list[str]:
     """A line for each shard, and one for their plain mean."""
     number = lambda value, digits=4: "" if value is None else f"{value:.{digits}f}"
-    rows = [("shard", "tokens", "nats/token", "perplexity", "bits/byte")]
-    for r in results:
-        rows.append(
-            (
-                r.name,
-                f"{r.tokens:,}",
-                number(r.nats_per_token),
-                number(r.perplexity, 3),
-                number(r.bits_per_byte),
-            )
-        )
+    shown = lambda r: (number(r["nats_per_token"]), number(r["perplexity"], 3), number(r["bits_per_byte"]))
+    rows = [(r.name, f"{r.tokens:,}", *shown(r.as_dict())) for r in results]
     if len(results) > 1:
-        m = mean(results)
-        rows.append(
-            ("mean", "", number(m["nats_per_token"]), number(m["perplexity"], 3), number(m["bits_per_byte"]))
-        )
-    return table(rows)
+        rows.append(("mean", "", *shown(mean(results))))
+    return padded(("shard", "tokens", "nats/token", "perplexity", "bits/byte"), rows, "lr")
 
 
-def task_table(results: dict[str, dict[str, float]], average: float | None) -> str:
+def task_table(results: dict[str, dict[str, float]], average: float | None) -> list[str]:
     """A line for each metric of each task, and the paper's average if there is one."""
-    rows = [("task", "metric", "value", "standard error")]
+    rows = []
     for task, metrics in results.items():
         for name, value in metrics.items():
             if not name.endswith("_stderr") and name != "sample_len":  # the number of documents
@@ -149,7 +127,7 @@ def task_table(results: dict[str, dict[str, float]], average: float | None) -> s
                 rows.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
     if average is not None:
         rows.append(("the paper's average", "%", f"{average:.2f}", ""))
-    return table(rows, n_texts=2)
+    return padded(("task", "metric", "value", "standard error"), rows, "llr")
 
 
 @command
@@ -169,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     config = plan.config
     out = Path(args.json).expanduser()
     if args.json and (out.is_dir() or not out.parent.is_dir()):
-        raise ConfigError([f"--json {args.json} must be a file in a folder that exists."])
+        raise ConfigError(f"--json {args.json} must be a file in a folder that exists.")
     parts: list[Part] = []
     byte_lengths = None
     if args.data or not names:
@@ -195,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
         results = list(evaluate(model, parts, byte_lengths, progress=first))
         report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
         if first:
-            print(perplexity_table(results), flush=True)
+            print(*perplexity_table(results), sep="\n", flush=True)
     if tasks is not None:
         make_generator = lambda: Generator.from_checkpoint(
             plan.checkpoint, mesh=plan.sizes, tokenizer=args.tokenizer
@@ -207,7 +185,7 @@ def main(argv: Sequence[str]) -> int:
         if average is not None:
             report["paper_average"] = average
         if first:
-            print(task_table(scores, average), flush=True)
+            print(*task_table(scores, average), sep="\n", flush=True)
     if args.json and first:
         write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0

@@ -90,17 +90,15 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     """
     model_type = model_type or config.get("model_type")
     if not model_type:
-        raise ConfigError(["The configuration has no model_type; name it, such as mlra_4."])
+        raise ConfigError("The configuration has no model_type; name it, such as mlra_4.")
     base = re.sub("_(gated|no_scale|normal_initialization)$", "", model_type)
     scale = not model_type.endswith("_no_scale")
     gated = model_type.endswith("_gated")
     if base not in (_ATTENTION_FIELDS if scale else _LATENT) or (gated and base in _NEVER_GATED):
         raise ConfigError(
-            [
-                f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
-                f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
-                "_normal_initialization behind it."
-            ]
+            f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
+            f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
+            "_normal_initialization behind it."
         )
     group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa and gta must say
     given = {"group_size": group_size[base], **config} if base in group_size else dict(config)

@@ -32,9 +32,7 @@ def split_config(config: ModelConfig, n_latent_heads: int, n_branches: int) -> M
       ConfigError: the attention is not latent, or its heads cannot be cut so.
     """
     if (name := attention_name(type(config.attention))) not in BUILT_IN:
-        raise ConfigError(
-            [f"How the parameters of {name}, an attention of your own, are split is not known."]
-        )
+        raise ConfigError(f"How the parameters of {name}, an attention of your own, are split is not known.")
     split = dataclasses.replace(config, attention=config.attention.split(n_latent_heads, n_branches))
     split.validate()
     return split

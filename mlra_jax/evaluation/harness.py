@@ -195,10 +195,8 @@ def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> 
     max_new_tokens = next((int(n) for n in lengths if n is not None), min(MAX_NEW_TOKENS, max_len // 2))
     if max_new_tokens >= max_len:
         raise ConfigError(
-            [
-                f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
-                "--seq-len."
-            ]
+            f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
+            "--seq-len."
         )
     until = asked.get("until") or ()
     temperature = float(asked.get("temperature") or 0)

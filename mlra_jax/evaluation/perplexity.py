@@ -127,7 +127,7 @@ def open_parts(
             windows.read([first])  # a vocabulary that does not fit shows before anything is compiled
             parts.append(Part(name, EvalBatches(windows, count, first)))
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     return parts
 
 
