@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import zlib
@@ -711,8 +710,3 @@ def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str
         return LazyStack(tuple(map(layer, range(x.shape[0]))))
 
     return jax.tree_util.tree_map_with_path(lazy, stored)
-
-
-def state_bytes(abstract: Any) -> int:
-    """Bytes of all arrays of a tree, over all devices, each counted once."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

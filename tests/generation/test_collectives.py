@@ -75,10 +75,11 @@ def test_one_device_exchanges_nothing(config_of):
 
 def test_on_a_tpu_the_exchanges_are_the_same_in_bfloat16():
     pytest.importorskip("libtpu")
-    from mlra_jax.execution.topologies import compile_decode_step
+    from mlra_jax.execution.topologies import topology_mesh
 
     config = ModelConfig(n_layers=1)
-    program = compile_decode_step(config, "v5e:2x2", MeshConfig(1, 1, 4, 1), batch=64, max_len=4096)
+    mesh = topology_mesh("v5e:2x2", MeshConfig(1, 1, 4, 1))
+    program = compile_step(config, decode_rules(), mesh, batch=64, max_len=4096)
     assert {" | ".join(c.cells) for c in executed_collectives(program.as_text())} == {
         "all-reduce | 4 | f32[64,1,3072]",
         "all-reduce | 4 | bf16[64,1,3072]",
