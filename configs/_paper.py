@@ -5,9 +5,9 @@ order in which the official code's eight processes read it. `mlra-prepare` write
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -55,30 +55,36 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
     )
 
 
-def _changed(base: TrainConfig, suffix: str, **changes: Any) -> TrainConfig:
-    """The run `base` with these fields of its model changed, named after it."""
-    return dataclasses.replace(
-        base, name=f"{base.name}_{suffix}", model=dataclasses.replace(base.model, **changes)
-    )
+GetConfig = Callable[[], TrainConfig]
 
 
-def gated(base: TrainConfig) -> TrainConfig:
+def _changed(base: GetConfig, suffix: str, change: Callable[[ModelConfig], dict[str, Any]]) -> GetConfig:
+    """The run `base` with some fields of its model changed, named after it."""
+
+    def get_config() -> TrainConfig:
+        config = base()
+        model = dataclasses.replace(config.model, **change(config.model))
+        return dataclasses.replace(config, name=f"{config.name}_{suffix}", model=model)
+
+    return get_config
+
+
+def gated(base: GetConfig) -> GetConfig:
     """With a sigmoid gate on the heads' output; the MLP gives up 1024 of its width for the gate's parameters."""
-    return _changed(base, "gated", gated_attention=True, d_ff=base.model.d_ff - 1024)
+    return _changed(base, "gated", lambda m: {"gated_attention": True, "d_ff": m.d_ff - 1024})
 
 
-def no_scale(base: TrainConfig) -> TrainConfig:
+def no_scale(base: GetConfig) -> GetConfig:
     """Without the scales of latent attention: the paper's ablation of them."""
-    assert isinstance(base.model.attention, LatentAttentionConfig)
-    attention = dataclasses.replace(base.model.attention, scale_latents=False)
-    return _changed(base, "no_scale", attention=attention)
+    unscaled = lambda a: dataclasses.replace(a, scale_latents=False)
+    return _changed(base, "no_scale", lambda m: {"attention": unscaled(m.attention)})
 
 
-def double_heads(base: TrainConfig, *, d_ff: int) -> TrainConfig:
+def double_heads(base: GetConfig, *, d_ff: int) -> GetConfig:
     """With twice the query heads, and the same latent or KV heads; `d_ff` keeps the number of parameters."""
-    return _changed(base, "double_heads", n_heads=2 * base.model.n_heads, d_ff=d_ff)
+    return _changed(base, "double_heads", lambda m: {"n_heads": 2 * m.n_heads, "d_ff": d_ff})
 
 
-def normal_initialization(base: TrainConfig) -> TrainConfig:
+def normal_initialization(base: GetConfig) -> GetConfig:
     """With output projections that start from N(0, 0.02) in place of zero: the paper's ablation of that."""
-    return _changed(base, "normal_initialization", output_init="normal")
+    return _changed(base, "normal_initialization", lambda m: {"output_init": "normal"})
