@@ -8,26 +8,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from mlra_jax.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+import mlra_jax as mlra
 
 
-def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainConfig:
+def paper_config(name: str, *, attention: mlra.AttentionConfig, d_ff: int) -> mlra.TrainConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
-    return TrainConfig(
+    return mlra.TrainConfig(
         name=name,
-        model=ModelConfig(
+        model=mlra.ModelConfig(
             vocab_size=50304, n_layers=24, d_model=3072, n_heads=24, d_ff=d_ff, attention=attention
         ),
-        data=DataConfig(
+        data=mlra.DataConfig(
             path="data/fineweb_edu",
             tokenizer="gpt2",
             seq_len=2048,
@@ -36,7 +27,7 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
             order="official",
             official_ranks=8,
         ),
-        optim=OptimConfig(
+        optim=mlra.OptimConfig(
             lr=1.6e-4,
             min_lr=1.6e-5,
             warmup_steps=2000,
@@ -47,21 +38,21 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=5000),
-        log=LogConfig(every=10, eval_every=1000, eval_sequences=200),
+        mesh=mlra.MeshConfig(data=1, fsdp=-1),
+        checkpoint=mlra.CheckpointConfig(every=1000, keep=2, keep_every=5000),
+        log=mlra.LogConfig(every=10, eval_every=1000, eval_sequences=200),
         steps=100_001,
         seed=5000,
     )
 
 
-GetConfig = Callable[[], TrainConfig]
+GetConfig = Callable[[], mlra.TrainConfig]
 
 
-def _changed(base: GetConfig, suffix: str, change: Callable[[ModelConfig], dict[str, Any]]) -> GetConfig:
+def _changed(base: GetConfig, suffix: str, change: Callable[[mlra.ModelConfig], dict[str, Any]]) -> GetConfig:
     """The run `base` with some fields of its model changed, named after it."""
 
-    def get_config() -> TrainConfig:
+    def get_config() -> mlra.TrainConfig:
         config = base()
         model = dataclasses.replace(config.model, **change(config.model))
         return dataclasses.replace(config, name=f"{config.name}_{suffix}", model=model)

@@ -8,16 +8,15 @@ Wall time   not run
 Result      perplexity 9.346 on FineWeb-Edu, 13.972 mean of seven corpora; 57.80 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.tied import TiedAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     return paper_config(
         "gta",
-        attention=TiedAttentionConfig(
+        attention=mlra.TiedAttentionConfig(
             n_tied_heads=6,
             d_head=128,
         ),

@@ -8,16 +8,15 @@ Wall time   not run
 Result      perplexity 9.506 on FineWeb-Edu, 14.315 mean of seven corpora; 58.53 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     return paper_config(
         "mfa",
-        attention=GroupedAttentionConfig(
+        attention=mlra.GroupedAttentionConfig(
             n_kv_heads=1,
             d_head=256,
             q_lora_rank=2048,

@@ -8,16 +8,15 @@ Wall time   not run
 Result      perplexity 9.434 on FineWeb-Edu, 13.860 mean of seven corpora; 57.81 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     return paper_config(
         "mha",
-        attention=GroupedAttentionConfig(
+        attention=mlra.GroupedAttentionConfig(
             n_kv_heads=24,
             d_head=128,
         ),

@@ -8,16 +8,15 @@ Wall time   not run
 Result      perplexity 9.193 on FineWeb-Edu, 13.672 mean of seven corpora; 58.84 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     return paper_config(
         "mlra_4",
-        attention=LatentAttentionConfig(
+        attention=mlra.LatentAttentionConfig(
             n_latent_heads=4,
             n_branches=4,
             q_lora_rank=1024,

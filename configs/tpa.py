@@ -8,16 +8,15 @@ Wall time   not run
 Result      perplexity 9.333 on FineWeb-Edu, 13.985 mean of seven corpora; 57.87 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     return paper_config(
         "tpa",
-        attention=TensorProductAttentionConfig(
+        attention=mlra.TensorProductAttentionConfig(
             rank=2,
             q_rank=6,
             d_head=128,
