@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import mlra_jax as mlra
 
@@ -18,15 +18,12 @@ EVALUATIONS = 6
 """Times that the held-out loss is measured in a run, evenly spread; the last one is what is reported."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What one of the models does not share with the others."""
+class Variant(NamedTuple):
+    """What a model does not share with the others: `d_ff` makes its parameters as many as theirs."""
 
     label: str
-    """As tables name it."""
     attention: mlra.AttentionConfig
     d_ff: int
-    """F: what makes its parameters as many as the others'."""
 
 
 def _latent(n_latent_heads: int, n_branches: int, q_lora_rank: int = 192) -> mlra.LatentAttentionConfig:

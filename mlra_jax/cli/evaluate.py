@@ -141,10 +141,10 @@ def main(argv: Sequence[str]) -> int:
 
     # Everything that can be refused is refused here, before parameters are read.
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    plan = plan_evaluation(
+    model = plan_evaluation(
         args.checkpoint, args.mesh, seq_len=args.seq_len, batch_size=args.batch_size, step=args.step
     )
-    config = plan.config
+    config = model.config
     out = Path(args.json).expanduser()
     if args.json and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--json {args.json} must be a file in a folder that exists.")
@@ -161,14 +161,13 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = get_tokenizer(args.tokenizer or config.data.tokenizer)
         tasks = harness.load_tasks(names, args.task_folder)
         if tasks.generates:
-            check_decode_layout(config.model, plan.sizes)
+            check_decode_layout(config.model, MeshConfig(**model.mesh.shape))
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
 
-    model = plan.load()
     first = jax.process_index() == 0
-    report: dict[str, Any] = _describe(args, plan.checkpoint, model)
+    report: dict[str, Any] = _describe(args, model)
     if parts:
         results = list(evaluate(model, parts, byte_lengths, progress=first))
         report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
@@ -176,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
             print(*perplexity_table(results), sep="\n", flush=True)
     if tasks is not None:
         make_generator = lambda: Generator.from_checkpoint(
-            plan.checkpoint, mesh=plan.sizes, tokenizer=args.tokenizer
+            model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
         )
         adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
         scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
@@ -191,10 +190,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _describe(args: EvaluateArgs, checkpoint: str, model: Evaluated) -> dict[str, Any]:
+def _describe(args: EvaluateArgs, model: Evaluated) -> dict[str, Any]:
     """What was measured, and how."""
     return {
-        "checkpoint": checkpoint,
+        "checkpoint": model.checkpoint,
         "name": model.config.name,
         "protocol": args.protocol,
         "seq_len": model.seq_len,
