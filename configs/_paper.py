@@ -10,10 +10,12 @@ from typing import Any
 
 import mlra_jax as mlra
 
+GetConfig = Callable[[], mlra.TrainConfig]
 
-def paper_config(name: str, *, attention: mlra.AttentionConfig, d_ff: int) -> mlra.TrainConfig:
+
+def paper_config(name: str, *, attention: mlra.AttentionConfig, d_ff: int) -> GetConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
-    return mlra.TrainConfig(
+    return lambda: mlra.TrainConfig(
         name=name,
         model=mlra.ModelConfig(
             vocab_size=50304, n_layers=24, d_model=3072, n_heads=24, d_ff=d_ff, attention=attention
@@ -46,7 +48,16 @@ def paper_config(name: str, *, attention: mlra.AttentionConfig, d_ff: int) -> ml
     )
 
 
-GetConfig = Callable[[], mlra.TrainConfig]
+def latent(n_latent_heads: int, *, n_branches: int, q_lora_rank: int) -> mlra.LatentAttentionConfig:
+    """Latent attention as the paper has it: latents 512 wide in all, heads of 128, and 64 that rotate."""
+    return mlra.LatentAttentionConfig(
+        n_latent_heads, n_branches, q_lora_rank=q_lora_rank, kv_lora_rank=512, d_nope=128, d_rope=64
+    )
+
+
+def grouped(n_kv_heads: int, *, d_head: int = 128, q_lora_rank: int = 0) -> mlra.GroupedAttentionConfig:
+    """Attention with key-value heads."""
+    return mlra.GroupedAttentionConfig(n_kv_heads, d_head, q_lora_rank=q_lora_rank)
 
 
 def _changed(base: GetConfig, suffix: str, change: Callable[[mlra.ModelConfig], dict[str, Any]]) -> GetConfig:
