@@ -52,15 +52,8 @@ def model_config(variant: str, size: str = "paper") -> ModelConfig:
     attention: AttentionConfig = GroupedAttentionConfig(n_kv_heads=8, d_head=128)
     if variant in HEADS:
         attention = LatentAttentionConfig(*HEADS[variant], q_lora_rank=1536, kv_lora_rank=512)
-    config = ModelConfig(
-        n_layers=1,
-        d_model=7168,
-        n_heads=128,
-        d_ff=18432,
-        vocab_size=129280,
-        attention=attention,
-        param_dtype="bfloat16",
-    )
+    sizes = {"n_layers": 1, "d_model": 7168, "n_heads": 128, "d_ff": 18432, "vocab_size": 129280}
+    config = ModelConfig(**sizes, attention=attention, param_dtype="bfloat16")
     return config if size == "paper" else tiny(config)
 
 

@@ -40,19 +40,22 @@ FREE = re.compile(r"\.execution\.|\.model\.(remat|unroll_layers|gather)$|\.atten
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All that the runs have in common."""
+    """All that the runs have in common.
+
+    Attributes:
+      out: folder of `RESULTS`.
+      work: folder of the runs: checkpoints and metrics.
+      eval_sequences: held-out sequences in an evaluation; 0: all.
+    """
 
     data: Data
     steps: int
     lr: float
     seeds: tuple[int, ...]
     out: Path
-    """Folder of `RESULTS`."""
     work: Path
-    """Folder of the runs: checkpoints and metrics."""
     layers: int = LAYERS
     eval_sequences: int = 0
-    """Held-out sequences in an evaluation; 0: all."""
 
     @classmethod
     def plan(cls, data: Data, *, tokens: float = 0, **rest: Any) -> Study:

@@ -34,22 +34,25 @@ HEADROOM = 0.96
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One way to run a train step, with its estimated memory and time on each device."""
+    """One way to run a train step, with its estimated memory and time on each device.
+
+    Attributes:
+      remat: what layers keep (`ExecutionConfig.remat`).
+      micro_batch: sequences that a data-parallel device processes at a time.
+      accumulation: micro-batches in a step.
+      gather: when weights that fsdp splits are gathered (`ExecutionConfig.gather`).
+      memory: bytes on a device, by what they hold.
+      capacity: bytes that the device has; None: unknown.
+      costs: FLOPs and bytes of a step.
+    """
 
     remat: Remat
-    """What layers keep (`ExecutionConfig.remat`)."""
     micro_batch: int
-    """Sequences that a data-parallel device processes at a time."""
     accumulation: int
-    """Micro-batches in a step."""
     gather: Gather
-    """When weights that fsdp splits are gathered (`ExecutionConfig.gather`)."""
     memory: dict[str, int]
-    """Bytes of a device by what they hold."""
     capacity: int | None
-    """Bytes that the device has; None: unknown."""
     costs: Costs
-    """FLOPs and bytes of a step."""
 
     @property
     def total(self) -> int:
