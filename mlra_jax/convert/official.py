@@ -1,8 +1,8 @@
-"""The names and shapes of the paper's PyTorch models, and which part of which of our parameters each tensor is.
+"""Names and shapes of the paper's PyTorch models, and how their tensors correspond to parameters.
 
 The correspondence is a table of `Part`s. A part pairs a view of an official tensor with a view of a parameter: the same
-numbers, with the same axes. Copying from one view to the other converts in one direction, copying back in the other, so
-nothing can be converted one way and not the other.
+numbers, with the same axes. Copying from one view to the other converts in either direction, so that whatever can be
+imported can be exported.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class ConvertError(UserError):
 class Part:
     """A view of an official tensor that equals a view of one of our parameters.
 
-    Views are written as axes: `(N E) A` is an array of two axes, the first of which is cut into N times E; in
-    `(L C | R) D` the first L*C rows are cut into L times C, and the last R are by themselves. `pick` chooses an index
-    along an axis of either side, and under `|` which of the pieces.
+    Views are written as axes: `(N E) A` is an array of two axes, the first of which is split into N times E; in
+    `(L C | R) D` the first L*C rows are split into L times C, and the last R stand alone. `pick` chooses an index
+    along an axis of either side and, under `|`, one of the pieces.
     """
 
     name: str  # official, without "transformer.h.{layer}." where the tensor belongs to a layer
@@ -280,8 +280,8 @@ def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[
     """The official fields of a model, with its `model_type`.
 
     Args:
-      config: of the model.
-      block_size: tokens in the longest training sequence.
+      config: the model.
+      block_size: length of the training sequences, in tokens.
 
     Raises:
       ConfigError: no official model is like this one; all reasons are listed.
@@ -332,7 +332,7 @@ _LETTERS = {
     "r": ("rank",),
     "rq": ("q_rank",),
 }
-"""Axes of an attention, and what its configuration calls them."""
+"""Axes of an attention, and the fields of its configuration that give their sizes."""
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
@@ -344,7 +344,7 @@ def _sizes(config: ModelConfig) -> dict[str, int]:
 
 
 def _axes(axes: str) -> list[list[list[str]]]:
-    """`(L C | R) D` as [[[L, C], [R]], [[D]]]: for each axis of the array its pieces, each a product of axes."""
+    """Parses `(L C | R) D` as [[[L, C], [R]], [[D]]]: the pieces of each array axis, each a product of axes."""
     tokens = re.findall(r"\([^)]*\)|\S+", axes)
     return [[piece.split() for piece in token.strip("()").split("|")] for token in tokens]
 
@@ -354,7 +354,7 @@ def _shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _view(x: np.ndarray, part: Part, axes: str, sizes: Mapping[str, int]) -> tuple[np.ndarray, list[str]]:
-    """The view of `x` that `axes` and the part's picks describe, and the names of its axes."""
+    """Returns the view of `x` that `axes` and the part's picks describe, and the names of its axes."""
     cut, names = [], []
     for pieces in _axes(axes):
         ends = [0, *np.cumsum([math.prod(sizes[a] for a in piece) for piece in pieces])]
@@ -369,7 +369,7 @@ def _view(x: np.ndarray, part: Part, axes: str, sizes: Mapping[str, int]) -> tup
 def _views(
     official: np.ndarray, ours: np.ndarray, part: Part, sizes: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Views of both sides of a part with the same axes in the same order."""
+    """Returns views of both sides of a part with the same axes in the same order."""
     theirs_view, theirs_axes = _view(official, part, part.theirs, sizes)
     ours_view, ours_axes = _view(ours, part, part.ours, sizes)
     return theirs_view.transpose([theirs_axes.index(a) for a in ours_axes]), ours_view
@@ -377,19 +377,19 @@ def _views(
 
 @dataclasses.dataclass(frozen=True)
 class _Official:
-    """An official tensor of a certain model."""
+    """An official tensor of a model."""
 
     shape: tuple[int, ...]
     layer: int | None
     parts: tuple[Part, ...]
 
     def of(self, array: Any) -> Any:
-        """What this tensor is made of, in one of our parameters."""
+        """The part of one of our parameters that this tensor comes from."""
         return array if self.layer is None else array[self.layer]
 
 
 def _official_tensors(config: ModelConfig) -> dict[str, _Official]:
-    """The official tensors of a model by name."""
+    """The official tensors of a model, by name."""
     sizes = _sizes(config)
     by_name: dict[str, list[Part]] = {}
     for part in _parts(config):
@@ -428,10 +428,10 @@ _TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def lazy_params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """Our parameters of an official model, none made yet; those of the layers as `LazyStack`s.
+    """Converts official tensors to lazy parameters; those of layers are `LazyStack`s.
 
-    Making a parameter, or one layer of it, reads the tensors that it comes from, one at a time (a tensor that is parts
-    of two parameters is read for each). Only the output matrix, if there is one, is read here, to compare it.
+    Reading a parameter, or one layer of it, reads the tensors that it comes from, one at a time (a tensor that is part
+    of two parameters is read for each). Only an output matrix is read at once, to compare it with the embedding.
 
     Args:
       tensors: see `params_from_official`.
@@ -474,19 +474,19 @@ def lazy_params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """Of the values, so that two tensors can be compared with one in memory."""
+    """Digest of the values, to compare two tensors with one in memory at a time."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(tensor)).view(np.uint8).data).digest()
 
 
 def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """Our parameters of an official model.
+    """Converts official tensors to parameters.
 
-    Tensors are read one at a time, so no more than one is in memory beside the parameters.
+    Tensors are read one at a time, so that only one is in memory beside the parameters.
 
     Args:
       tensors: arrays or `LazyTensor`s by official name. `lm_head.weight` may be among them if it equals the token
-        matrix, to which it is tied.
-      config: of the model; parameters are converted to its `param_dtype`.
+        embedding, to which it is tied.
+      config: the model; parameters are converted to its `param_dtype`.
 
     Returns:
       Nested dictionary of NumPy arrays, in the training layout.
@@ -501,16 +501,16 @@ def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> 
 def official_from_params(
     params: Mapping[str, Any], config: ModelConfig, *, with_head: bool = False
 ) -> dict[str, LazyTensor]:
-    """The official tensors of a model of ours, by name, in the type of the parameters.
+    """Converts parameters to official tensors, by name, in the parameters' dtype.
 
-    Each is made when `np.asarray` asks for it, so a big model need not be in memory twice. They come parameter by
-    parameter, so that of lazy parameters no more than two are needed at a time.
+    Each is made when `np.asarray` asks for it, so that a large model is not in memory twice. They are ordered by
+    parameter, so that at most two lazy parameters are needed at a time.
 
     Args:
       params: nested dictionary, in the training layout, of arrays, `LazyTensor`s or `LazyStack`s; gradients have the
         same names and shapes.
-      config: of the model.
-      with_head: list the token matrix a second time as `lm_head.weight`, as the official checkpoints do.
+      config: the model.
+      with_head: list the token embedding a second time as `lm_head.weight`, as the official checkpoints do.
 
     Raises:
       ConvertError: parameters are missing, unknown or of another shape; all are listed.

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that decodes on a mesh: its parameters are read straight into their places there."""
+"""Loads a checkpoint onto a mesh, reading each parameter straight into its place."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
 
 
 MORE_BYTES = 32e6
-"""Of W_qb and W_o that a GPU may read more in each layer to spare two exchanges: on two H100s those took some 20 us."""
+"""Extra bytes of W_qb and W_o per layer that a GPU may read to save two collectives, which took 20 us on two H100s."""
 
 
 def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform: str) -> bool:
@@ -114,13 +114,13 @@ class Loaded:
     """A checkpoint's model, and what belongs to it."""
 
     config: TrainConfig
-    """Of the run that wrote the checkpoint."""
+    """Configuration of the run that wrote the checkpoint."""
     tokenizer: Tokenizer
-    """Of the model."""
+    """The model's tokenizer."""
     mesh: Mesh
-    """With explicit axes; the model is laid out over it."""
+    """Mesh of the model, with explicit axes."""
     model: Transformer
-    """In the layout that was asked for."""
+    """The model, in the requested layout."""
 
 
 def load_model(
