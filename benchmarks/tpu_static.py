@@ -53,7 +53,7 @@ class Chip:
     gigahertz: float
     """Assumed: Google does not publish clocks. They follow from peak FLOPs and the number and size of matrix units."""
     terabytes_per_second: float
-    """HBM bandwidth from Google Cloud's system architecture pages; half a chip's for v4 and TPU7x, which is one device."""
+    """HBM bandwidth, from Google Cloud. For v4 and TPU7x that of half a chip, which is one device."""
 
 
 CHIPS = {
