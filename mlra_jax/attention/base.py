@@ -7,6 +7,7 @@ family says nothing special about, it inherits.
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Self
 
 import jax
@@ -92,7 +93,13 @@ class Attention(WithLayout):
         raise NotImplementedError
 
     def decode(
-        self, x_BTD: jax.Array, cache: LayerCache, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        reduce: bool = True,
     ) -> tuple[jax.Array, LayerCache]:
         """Appends T tokens of each row to the cache and attends over it, in the decode layout.
 
@@ -101,6 +108,8 @@ class Attention(WithLayout):
           cache: of this layer (`init_cache`); donate it to the compiled function.
           start_B: tokens already in the cache, so the position of the first new one.
           n_new_B: new tokens of each row, 0 to T. What the others give is meaningless and is not cached.
+          reduce: whether what the devices that split the KV heads give is summed; else the result is each one's part,
+            [P, B, T, D] in float32.
 
         Returns:
           [B, T, D] in the compute type, and the cache with the new tokens.
@@ -113,9 +122,13 @@ class Attention(WithLayout):
         cache = cache.append(new, start_B, n_new_B)
         q_names: list[Names] = [("batch", None, shards.query_axis, None)] * len(queries)
         in_names = (cache.specs(), rows, rows, q_names, *self.output.shard_input_names(shards))
-        attend = self.rules.shard_map(self._attend_cached, in_names, self.output.shard_output_names(shards))
+        attend = self.rules.shard_map(
+            functools.partial(self._attend_cached, reduce=reduce),
+            in_names,
+            self.output.shard_output_names(shards, reduce),
+        )
         summed = attend(cache, start_B, n_new_B, queries, *self.output.shard_inputs(x_BTD, shards))
-        return self.output.finish(x_BTD, summed, shards), cache
+        return self.output.finish(x_BTD, summed, shards, reduce), cache
 
     def _attend_cached(
         self,
@@ -125,6 +138,8 @@ class Attention(WithLayout):
         queries: list[jax.Array],
         gate_BTNH: jax.Array | None,
         w_o_DNH: jax.Array | None,
+        *,
+        reduce: bool,
     ) -> jax.Array:
         """On each device: attends over the own KV-head shards, and sums over devices."""
         with jax.named_scope("attend"):
@@ -132,7 +147,7 @@ class Attention(WithLayout):
             queries = [self.shards.gather(q_BTNE, cache.n_shards) for q_BTNE in queries]
             out, lse = self._attend_shards(cache, visible_BT, queries)
             y_BTUMH = cache.merge(out, lse)
-        return self.output.sum_shards(self.shards, y_BTUMH, gate_BTNH, w_o_DNH)
+        return self.output.sum_shards(self.shards, y_BTUMH, gate_BTNH, w_o_DNH, reduce=reduce)
 
     def _project_new(
         self, x_BTD: jax.Array, positions_BT: jax.Array

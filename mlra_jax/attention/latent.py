@@ -394,7 +394,13 @@ class LatentAttention(Attention):
         return checkpoint_name(y, HEADS_OUTPUT)
 
     def decode(
-        self, x_BTD: jax.Array, cache: LayerCache, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        reduce: bool = True,
     ) -> tuple[jax.Array, LayerCache]:
         """See `Attention.decode`; in the absorbed form."""
         self.require_layout("decode")
@@ -423,7 +429,8 @@ class LatentAttention(Attention):
             *self.output.shard_input_names(shards),
             *branch_names,
         )
-        summed = rules.shard_map(self._attend_absorbed, in_names, self.output.shard_output_names(shards))(
+        attend = functools.partial(self._attend_absorbed, reduce=reduce)
+        summed = rules.shard_map(attend, in_names, self.output.shard_output_names(shards, reduce))(
             cache,
             start_B,
             n_new_B,
@@ -432,7 +439,7 @@ class LatentAttention(Attention):
             *self.output.shard_inputs(x_BTD, shards),
             *branch,
         )
-        return self.output.finish(x_BTD, summed, shards), cache
+        return self.output.finish(x_BTD, summed, shards, reduce), cache
 
     def _attend_absorbed(
         self,
@@ -445,6 +452,7 @@ class LatentAttention(Attention):
         gate_BTNH: jax.Array | None,
         w_o_DNH: jax.Array | None,
         *branch: jax.Array,  # [U]
+        reduce: bool,
     ) -> jax.Array:
         """On each device: absorbs W_UK, attends over its KV-head shards, applies W_UV, sums branches and devices."""
         shards = self.shards
@@ -472,7 +480,7 @@ class LatentAttention(Attention):
         with jax.named_scope("values"):
             y_UMBTH = jnp.einsum("BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32)
         y_BTUMH = y_UMBTH.transpose(2, 3, 0, 1, 4)
-        return self.output.sum_shards(shards, y_BTUMH, gate_BTNH, w_o_DNH, self.branch_scale)
+        return self.output.sum_shards(shards, y_BTUMH, gate_BTNH, w_o_DNH, self.branch_scale, reduce)
 
     def _normalize_and_append(
         self,

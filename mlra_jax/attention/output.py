@@ -70,8 +70,11 @@ class Output(WithLayout):
         names = ("batch", "length", "heads", None)
         return jax.nn.sigmoid(product(self.rules, equation, x_BTD, self.w_gate, out=names))
 
-    def __call__(self, x_BTD: jax.Array, y_BTNH: jax.Array) -> jax.Array:
-        """The block's output [B, T, D] from its input and the heads' output, both in the compute type."""
+    def __call__(self, x_BTD: jax.Array, y_BTNH: jax.Array, *, reduce: bool = True) -> jax.Array:
+        """The block's output [B, T, D] from its input and the heads' output, both in the compute type.
+
+        In the decode layout without `reduce`: each device's part of it (`decode_product`).
+        """
         gate_BTNH = self.gate(x_BTD)
         if gate_BTNH is not None:
             y_BTNH = y_BTNH * gate_BTNH
@@ -79,7 +82,7 @@ class Output(WithLayout):
         # N is split over `tensor`: the product over it all-reduces.
         if self.layout == "decode":
             w_DNH = weight(self.rules, self.w_o, y_BTNH.dtype)
-            return decode_product(self.rules, y_BTNH, w_DNH, out, summed=("heads", None))
+            return decode_product(self.rules, y_BTNH, w_DNH, out, summed=("heads", None), reduce=reduce)
         return product(self.rules, "BTNH,NHD->BTD", y_BTNH, self.w_o, out=out)
 
     def shard_inputs(self, x_BTD: jax.Array, shards: HeadShards) -> tuple[jax.Array | None, jax.Array | None]:
@@ -93,9 +96,10 @@ class Output(WithLayout):
         gated = self.w_gate is not None and shards.projected
         return ("batch", None, None, None) if gated else None, (None,) * 3 if shards.projected else None
 
-    def shard_output_names(self, shards: HeadShards) -> Names:
+    def shard_output_names(self, shards: HeadShards, reduce: bool = True) -> Names:
         """Logical axes of what `sum_shards` gives."""
-        return ("batch", None, None) if shards.projected else ("batch", None, "heads", None)
+        part = () if reduce else ("kv_head_shards",)
+        return (*part, "batch", None, None) if shards.projected else ("batch", None, "heads", None)
 
     def sum_shards(
         self,
@@ -104,6 +108,7 @@ class Output(WithLayout):
         gate_BTNH: jax.Array | None,
         w_DNH: jax.Array | None,
         scale: float = 1.0,
+        reduce: bool = True,
     ) -> jax.Array:
         """Inside `shard_map`: sums what this device's KV-head shards give, over shards and devices.
 
@@ -113,6 +118,7 @@ class Output(WithLayout):
           gate_BTNH: of `shard_inputs`.
           w_DNH: of `shard_inputs`.
           scale: multiplies y, once it is summed over shards.
+          reduce: whether the devices' products with W_o are summed; else each gives its own, [1, B, T, D] in float32.
         """
         y_BTNH = shards.scatter(y_BTUMH)
         if not shards.projected:
@@ -125,9 +131,13 @@ class Output(WithLayout):
             y_BTNH = y_BTNH * gate_BTNH
         assert w_DNH is not None
         out_BTD = jnp.einsum("BTNH,DNH->BTD", y_BTNH, w_DNH, preferred_element_type=jnp.float32)
+        if not reduce:
+            return out_BTD[None]
         return self.rules.psum(out_BTD, "kv_head_shards").astype(self.compute_dtype)
 
-    def finish(self, x_BTD: jax.Array, summed: jax.Array, shards: HeadShards) -> jax.Array:
-        """The block's output [B, T, D] from its input and what `sum_shards` gave."""
+    def finish(
+        self, x_BTD: jax.Array, summed: jax.Array, shards: HeadShards, reduce: bool = True
+    ) -> jax.Array:
+        """The block's output [B, T, D] from its input and what `sum_shards` gave; or each device's part of it."""
         with jax.named_scope("output"):
-            return summed if shards.projected else self(x_BTD, summed)
+            return summed if shards.projected else self(x_BTD, summed, reduce=reduce)

@@ -24,6 +24,7 @@ from mlra_jax.attention.kv_cache import Cache, repeat_rows
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, Sampling, sample
 from mlra_jax.model import Transformer
+from mlra_jax.ops.all_reduce import Workspace
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh
 
@@ -147,7 +148,7 @@ def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> 
     logits_B1V, cache = model.decode(tokens_B1, state.cache, n_new_B, logits="last")
     state = dataclasses.replace(state, cache=cache)
     with jax.named_scope("sample"):
-        state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0])
+        state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0], model.workspace)
     return state, jnp.where(active_B, state.token_B, NO_TOKEN)
 
 
@@ -188,7 +189,12 @@ def _ended(state: State) -> jax.Array:
 
 
 def _with_next(
-    rules: AxisRules, sampling: Sampling, n_vocab: int, state: State, logits_BV: jax.Array
+    rules: AxisRules,
+    sampling: Sampling,
+    n_vocab: int,
+    state: State,
+    logits_BV: jax.Array,
+    workspace: Workspace | None = None,
 ) -> State:
     """The state with a token drawn for each row that is not done."""
     drawn_B = sample(
@@ -199,6 +205,7 @@ def _with_next(
         seed=state.seed,
         sample_B=state.sample_B,
         position_B=state.cache.lengths,
+        workspace=workspace,
     )
     token_B = rules.constrain(drawn_B, None)
     active_B = state.left_B > 0
@@ -237,6 +244,7 @@ def compile_step(
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
         cache = jax.eval_shape(lambda: Cache.create(config, rules, batch, max_len))
+        model.workspace = Workspace.shapes(mesh, rules, config.d_model)
         leaves, treedef = jax.tree.flatten(model)
         by_row, scalar = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
         state = State(cache, by_row, by_row, by_row, scalar, scalar)
@@ -259,8 +267,9 @@ class Engine:
 
     def __init__(self, model: Transformer, mesh: Mesh, n_vocab: int):
         self.config, self.rules, self.mesh, self.n_vocab = model.config, model.rules, mesh, n_vocab
+        workspace = Workspace.create(mesh, model.rules, model.config.d_model)
         # Flat, because a call with a module would flatten it in Python at every step.
-        self.leaves, self._treedef = jax.tree.flatten(model)
+        self.leaves, self._treedef = jax.tree.flatten((model, workspace))
         self.compiler_options = compiler_options(mesh)
         self.programs: dict[Hashable, jax.stages.Compiled] = {}
         """What has been compiled, by key (see `call`)."""
@@ -269,7 +278,9 @@ class Engine:
 
     def model(self, leaves: list[jax.Array]) -> Transformer:
         """The model whose parameters are `leaves`, inside a compiled function that takes them."""
-        return jax.tree.unflatten(self._treedef, leaves)
+        model, workspace = jax.tree.unflatten(self._treedef, leaves)
+        model.workspace = workspace
+        return model
 
     def call(
         self, key: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()

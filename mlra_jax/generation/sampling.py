@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from mlra_jax.config import NotNegative, Range, Validated
 from mlra_jax.errors import ExplainedError
+from mlra_jax.ops.all_reduce import Workspace, all_reduce, fitting
 from mlra_jax.sharding import AxisRules
 
 NO_NUMBER = -2
@@ -73,24 +74,35 @@ def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.
     return logits
 
 
-def greedy(rules: AxisRules, logits_BV: jax.Array, n_vocab: int) -> jax.Array:
+def greedy(
+    rules: AxisRules, logits_BV: jax.Array, n_vocab: int, workspace: Workspace | None = None
+) -> jax.Array:
     """The most probable token of each row, int32 [B]; of equals the first. `NO_NUMBER` where there is none.
 
     Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
     """
 
-    def best(logits_BV: jax.Array) -> jax.Array:
+    axes = rules.mesh_axes("vocab")
+    parts, part = rules.size("vocab"), ("vocab",)
+    workspace = fitting(workspace, logits_BV.shape[0] // rules.size("batch"))
+
+    def best(logits_BV: jax.Array, *workspaces: Workspace) -> jax.Array:
         first = rules.axis_index("vocab") * logits_BV.shape[1]
         logits_BV = jnp.where(first + jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
-        value_B, id_B = logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)
-        value_B = jnp.where(
-            jnp.isnan(value_B), jnp.inf, value_B
-        )  # for a maximum over devices might ignore NaN
-        best_B = rules.pmax(value_B, "vocab")
-        id_B = -rules.pmax(jnp.where(value_B == best_B, -id_B, -n_vocab).astype(jnp.int32), "vocab")
-        return jnp.where(jnp.isfinite(best_B), id_B, NO_NUMBER)
+        # Ids are exact in float32. argmax takes NaN for the largest number.
+        best_B2 = jnp.stack([logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)], axis=1)
+        if axes:
+            mine = jnp.arange(parts)[:, None] == rules.axis_index("vocab")
+            all_BP = jnp.where(mine, best_B2[:, None], 0).reshape(-1, 2 * parts)
+            (axis,) = axes
+            all_BP = all_reduce(all_BP, *workspaces, axis=axis).reshape(-1, parts, 2)
+            device_B = all_BP[..., 0].argmax(axis=1)
+            best_B2 = jnp.take_along_axis(all_BP, device_B[:, None, None], axis=1)[:, 0]
+        return jnp.where(jnp.isfinite(best_B2[:, 0]), best_B2[:, 1].astype(jnp.int32), NO_NUMBER)
 
-    return rules.shard_map(best, (("batch", "vocab"),), ("batch",))(logits_BV)
+    workspaces = () if workspace is None else (workspace,)
+    names = (("batch", "vocab"), *(Workspace(part, part) for _ in workspaces))
+    return rules.shard_map(best, names, ("batch",), check_vma=False)(logits_BV, *workspaces)
 
 
 def sample(
@@ -102,6 +114,7 @@ def sample(
     seed: jax.Array,
     sample_B: jax.Array,
     position_B: jax.Array,
+    workspace: Workspace | None = None,
 ) -> jax.Array:
     """The next token of each row, int32 [B]; `NO_NUMBER` where its logits leave no choice.
 
@@ -116,9 +129,10 @@ def sample(
       seed: uint32 scalar.
       sample_B: which of its prompt's samples a row is.
       position_B: where in its sequence the drawn token goes.
+      workspace: through which devices exchange what is the most probable on each.
     """
     if sampling.temperature == 0:
-        return greedy(rules, logits_BV, n_vocab)
+        return greedy(rules, logits_BV, n_vocab, workspace)
 
     def draw(logits_V: jax.Array, seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig, require
+from mlra_jax.ops.all_reduce import Workspace, all_reduce_add_rms_norm
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
@@ -191,6 +192,8 @@ def decode_product(
     dtype: jnp.dtype | None = None,
     *,
     summed: Names = (None,),
+    reduce: bool = True,
+    elementwise: bool = False,
 ) -> jax.Array:
     """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
 
@@ -204,22 +207,41 @@ def decode_product(
       out: logical axes of the result.
       dtype: of the result; None: that of `x`.
       summed: logical axes of K.
+      reduce: whether the partial sums of the devices that split K are added. If not, the result is [P, B, T, *F] in
+        float32, of each of P devices its own.
+      elementwise: multiply and sum in float32, without a matrix product.
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
-    if not _runs_op("product", rules, x):
-        k = "KL"[:axes]
-        return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
     names = [name for name in summed if name is not None]
-    part = jnp.dtype(jnp.float32) if any(rules.size(name) > 1 for name in names) else dtype
+    runs_op = not elementwise and _runs_op("product", rules, x)
+    k = "KL"[:axes]
+
+    def multiply(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        if elementwise:
+            x = jnp.expand_dims(x.astype(jnp.float32), tuple(range(2, w.ndim - axes + 2)))
+            return (x * w.astype(jnp.float32)).sum(axis=tuple(range(-axes, 0))).astype(dtype)
+        if runs_op:
+            flat = lambda a: a.reshape(-1, math.prod(a.shape[-axes:]))
+            return rows_product(flat(x), flat(w), dtype=dtype).reshape(*x.shape[:2], *w.shape[:-axes])
+        return jnp.einsum(f"BT{k},...{k}->BT...", x, w, preferred_element_type=dtype)
+
+    if reduce and elementwise:
+        return rules.constrain(multiply(x, w, dtype), *out)
+    if reduce and not runs_op:
+        return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
+    split = any(rules.size(name) > 1 for name in names)
+    part = jnp.dtype(jnp.float32) if split or not reduce else dtype
 
     def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
-        flat = lambda a: a.reshape(-1, math.prod(a.shape[-axes:]))
-        y = rows_product(flat(x), flat(w), dtype=part)
+        y = multiply(x, w, part)
+        if not reduce:
+            return y[None]
         for name in names:
             y = rules.psum(y, name)
-        return y.astype(dtype).reshape(*x.shape[:2], *w.shape[:-axes])
+        return y.astype(dtype)
 
-    return rules.shard_map(on_device, ((*out[:2], *summed), (*out[2:], *summed)), out)(x, w)
+    result = out if reduce else (names[0], *out)
+    return rules.shard_map(on_device, ((*out[:2], *summed), (*out[2:], *summed)), result)(x, w)
 
 
 def row_product(
@@ -230,6 +252,7 @@ def row_product(
     dtype: jnp.dtype | None = None,
     *,
     summed: str | None = None,
+    reduce: bool = True,
 ) -> jax.Array:
     """`decode_product` with a large matrix, w [..., K].
 
@@ -237,11 +260,10 @@ def row_product(
     memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself. `choose`
     does not change it.
     """
-    dtype = dtype or x_BTK.dtype
-    if _one_row_on_gpu(rules, x_BTK):
-        x = jnp.expand_dims(x_BTK.astype(jnp.float32), tuple(range(2, w.ndim + 1)))
-        return rules.constrain((x * w.astype(jnp.float32)).sum(axis=-1).astype(dtype), *out)
-    return decode_product(rules, x_BTK, w, out, dtype, summed=(summed,))
+    one_row = _one_row_on_gpu(rules, x_BTK)
+    return decode_product(
+        rules, x_BTK, w, out, dtype, summed=(summed,), reduce=reduce, elementwise=one_row
+    )
 
 
 def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, out: Names) -> jax.Array:
@@ -349,7 +371,7 @@ class RMSNorm(nnx.Module):
         rules: AxisRules,
     ):
         self.eps = config.norm_eps
-        self.rules = rules
+        self.rules, self.compute_dtype = rules, jnp.dtype(config.compute_dtype)
         ones = lambda key, shape, dtype: jnp.ones(shape, dtype)
         self.gain = parameter(rngs, rules, shape, names, ones, config.param_dtype)
 
@@ -358,12 +380,34 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, weight(self.rules, self.gain), self.eps)
 
     def of_sum(
-        self, x_BTD: jax.Array, y_BTD: jax.Array, names: Names = ("batch", None, None)
+        self,
+        x_BTD: jax.Array,
+        y_BTD: jax.Array,
+        names: Names = ("batch", None, None),
+        workspace: Workspace | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """x + y in float32, and its norm in the type of y; `names`: of the residual stream's axes."""
+        """x + y in float32, and its norm.
+
+        Args:
+          x_BTD: the residual stream, float32.
+          y_BTD: what is added, in the type of the norm; or, with a workspace, each device's part of it,
+            [P, B, T, D] in float32.
+          names: of the residual stream's axes.
+          workspace: through which the devices exchange their parts.
+        """
         row, gain = names, weight(self.rules, self.gain)
-        add = lambda *args: add_rms_norm(*args, eps=self.eps)
-        return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
+        if workspace is None:
+            add = lambda *args: add_rms_norm(*args, eps=self.eps)
+            return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
+        (axis,) = self.rules.mesh_axes("kv_head_shards")
+        options: Any = {"axis": axis, "eps": self.eps, "dtype": self.compute_dtype}
+        add = lambda x, y, *args: all_reduce_add_rms_norm(x, y[0], *args, **options)
+        part = ("kv_head_shards",)
+        # All devices give the same, which is what the check wants to be told.
+        mapped = self.rules.shard_map(
+            add, (row, (*part, *row), (None,), Workspace(part, part)), (row, row), check_vma=False
+        )
+        return mapped(x_BTD, y_BTD, gain, workspace)
 
 
 def rotary_frequencies(config: ModelConfig, width: int) -> Frequencies:
@@ -435,8 +479,8 @@ class SwiGLU(WithLayout):
             "w_down": Relayout(("w_down",), lambda down: pad(down).T),
         }
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to [B, T, D] in the compute type."""
+    def __call__(self, x_BTD: jax.Array, *, reduce: bool = True) -> jax.Array:
+        """[B, T, D] to [B, T, D] in the compute type; without `reduce`, see `decode_product`."""
         self.require_layout(self.layout)
         rules, dtype = self.rules, self.compute_dtype
         x_BTD = x_BTD.astype(dtype)
@@ -444,7 +488,8 @@ class SwiGLU(WithLayout):
         # F is split over `tensor`: the product over it all-reduces.
         if self.layout == "decode":
             hidden_BTF = self._hidden(x_BTD, weight(rules, self.w_in, dtype))
-            return row_product(rules, hidden_BTF, weight(rules, self.w_down, dtype), out, summed="mlp")
+            w_down = weight(rules, self.w_down, dtype)
+            return row_product(rules, hidden_BTF, w_down, out, summed="mlp", reduce=reduce)
         gate_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_gate, out=hidden)
         up_BTF = product(rules, "BTD,DF->BTF", x_BTD, self.w_up, out=hidden)
         gate_BTF, up_BTF = checkpoint_name(gate_BTF, MLP), checkpoint_name(up_BTF, MLP)
@@ -475,8 +520,12 @@ class Embedding(nnx.Module):
         shape = (config.vocab_size, config.d_model)
         self.table = parameter(rngs, rules, shape, ("vocab", "embed"), normal(config), config.param_dtype)
 
-    def encode(self, tokens_BT: jax.Array) -> jax.Array:
-        """Rows of the token ids [B, T], as float32 [B, T, D]; ids must be in [0, vocab_size)."""
+    def encode(self, tokens_BT: jax.Array, *, reduce: bool = True) -> jax.Array:
+        """Rows of the token ids [B, T], as float32 [B, T, D]; ids must be in [0, vocab_size).
+
+        Without `reduce` (only to decode): of each device that splits the vocabulary what it has of them, zeros
+        elsewhere, [P, B, T, D].
+        """
         rules = self.rules
 
         stored = rules.within("embed", "batch")
@@ -493,11 +542,14 @@ class Embedding(nnx.Module):
                 local_BT = tokens_BT - rules.axis_index("vocab") * rows
                 held_BT = (local_BT >= 0) & (local_BT < rows)
                 x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
+                if not reduce:
+                    return x_BTD[None].astype(jnp.float32)
                 x_BTD = rules.psum(x_BTD, "vocab")
             return rules.all_to_all(x_BTD, stored, split=0, joined=2).astype(jnp.float32)
 
         token_names = ("batch", "length")
-        mapped = rules.shard_map(lookup, (("vocab", stored), token_names), (*token_names, None))
+        part = () if reduce else ("vocab",)
+        mapped = rules.shard_map(lookup, (("vocab", stored), token_names), (*part, *token_names, None))
         return mapped(self.table[...], tokens_BT)
 
     def decode(self, x: jax.Array) -> jax.Array:

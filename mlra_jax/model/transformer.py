@@ -23,6 +23,7 @@ from mlra_jax.model.layers import (
     check,
     nested,
 )
+from mlra_jax.ops.all_reduce import Workspace, fitting
 from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, RESIDUAL
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -99,23 +100,31 @@ class Block(nnx.Module):
         return x_BTD, self.mlp(h_BTD)
 
     def decode(
-        self, x_BTD: jax.Array, y_BTD: jax.Array | None, cache: Any, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        y_BTD: jax.Array | None,
+        cache: Any,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        workspace: Workspace | None = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """T new tokens of each row, with and into the layer's cache.
 
-        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output. With a
+        workspace these are the sums over devices too: y is each device's part (`RMSNorm.of_sum`).
         """
+        reduce = workspace is None
         # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
         with jax.named_scope("norm"):
             if y_BTD is None:
                 h_BTD = self.attention_norm(x_BTD)
             else:
-                x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD)
-        y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B)
+                x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+        y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B, reduce=reduce)
         with jax.named_scope("norm"):
-            x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD)
+            x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
         with jax.named_scope("mlp"):
-            return x_BTD, self.mlp(h_BTD), cache
+            return x_BTD, self.mlp(h_BTD, reduce=reduce), cache
 
 
 class Transformer(WithLayout):
@@ -156,6 +165,8 @@ class Transformer(WithLayout):
         else:
             self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
+        self.workspace: Workspace | None = nnx.data(None)
+        """Through which GPUs that decode exchange partial sums; None: `psum`."""
 
     def hidden(self, tokens_BT: jax.Array, totals: Mapping[int, Any] | None = None) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout.
@@ -223,6 +234,19 @@ class Transformer(WithLayout):
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
         return self.embedding.decode(self.hidden(tokens_BT))
 
+    def _embed(
+        self, tokens_BT: jax.Array, workspace: Workspace | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The residual stream x + y before the first layer, y as `Block.decode` takes it."""
+        embedding = self.embedding
+        # A part of a sum is rounded to the compute type.
+        exact = jnp.promote_types(embedding.compute_dtype, embedding.table.dtype) == embedding.compute_dtype
+        if workspace is None or not exact:
+            return embedding.encode(tokens_BT), None
+        y_BTD = embedding.encode(tokens_BT, reduce=False)
+        zeros = jnp.zeros(y_BTD.shape[1:], jnp.float32)
+        return self.rules.constrain(zeros, "batch", "length", None), y_BTD
+
     def decode(
         self,
         tokens_BT: jax.Array,
@@ -245,19 +269,30 @@ class Transformer(WithLayout):
         self.require_layout("decode")
         require(LogitsOf, logits=logits)
         start_B = cache.lengths
+        workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
         with jax.named_scope("embed"):
-            x_BTD = self.embedding.encode(tokens_BT)
-        layers, y_BTD = [], None
+            x_BTD, y_BTD = self._embed(tokens_BT, workspace)
+        layers = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, y_BTD, layer_cache = layer.decode(x_BTD, y_BTD, layer_cache, start_B, n_new_B)
+            x_BTD, y_BTD, layer_cache = layer.decode(
+                x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace
+            )
             layers.append(layer_cache)
         assert y_BTD is not None
-        with jax.named_scope("mlp"):
-            x_BTD = x_BTD + y_BTD
-        if logits == "last":
-            x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
-        with jax.named_scope("norm"):
-            h_BTD = self.final_norm(x_BTD)
+        last = lambda x_BTD: (
+            jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
+            if logits == "last"
+            else x_BTD
+        )
+        if workspace is None:
+            with jax.named_scope("mlp"):
+                x_BTD = last(x_BTD + y_BTD)
+            with jax.named_scope("norm"):
+                h_BTD = self.final_norm(x_BTD)
+        else:
+            with jax.named_scope("norm"):
+                _, h_BTD = self.final_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+                h_BTD = last(h_BTD)
         with jax.named_scope("logits"):
             logits_BTV = self.embedding.decode(h_BTD)
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)

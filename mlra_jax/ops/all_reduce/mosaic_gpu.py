@@ -1,0 +1,267 @@
+"""All-reduce by a Pallas Mosaic GPU kernel, alone or with residual sum and RMSNorm, for Hopper GPUs of one host.
+
+Each device writes its partial sums into the workspace of every device and adds up what arrives in its own. A word is 8
+bytes, a float32 with the number of the call (the epoch), written and read at once: a word that carries the epoch has
+arrived, so that there is no barrier, no fence and no flag to reset. The two halves of a workspace take turns. A device
+is one call ahead of its peers at most, since a call ends when the words of all have arrived: what it writes then is in
+the half that the others no longer read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mlra_jax.ops.all_reduce.workspace import Workspace
+from mlra_jax.ops.hopper import THREADS, check_device, plgpu
+
+MAX_WIDTH = 8192
+"""A thread has its elements of a row in registers."""
+LOOKS = 1 << 26
+"""At a word that does not arrive, about a minute; then the kernel traps, rather than wait for ever."""
+REGISTERS = 32
+"""Elements that a thread waits for at a time."""
+
+
+def _layout(width: int) -> Any:
+    """Of a row's elements over the threads of a warpgroup."""
+    return plgpu.Layout.WG_STRIDED((width,), vec_size=4 if width % (4 * THREADS) == 0 else 2)
+
+
+def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: jax.Array) -> jax.Array:
+    """Writes y [D] to each of `peers` and returns the sum of what is in `words` once it has arrived.
+
+    Args:
+      peers: of each device, the part of its workspace that is this device's: references to int32 [2 * D].
+      words: of each device, its part of the own workspace, in the order of the sum.
+      y: float32.
+      epoch: int32.
+    """
+    from jax.experimental.mosaic.gpu import FragmentedArray, utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, scf
+
+    n, layout = len(peers), _layout(y.shape[-1])
+    ref = plgpu.RefType()
+
+    @plgpu.inline_mgpu(
+        arg_types=((ref,) * n, (ref,) * n, layout, plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct(y.shape, jnp.float32, layout=layout),
+    )
+    def exchange(_: Any, peers: Any, words: Any, y: Any, epoch: Any) -> Any:
+        i32, i64, f32 = (*(ir.IntegerType.get_signless(bits) for bits in (32, 64)), ir.F32Type.get())
+        constant = lambda value: utils.c(value, i32)
+        (epoch,) = epoch.registers.flat
+        # A thread has vectors of consecutive elements: two make 16 bytes of words.
+        elements = [
+            (i, j, arith.addi(arith.index_cast(i64, start), utils.c(j, i64)))
+            for i, start in enumerate(y.layout.linear_thread_idxs())
+            for j in range(0, y.layout.vec_size, 2)
+        ]
+
+        def address(base: Any, element: Any) -> Any:
+            offset = arith.muli(element, utils.c(8, i64))
+            return llvm.inttoptr(base.type, arith.addi(llvm.ptrtoint(i64, base), offset))
+
+        def value(i: int, j: int) -> Any:
+            return llvm.extractelement(y.registers[i], constant(j))
+
+        for peer in map(utils.memref_ptr, peers):
+            for i, j, element in elements:
+                utils.inline_ptx(
+                    "{ .reg .b64 a, b; mov.b64 a, {$1, $3}; mov.b64 b, {$2, $3};"
+                    " st.relaxed.sys.global.v2.b64 [$0], {a, b}; }",
+                    address(peer, element),
+                    *(arith.bitcast(i32, value(i, j + k)) for k in range(2)),
+                    epoch,
+                    has_side_effects=True,
+                )
+
+        def wait(addresses: Sequence[Any]) -> list[Any]:
+            """The values of the pairs of words there, when all of them carry the epoch."""
+            first = [constant(0)] * (2 * len(addresses)) + [constant(1), constant(0)]
+            types = [v.type for v in first]
+            loop = scf.WhileOp(types, first)
+            with ir.InsertionPoint(loop.before.blocks.append(*types)) as at:
+                *_, missing, _ = at.block.arguments
+                scf.condition(
+                    arith.cmpi(arith.CmpIPredicate.ne, missing, constant(0)), list(at.block.arguments)
+                )
+            with ir.InsertionPoint(loop.after.blocks.append(*types)) as at:
+                looks = arith.addi(at.block.arguments[-1], constant(1))
+                with utils.when(arith.cmpi(arith.CmpIPredicate.ugt, looks, constant(LOOKS))):
+                    utils.inline_ptx("trap;", has_side_effects=True)
+                values, missing = [], constant(0)
+                for a in addresses:
+                    *pair, first_epoch, second_epoch = utils.inline_ptx(
+                        "{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {a, b}, [$4];"
+                        " mov.b64 {$0, $2}, a; mov.b64 {$1, $3}, b; }",
+                        a,
+                        result_types=[i32] * 4,
+                        has_side_effects=True,
+                    )
+                    values += pair
+                    for found in (first_epoch, second_epoch):
+                        missing = arith.ori(missing, arith.xori(found, epoch))
+                scf.yield_([*values, missing, looks])
+            return [arith.bitcast(f32, v) for v in list(loop.results)[:-2]]
+
+        totals: list[Any] = []
+        for base in map(utils.memref_ptr, words):
+            found: list[Any] = []
+            for k in range(0, len(elements), REGISTERS // 2):
+                found += wait([address(base, element) for *_, element in elements[k : k + REGISTERS // 2]])
+            totals = [arith.addf(a, b) for a, b in zip(totals, found, strict=True)] if totals else found
+        registers = y.registers.copy()
+        for k, (i, j, _) in enumerate(elements):
+            for m in range(2):
+                vector = registers[i]
+                registers[i] = llvm.insertelement(vector, totals[2 * k + m], constant(j + m))
+        return FragmentedArray(_registers=registers, _layout=y.layout, _is_signed=None)
+
+    return exchange(tuple(peers), tuple(words), y, epoch)
+
+
+def _store_epoch(epoch_ref: Any, epoch: jax.Array) -> None:
+    """Stores the epoch in a reference to one int32, once all threads have read what was there."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    # Not by Pallas: it would copy an input that is written to.
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def store(_: Any, ref: Any, epoch: Any) -> None:
+        zero = utils.c(0, ir.IntegerType.get_signless(32))
+        utils.warpgroup_barrier()
+        with utils.when(arith.cmpi(arith.CmpIPredicate.eq, utils.thread_idx(), zero)):
+            utils.inline_ptx(
+                "st.relaxed.gpu.global.b32 [$0], $1;",
+                utils.memref_ptr(ref),
+                *epoch.registers.flat,
+                has_side_effects=True,
+            )
+
+    store(epoch_ref, epoch)
+
+
+def _reduced(y_ref: Any, epochs_ref: Any, words_ref: Any, axis: str) -> jax.Array:
+    """This program's row of y [rows, W], summed over devices."""
+    row, me = lax.axis_index("row"), lax.axis_index(axis)
+    n, width = words_ref.shape[1], y_ref.shape[-1]
+    epoch = epochs_ref[row] + 1
+    of_row = words_ref.at[epoch & 1, :, row, : 2 * width]
+    # Each starts with another peer.
+    peers = [plgpu.remote_ref(of_row.at[me], {axis: lax.rem(me + k, jnp.int32(n))}) for k in range(1, n + 1)]
+    words = [of_row.at[k] for k in range(n)]
+    total = _exchange(peers, words, plgpu.load(y_ref.at[row], layout=_layout(width)), epoch)
+    _store_epoch(epochs_ref.at[row], epoch)
+    return total
+
+
+def _all_reduce_kernel(
+    y_ref: Any,  # float32 [rows, W]
+    epochs_ref: Any,  # int32 [R]
+    words_ref: Any,  # int32 [2, n, R, 2 * D]
+    sum_ref: Any,  # float32 [rows, W]
+    *,
+    axis: str,
+) -> None:
+    sum_ref[lax.axis_index("row"), :] = _reduced(y_ref, epochs_ref, words_ref, axis)
+
+
+def _norm_kernel(
+    y_ref: Any,  # float32 [rows, D]
+    epochs_ref: Any,
+    words_ref: Any,
+    x_ref: Any,  # float32 [rows, D]
+    gain_ref: Any,  # [D]
+    sum_ref: Any,  # float32 [rows, D]
+    h_ref: Any,  # [rows, D]
+    *,
+    axis: str,
+    eps: float,
+) -> None:
+    row, width = lax.axis_index("row"), x_ref.shape[-1]
+    read = lambda ref: plgpu.load(ref, layout=_layout(width)).astype(jnp.float32)
+    y = _reduced(y_ref, epochs_ref, words_ref, axis)
+    x = read(x_ref.at[row]) + y.astype(h_ref.dtype).astype(jnp.float32)
+    sum_ref[row, :] = x
+    h_ref[row, :] = (x * lax.rsqrt(jnp.sum(x * x) / width + eps) * read(gain_ref)).astype(h_ref.dtype)
+
+
+def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
+    """Why the kernels do not take so many rows of this width; None: they do."""
+    try:
+        check_device(None)
+    except NotImplementedError as e:
+        return str(e)
+    if workspace is None:
+        return "the Mosaic GPU kernel exchanges through a workspace, which is for 2 to 8 GPUs of one process."
+    if width % (2 * THREADS) or width > MAX_WIDTH:
+        return (
+            f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got {width}."
+        )
+    if rows > workspace.rows or width > workspace.width:
+        return f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
+    return None
+
+
+def _run(kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array) -> Any:
+    if reason := declines(*y.shape, workspace):
+        raise NotImplementedError(reason)
+    for a in (y, *args[:1]):
+        if a.dtype != jnp.float32:
+            raise NotImplementedError(f"the Mosaic GPU kernel sums float32; got {a.dtype}.")
+    assert workspace is not None
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=(len(y),),
+        grid_names=("row",),
+        # XLA would launch a barrier of all devices before each kernel that reaches others' memory.
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=True
+        ),
+        kernel_name=name,
+    )(y, workspace.epochs[0], workspace.words[0], *args)
+
+
+def all_reduce(y: jax.Array, workspace: Workspace | None, *, axis: str) -> jax.Array:
+    """See `mlra_jax.ops.all_reduce.all_reduce`.
+
+    Raises:
+      NotImplementedError: the kernel does not take these arguments.
+    """
+    rows, width = math.prod(y.shape[:-1]), y.shape[-1]
+    padded = jnp.pad(y.reshape(rows, width), ((0, 0), (0, -width % (2 * THREADS))))
+    out_type = jax.ShapeDtypeStruct(padded.shape, y.dtype)
+    kernel = functools.partial(_all_reduce_kernel, axis=axis)
+    return _run(kernel, "all_reduce", out_type, padded, workspace)[:, :width].reshape(y.shape)
+
+
+def all_reduce_add_rms_norm(
+    x: jax.Array,
+    y: jax.Array,
+    gain: jax.Array,
+    workspace: Workspace | None,
+    *,
+    axis: str,
+    eps: float,
+    dtype: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """See `mlra_jax.ops.all_reduce.all_reduce_add_rms_norm`.
+
+    Raises:
+      NotImplementedError: the kernel does not take these arguments.
+    """
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+    out_type = [jax.ShapeDtypeStruct((rows, width), t) for t in (x.dtype, dtype)]
+    kernel, flat = functools.partial(_norm_kernel, axis=axis, eps=eps), lambda a: a.reshape(rows, width)
+    total, h = _run(kernel, "all_reduce_add_rms_norm", out_type, flat(y), workspace, flat(x), gain)
+    return total.reshape(x.shape), h.reshape(x.shape)

@@ -1,0 +1,71 @@
+"""The memory through which devices exchange partial sums."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mlra_jax.sharding import AxisRules
+
+ROWS = 64
+"""Of a workspace. What has more is exchanged as fast by XLA, which is then bound by the bytes."""
+DEVICES = range(2, 9)
+"""That a kernel exchanges between."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Memory of each device that its peers write to, behind the back of XLA.
+
+    It must be the same buffer in every call: make it once, and pass it as an argument that is neither donated nor
+    returned. An array that a compiled function closes over is a constant, of which there may be several copies.
+    """
+
+    epochs: Any
+    """Calls so far, for each row: int32 [P, R], P devices."""
+    words: Any
+    """Values with the epoch of their call, in two halves, from each device: int32 [P, 2, P, R, 2 * D]."""
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a call (R)."""
+        return self.epochs.shape[-1]
+
+    @property
+    def width(self) -> int:
+        """Elements of a row (D)."""
+        return self.words.shape[-1] // 2
+
+    @classmethod
+    def shapes(cls, mesh: Mesh, rules: AxisRules, width: int) -> Workspace | None:
+        """A workspace as `jax.ShapeDtypeStruct`s; None where no kernel would use it.
+
+        Args:
+          mesh: its devices are GPUs of one process, in the order of their ids.
+          rules: the decoding table: 2 to 8 devices split the KV-head shards.
+          width: of a row (D).
+        """
+        axes = dict(rules.table).get("kv_head_shards", ())
+        devices, n = list(mesh.devices.flat), math.prod(mesh.shape.get(axis, 1) for axis in axes)
+        in_order = [d.id for d in devices] == sorted(d.id for d in devices)
+        if devices[0].platform not in ("gpu", "cuda") or n not in DEVICES or not in_order:
+            return None
+        if len(axes) != 1 or len({d.process_index for d in devices}) > 1:
+            return None
+        split = NamedSharding(mesh, PartitionSpec(*axes))
+        shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
+        return cls(shape(n, ROWS), shape(n, 2, n, ROWS, 2 * width))
+
+    @classmethod
+    def create(cls, mesh: Mesh, rules: AxisRules, width: int) -> Workspace | None:
+        """A workspace of zeros; see `shapes`."""
+        shapes = cls.shapes(mesh, rules, width)
+        zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        with jax.set_mesh(mesh):
+            return shapes and jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, shapes))()
