@@ -273,9 +273,11 @@ class Transformer(WithLayout):
         with jax.named_scope("embed"):
             x_BTD, y_BTD = self._embed(tokens_BT, workspace)
         layers = []
+        # A function of its own is traced and lowered once for all layers.
+        decode = jax.jit(lambda layer, *args: layer.decode(*args))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, y_BTD, layer_cache = layer.decode(
-                x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace
+            x_BTD, y_BTD, layer_cache = decode(
+                layer, x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace
             )
             layers.append(layer_cache)
         assert y_BTD is not None
