@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mlra_jax.config import NotNegative, Range, Validated
 from mlra_jax.errors import ExplainedError
-from mlra_jax.ops.all_reduce import Workspace, all_reduce, fitting
+from mlra_jax.ops.all_reduce import Workspace, all_reduce
 from mlra_jax.sharding import AxisRules
 
 NO_NUMBER = -2
@@ -81,21 +81,17 @@ def greedy(
 
     Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
     """
-
-    axes = rules.mesh_axes("vocab")
     parts, part = rules.size("vocab"), ("vocab",)
-    workspace = fitting(workspace, logits_BV.shape[0] // rules.size("batch"))
 
     def best(logits_BV: jax.Array, *workspaces: Workspace) -> jax.Array:
         first = rules.axis_index("vocab") * logits_BV.shape[1]
         logits_BV = jnp.where(first + jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
         # Ids are exact in float32. argmax takes NaN for the largest number.
         best_B2 = jnp.stack([logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)], axis=1)
-        if axes:
+        if parts > 1:
             mine = jnp.arange(parts)[:, None] == rules.axis_index("vocab")
             all_BP = jnp.where(mine, best_B2[:, None], 0).reshape(-1, 2 * parts)
-            (axis,) = axes
-            all_BP = all_reduce(all_BP, *workspaces, axis=axis).reshape(-1, parts, 2)
+            all_BP = all_reduce(all_BP, *workspaces, axis=rules.mesh_axes("vocab")).reshape(-1, parts, 2)
             device_B = all_BP[..., 0].argmax(axis=1)
             best_B2 = jnp.take_along_axis(all_BP, device_B[:, None, None], axis=1)[:, 0]
         return jnp.where(jnp.isfinite(best_B2[:, 0]), best_B2[:, 1].astype(jnp.int32), NO_NUMBER)

@@ -269,7 +269,9 @@ class Transformer(WithLayout):
         self.require_layout("decode")
         require(LogitsOf, logits=logits)
         start_B = cache.lengths
-        workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
+        workspace = None
+        if self.rules.size("kv_head_shards") > 1:
+            workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
         with jax.named_scope("embed"):
             x_BTD, y_BTD = self._embed(tokens_BT, workspace)
         layers = []

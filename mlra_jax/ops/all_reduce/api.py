@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from mlra_jax.ops.all_reduce import reference
 from mlra_jax.ops.all_reduce.workspace import Workspace
-from mlra_jax.ops.dispatch import chosen, dispatch, lazily
+from mlra_jax.ops.dispatch import dispatch, lazily
 
 ALL_REDUCE: Mapping[str, Callable[..., jax.Array]] = {
     "mosaic_gpu": lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "all_reduce"),
@@ -23,19 +23,32 @@ ALL_REDUCE_ADD_RMS_NORM: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]
 """Back ends, best first."""
 
 
+FITTING: Mapping[str, Callable[..., Workspace | None]] = {
+    "mosaic_gpu": lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "fitting"),
+    "reference": reference.fitting,
+}
+
+
 def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
-    """`workspace`, if a kernel on the current device exchanges so many rows through it, else None."""
-    if workspace is None or chosen("all_reduce_add_rms_norm") == "reference":
-        return None
-    declines = lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "declines")
-    return None if declines(rows, workspace.width, workspace) else workspace
+    """The workspace through which `all_reduce_add_rms_norm` exchanges so many rows of a model; None: `psum` does.
+
+    For callers that leave sums to the op only where its kernel runs. It is chosen, logged and explained as the op is.
+
+    Args:
+      workspace: of the model, if it has one.
+      rows: on each device.
+
+    Raises:
+      NotImplementedError: `choose` names the kernel alone, and it declines.
+    """
+    return dispatch("all_reduce_add_rms_norm", FITTING, None, workspace, rows)
 
 
 def all_reduce(
     y: Float[Array, "*rows D"],
     workspace: Workspace | None = None,
     *,
-    axis: str,
+    axis: str | tuple[str, ...],
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "*rows D"]:
     """psum(y), on each device; inside `shard_map(check_vma=False)`.
@@ -43,12 +56,14 @@ def all_reduce(
     Args:
       y: float32, this device's part of the sum.
       workspace: this device's part of one made by `Workspace.create`; None: `psum` exchanges.
-      axis: mesh axis of the devices.
+      axis: mesh axis of the devices, or several, among which `psum` sums.
       implementation: None (the first that takes the arguments), or one name or several of `ALL_REDUCE`.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
     """
+    if not isinstance(axis, str) and len(axis) == 1:
+        (axis,) = axis
     return dispatch("all_reduce", ALL_REDUCE, implementation, y, workspace, axis=axis)
 
 

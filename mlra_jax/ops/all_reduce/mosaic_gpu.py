@@ -58,34 +58,35 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
         i32, i64, f32 = (*(ir.IntegerType.get_signless(bits) for bits in (32, 64)), ir.F32Type.get())
         constant = lambda value: utils.c(value, i32)
         (epoch,) = epoch.registers.flat
-        # A thread has vectors of consecutive elements: two make 16 bytes of words.
-        elements = [
-            (i, j, arith.addi(arith.index_cast(i64, start), utils.c(j, i64)))
-            for i, start in enumerate(y.layout.linear_thread_idxs())
-            for j in range(0, y.layout.vec_size, 2)
-        ]
+        # A thread has vectors of consecutive elements: two make 16 bytes of words. They are constant distances apart, in
+        # the instructions: addresses in registers would leave too few for the values.
+        first_element = arith.index_cast(i64, next(iter(y.layout.linear_thread_idxs())))
+        offset, vector = arith.muli(first_element, utils.c(8, i64)), y.layout.vec_size
+        elements = [(i, j) for i in range(y.registers.size) for j in range(0, vector, 2)]
+        bytes_to = lambda i, j: 8 * (i * THREADS * vector + j)
 
-        def address(base: Any, element: Any) -> Any:
-            offset = arith.muli(element, utils.c(8, i64))
+        def address(ref: Any) -> Any:
+            """Of the first of this thread's words."""
+            base = utils.memref_ptr(ref)
             return llvm.inttoptr(base.type, arith.addi(llvm.ptrtoint(i64, base), offset))
 
         def value(i: int, j: int) -> Any:
             return llvm.extractelement(y.registers[i], constant(j))
 
-        for peer in map(utils.memref_ptr, peers):
-            for i, j, element in elements:
+        for peer in map(address, peers):
+            for i, j in elements:
                 utils.inline_ptx(
                     "{ .reg .b64 a, b; mov.b64 a, {$1, $3}; mov.b64 b, {$2, $3};"
-                    " st.relaxed.sys.global.v2.b64 [$0], {a, b}; }",
-                    address(peer, element),
+                    f" st.relaxed.sys.global.v2.b64 [$0 + {bytes_to(i, j)}], {{a, b}}; }}",
+                    peer,
                     *(arith.bitcast(i32, value(i, j + k)) for k in range(2)),
                     epoch,
                     has_side_effects=True,
                 )
 
-        def wait(addresses: Sequence[Any]) -> list[Any]:
-            """The values of the pairs of words there, when all of them carry the epoch."""
-            first = [constant(0)] * (2 * len(addresses)) + [constant(1), constant(0)]
+        def wait(address: Any, elements: Sequence[tuple[int, int]]) -> list[Any]:
+            """The values of these pairs of words, when all of them carry the epoch."""
+            first = [constant(0)] * (2 * len(elements)) + [constant(1), constant(0)]
             types = [v.type for v in first]
             loop = scf.WhileOp(types, first)
             with ir.InsertionPoint(loop.before.blocks.append(*types)) as at:
@@ -98,11 +99,11 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
                 with utils.when(arith.cmpi(arith.CmpIPredicate.ugt, looks, constant(LOOKS))):
                     utils.inline_ptx("trap;", has_side_effects=True)
                 values, missing = [], constant(0)
-                for a in addresses:
+                for i, j in elements:
                     *pair, first_epoch, second_epoch = utils.inline_ptx(
-                        "{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {a, b}, [$4];"
+                        f"{{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {{a, b}}, [$4 + {bytes_to(i, j)}];"
                         " mov.b64 {$0, $2}, a; mov.b64 {$1, $3}, b; }",
-                        a,
+                        address,
                         result_types=[i32] * 4,
                         has_side_effects=True,
                     )
@@ -113,13 +114,13 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
             return [arith.bitcast(f32, v) for v in list(loop.results)[:-2]]
 
         totals: list[Any] = []
-        for base in map(utils.memref_ptr, words):
+        for source in map(address, words):
             found: list[Any] = []
             for k in range(0, len(elements), REGISTERS // 2):
-                found += wait([address(base, element) for *_, element in elements[k : k + REGISTERS // 2]])
+                found += wait(source, elements[k : k + REGISTERS // 2])
             totals = [arith.addf(a, b) for a, b in zip(totals, found, strict=True)] if totals else found
         registers = y.registers.copy()
-        for k, (i, j, _) in enumerate(elements):
+        for k, (i, j) in enumerate(elements):
             for m in range(2):
                 vector = registers[i]
                 registers[i] = llvm.insertelement(vector, totals[2 * k + m], constant(j + m))
@@ -202,7 +203,10 @@ def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
     except NotImplementedError as e:
         return str(e)
     if workspace is None:
-        return "the Mosaic GPU kernel exchanges through a workspace, which is for 2 to 8 GPUs of one process."
+        return (
+            "the Mosaic GPU kernel exchanges through a workspace, and there is none; `Workspace.create` makes one for 2 to "
+            "8 GPUs of one process."
+        )
     if width % (2 * THREADS) or width > MAX_WIDTH:
         return (
             f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got {width}."
@@ -210,6 +214,17 @@ def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
     if rows > workspace.rows or width > workspace.width:
         return f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
     return None
+
+
+def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
+    """See `mlra_jax.ops.all_reduce.fitting`.
+
+    Raises:
+      NotImplementedError: the kernel does not exchange so many rows, or there is no workspace.
+    """
+    if reason := declines(rows, workspace.width if workspace else 0, workspace):
+        raise NotImplementedError(reason)
+    return workspace
 
 
 def _run(kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array) -> Any:

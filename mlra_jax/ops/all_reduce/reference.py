@@ -9,7 +9,12 @@ import jax
 from mlra_jax.ops.norm import add_rms_norm
 
 
-def all_reduce(y: jax.Array, workspace: Any, *, axis: str) -> jax.Array:
+def fitting(workspace: Any, rows: int) -> None:
+    """See `mlra_jax.ops.all_reduce.fitting`: `psum` needs no workspace."""
+    del workspace, rows
+
+
+def all_reduce(y: jax.Array, workspace: Any, *, axis: str | tuple[str, ...]) -> jax.Array:
     """See `mlra_jax.ops.all_reduce.all_reduce`."""
     del workspace
     return jax.lax.psum(y, axis)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -48,15 +47,19 @@ class Workspace:
 
         Args:
           mesh: its devices are GPUs of one process, in the order of their ids.
-          rules: the decoding table: 2 to 8 devices split the KV-head shards.
+          rules: the decoding table: one mesh axis of 2 to 8 devices splits KV-head shards, MLP and vocabulary, whose
+            sums go through the workspace.
           width: of a row (D).
         """
-        axes = dict(rules.table).get("kv_head_shards", ())
-        devices, n = list(mesh.devices.flat), math.prod(mesh.shape.get(axis, 1) for axis in axes)
-        in_order = [d.id for d in devices] == sorted(d.id for d in devices)
-        if devices[0].platform not in ("gpu", "cuda") or n not in DEVICES or not in_order:
+        axes, mlp, vocab, heads = (
+            dict(rules.table).get(name, ()) for name in ("kv_head_shards", "mlp", "vocab", "heads")
+        )
+        if len(axes) != 1 or not mlp == vocab == axes or heads not in ((), axes):
             return None
-        if len(axes) != 1 or len({d.process_index for d in devices}) > 1:
+        devices, n = list(mesh.devices.flat), mesh.shape.get(axes[0], 1)
+        in_order = [d.id for d in devices] == sorted(d.id for d in devices)
+        on_one_host = devices[0].platform == "gpu" and len({d.process_index for d in devices}) == 1
+        if not (on_one_host and in_order and n in DEVICES):
             return None
         split = NamedSharding(mesh, PartitionSpec(*axes))
         shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=split)
