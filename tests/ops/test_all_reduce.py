@@ -328,7 +328,7 @@ def compile_all():
                     check_vma=False,
                 )
                 hlo = jax.jit(mapped).lower(new(n, 8, width), new(n, width), workspace).compile().as_text()
-            print(f"{n} devices", *re.findall(r" all-\w+\(|\bcopy\(", hlo))
+            print(f"{n} devices", *re.findall(r" all-\w+\(| copy\(.*words", hlo))
 
 
 @compiles

@@ -113,12 +113,18 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
                 scf.yield_([*values, missing, looks])
             return [arith.bitcast(f32, v) for v in list(loop.results)[:-2]]
 
-        totals: list[Any] = []
+        def add(a: Any, b: Any) -> Any:
+            # Compilers would put off all sums to the end, and keep what has arrived from every device until then.
+            return utils.inline_ptx("add.rn.f32 $0, $1, $2;", a, b, result_types=f32, has_side_effects=True)
+
+        at_a_time = REGISTERS // 2
+        batches = [elements[k : k + at_a_time] for k in range(0, len(elements), at_a_time)]
+        sums: list[list[Any]] = [[]] * len(batches)
         for source in map(address, words):
-            found: list[Any] = []
-            for k in range(0, len(elements), REGISTERS // 2):
-                found += wait(source, elements[k : k + REGISTERS // 2])
-            totals = [arith.addf(a, b) for a, b in zip(totals, found, strict=True)] if totals else found
+            for k, batch in enumerate(batches):
+                found = wait(source, batch)
+                sums[k] = [add(a, b) for a, b in zip(sums[k], found, strict=True)] if sums[k] else found
+        totals = [a for batch in sums for a in batch]
         registers = y.registers.copy()
         for k, (i, j) in enumerate(elements):
             for m in range(2):
