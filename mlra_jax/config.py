@@ -240,14 +240,6 @@ class AttentionConfig(Validated):
         """
         raise ConfigError([f"Shares of {type(self).__name__} are not known."])
 
-    def split(self, n_latent_heads: int, n_branches: int) -> Self:
-        """The sizes with each latent head cut into several (`mlra-convert split-latents`).
-
-        Raises:
-          ConfigError: there is no latent, or it cannot be cut so.
-        """
-        raise ConfigError(["Only latent attention (MLA, GLA, MLRA) has a latent that can be split."])
-
 
 def uneven(config: AttentionConfig, name: str, multiple: int = 2) -> list[str]:
     """A fault if a rotary width cannot be cut into pairs, in `multiple / 2` equal parts."""

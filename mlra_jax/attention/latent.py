@@ -126,6 +126,11 @@ class LatentAttentionConfig(AttentionConfig):
         )
 
     def split(self, n_latent_heads: int, n_branches: int) -> Self:
+        """The sizes with each latent head cut into several (`mlra-convert split-latents`).
+
+        Raises:
+          ConfigError: the latent cannot be cut so.
+        """
         new = dataclasses.replace(self, n_latent_heads=n_latent_heads, n_branches=n_branches)
         new.validate()
         if n_latent_heads % self.n_latent_heads or n_latent_heads == self.n_latent_heads:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.attention.kv_cache import Cache, repeat_rows
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, Sampling, sample
+from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, RowSampling, Sampling, sample
 from mlra_jax.model import Transformer
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, on_mesh
@@ -54,12 +54,10 @@ class State:
     """The last token of each row, not in the cache yet: int32."""
     left_B: Any
     """How many more tokens each row gets; 0: it is done. int32."""
-    sample_B: Any
-    """Which of its prompt's samples each row is: int32."""
-    seed: Any
-    """uint32 scalar."""
-    eos: Any
-    """Id that ends a row, or `NO_TOKEN`: int32 scalar."""
+    eos_B: Any
+    """Id that ends each row, or `NO_TOKEN`: int32."""
+    sampling: RowSampling
+    """How each row's tokens are chosen."""
 
 
 def free_bytes(device: jax.Device) -> float:
@@ -117,25 +115,23 @@ def prefill(
 
 def begin(
     rules: AxisRules,
-    sampling: Sampling,
     n_vocab: int,
     n: int,
     cache: Cache,
     logits_BV: jax.Array,
     left_B: jax.Array,
-    sample_B: jax.Array,
-    seed: jax.Array,
-    eos: jax.Array,
+    eos_B: jax.Array,
+    sampling: RowSampling,
 ) -> tuple[State, jax.Array]:
-    """Makes `n` rows of each row of the cache and draws their first tokens: the state, and the tokens [B]."""
+    """Makes `n` rows of each row of the cache and samples their first tokens: the state, and the tokens [B]."""
     if n > 1:
         cache, logits_BV = cache.repeat(n), repeat_rows(rules, n, logits_BV, "batch", "vocab")
-    state = State(cache, jnp.full_like(left_B, NO_TOKEN), left_B, sample_B, seed, eos)
-    state = _with_next(rules, sampling, n_vocab, state, logits_BV)
+    state = State(cache, jnp.full_like(left_B, NO_TOKEN), left_B, eos_B, sampling)
+    state = _with_next(rules, n_vocab, state, logits_BV)
     return state, state.token_B
 
 
-def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> tuple[State, jax.Array]:
+def step(model: Transformer, n_vocab: int, state: State) -> tuple[State, jax.Array]:
     """One more token for each row that is not done: the new state, and the tokens [B].
 
     They are `NO_TOKEN` for rows that are done; a row whose logits leave no choice gets `NO_NUMBER` and is done.
@@ -147,7 +143,7 @@ def step(model: Transformer, sampling: Sampling, n_vocab: int, state: State) -> 
     logits_B1V, cache = model.decode(tokens_B1, state.cache, n_new_B, logits="last")
     state = dataclasses.replace(state, cache=cache)
     with jax.named_scope("sample"):
-        state = _with_next(rules, sampling, n_vocab, state, logits_B1V[:, 0])
+        state = _with_next(rules, n_vocab, state, logits_B1V[:, 0])
     return state, jnp.where(active_B, state.token_B, NO_TOKEN)
 
 
@@ -159,9 +155,7 @@ def _steps_at_once() -> int:
     return 4 if current_device()[0] == "gpu" else 1
 
 
-def run(
-    model: Transformer, sampling: Sampling, n_vocab: int, state: State, n_steps: jax.Array
-) -> tuple[State, jax.Array]:
+def run(model: Transformer, n_vocab: int, state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
     """Up to `n_steps` steps, fewer if all rows are done: the new state, and the tokens [STEPS_PER_RUN, B]."""
 
     def go_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
@@ -169,7 +163,7 @@ def run(
 
     def one(_: int, carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         i, state, out = carry
-        state, token_B = step(model, sampling, n_vocab, state)
+        state, token_B = step(model, n_vocab, state)
         return i + 1, state, jax.lax.dynamic_update_index_in_dim(out, token_B, i, axis=0)
 
     several = functools.partial(jax.lax.fori_loop, 0, _steps_at_once(), one)
@@ -184,23 +178,13 @@ def run(
 
 def _ended(state: State) -> jax.Array:
     """Rows whose last token is the last one of its kind, bool [B]."""
-    return (state.token_B == state.eos) | (state.token_B == NO_NUMBER)
+    return (state.token_B == state.eos_B) | (state.token_B == NO_NUMBER)
 
 
-def _with_next(
-    rules: AxisRules, sampling: Sampling, n_vocab: int, state: State, logits_BV: jax.Array
-) -> State:
-    """The state with a token drawn for each row that is not done."""
-    drawn_B = sample(
-        rules,
-        logits_BV,
-        sampling,
-        n_vocab,
-        seed=state.seed,
-        sample_B=state.sample_B,
-        position_B=state.cache.lengths,
-    )
-    token_B = rules.constrain(drawn_B, None)
+def _with_next(rules: AxisRules, n_vocab: int, state: State, logits_BV: jax.Array) -> State:
+    """The state with a token sampled for each row that is not done."""
+    token_B = sample(rules, logits_BV, state.sampling, n_vocab, position_B=state.cache.lengths)
+    token_B = rules.constrain(token_B, None)
     active_B = state.left_B > 0
     state = dataclasses.replace(state, token_B=jnp.where(active_B, token_B, state.token_B))
     left_B = jnp.where(active_B & ~_ended(state), state.left_B - 1, 0)
@@ -232,17 +216,19 @@ def compile_step(
       mesh: with explicit axes.
       batch: rows.
       max_len: tokens that the cache holds for each row.
-      sampling: how tokens are drawn.
+      sampling: of every row.
     """
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
         cache = jax.eval_shape(lambda: Cache.create(config, rules, batch, max_len))
         leaves, treedef = jax.tree.flatten(model)
-        by_row, scalar = jax.ShapeDtypeStruct((batch,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-        state = State(cache, by_row, by_row, by_row, scalar, scalar)
+        rows = RowSampling.of([sampling] * batch, [0] * batch, [0] * batch)
+        rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
+        by_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        state = State(cache, by_row, by_row, by_row, rows)
 
         def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
-            return step(jax.tree.unflatten(treedef, leaves), sampling, config.vocab_size, state)
+            return step(jax.tree.unflatten(treedef, leaves), config.vocab_size, state)
 
         lowered = jax.jit(one, donate_argnums=1).lower(*on_mesh((leaves, state), mesh))
         return lowered.compile(compiler_options=compiler_options(mesh))
@@ -343,21 +329,21 @@ class Engine:
         max_new_tokens: Sequence[int],
         *,
         n: int = 1,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        eos_id: int | None = None,
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+        seed: int | Sequence[int] = 0,
+        eos_id: int | Sequence[int | None] | None = None,
         max_len: int | None = None,
         batch: int = 0,
     ) -> Rows:
-        """Fills a cache with the prompts and draws the first token of each row.
+        """Fills a cache with the prompts and samples the first token of each row.
 
         Args:
           prompts: token ids, at least one each.
           max_new_tokens: of each prompt, at least 1.
           n: samples of each prompt: rows n*p to n*p + n - 1 are those of prompt p.
-          sampling: how tokens are drawn.
-          seed: of the drawing.
-          eos_id: id after which a row is done.
+          sampling: how tokens are chosen, for all prompts or for each.
+          seed: of the sampling, for all prompts or for each.
+          eos_id: id after which a row is done, for all prompts or for each.
           max_len: tokens that the cache holds for each row; None: what is needed, rounded up to `LENGTH_UNIT`.
           batch: fewer prompts than this are padded, so that a last smaller batch does not recompile.
 
@@ -370,26 +356,30 @@ class Engine:
         max_len = round_up(needed, LENGTH_UNIT) if max_len is None else max_len
         if needed > max_len:
             raise ValueError(f"A prompt and its new tokens are {needed} tokens; the cache holds {max_len}.")
-        sample_B = np.tile(np.arange(n, dtype=np.int32), len(prompts))
-        left_B = np.repeat(np.array(max_new_tokens, np.int32), n)
+        each = lambda x: x if isinstance(x, Sequence) else [x] * len(prompts)
+        eos_ids = [NO_TOKEN if eos is None else eos for eos in each(eos_id)]
+        by_prompt = zip(max_new_tokens, eos_ids, each(sampling), each(seed), strict=True)
+        rows = [(*values, sample) for values in by_prompt for sample in range(n)]
         batch = max(batch, len(prompts))
         if self.padded(batch) != batch:
             # Each padded prompt would become n rows: the samples are run as prompts of their own instead.
             prompts, batch, n = [p for p in prompts for _ in range(n)], batch * n, 1
         batch = self.padded(batch)
-        padding = [(0, batch * n - len(left_B))]  # these rows are done from the start
-        sample_B, left_B = np.pad(sample_B, padding), np.pad(left_B, padding)
+        rows += [(0, *rows[-1][1:])] * (batch * n - len(rows))  # done from the start
+        left_B, eos_B, *of_sampling = zip(*rows, strict=True)
+        row_sampling = RowSampling.of(*of_sampling)
+        by_row = np.array(left_B, np.int32), np.array(eos_B, np.int32), row_sampling
 
         with jax.set_mesh(self.mesh):
             shape = (batch, max_len)
             cache, logits_BV = self._fill(prompts, *shape)
-            first = functools.partial(begin, self.rules, sampling, self.n_vocab, n)
-            scalars = np.uint32(seed % 2**32), np.int32(NO_TOKEN if eos_id is None else eos_id)
-            args = cache, logits_BV, *(self.put(x) for x in (left_B, sample_B, *scalars))
+            first = functools.partial(begin, self.rules, self.n_vocab, n)
+            args = cache, logits_BV, *jax.tree.map(self.put, by_row)
             # The cache of n rows for each prompt is another one: it has no use for the memory of the first.
-            donate = (0, 2, 3, 4, 5) if n == 1 else (2, 3, 4, 5)
-            state, token_B = self.call(("begin", shape, n, sampling), first, *args, donate=donate)
-        return Rows(self, state, token_B, sampling, max_len)
+            donate = (0, 2, 3, 4) if n == 1 else (2, 3, 4)
+            key = ("begin", shape, n, jax.tree.structure(row_sampling))
+            state, token_B = self.call(key, first, *args, donate=donate)
+        return Rows(self, state, token_B, max_len)
 
     def _fill(self, prompts: Sequence[Sequence[int]], batch: int, max_len: int) -> tuple[Cache, jax.Array]:
         """A cache that holds the prompts, and the logits [B, V] after each."""
@@ -419,22 +409,21 @@ class Rows:
       engine: that started it.
       state: donated by every call and replaced.
       first_B: the first token of each row.
-      sampling: how tokens are drawn.
       max_len: tokens that the cache was asked to hold for each row.
     """
 
-    def __init__(self, engine: Engine, state: State, first_B: jax.Array, sampling: Sampling, max_len: int):
+    def __init__(self, engine: Engine, state: State, first_B: jax.Array, max_len: int):
         self.first_B, self.state = first_B, state
         self.cache_bytes_per_device = state.cache.bytes_per_device()
-        self._engine, self._sampling = engine, sampling
-        self._key = (len(first_B), max_len, sampling)
+        self._engine = engine
+        self._key = (len(first_B), max_len, jax.tree.structure(state.sampling))
 
     def step(self) -> jax.Array:
         """One more token of each row, [B], `NO_TOKEN` where a row is done. Returns before the device is ready."""
-        engine, sampling = self._engine, self._sampling  # `one` must not hold on to `self`: to its cache
+        engine = self._engine  # `one` must not hold on to `self`: to its cache
 
         def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
-            return step(engine.model(leaves), sampling, engine.n_vocab, state)
+            return step(engine.model(leaves), engine.n_vocab, state)
 
         with jax.set_mesh(engine.mesh):
             args = engine.leaves, self.state
@@ -443,10 +432,10 @@ class Rows:
 
     def run(self, n_steps: int = STEPS_PER_RUN) -> jax.Array:
         """Up to `n_steps` more tokens of each row, [STEPS_PER_RUN, B], `NO_TOKEN` where there is none."""
-        engine, sampling = self._engine, self._sampling
+        engine = self._engine
 
         def many(leaves: list[jax.Array], state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
-            return run(engine.model(leaves), sampling, engine.n_vocab, state, n_steps)
+            return run(engine.model(leaves), engine.n_vocab, state, n_steps)
 
         with jax.set_mesh(engine.mesh):
             args = engine.leaves, self.state, engine.put(np.int32(min(n_steps, STEPS_PER_RUN)))

@@ -35,9 +35,9 @@ class GenerationOptions(Validated):
     max_new_tokens: Positive = 128
     """Tokens of a completion, at most."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = GREEDY
-    """How each token is drawn."""
+    """How each token is chosen."""
     seed: Seed = 0
-    """Of the drawing. A completion depends on its prompt, this and the sample's number, not on the other prompts."""
+    """Sampling seed. A completion depends on its prompt, this and the sample's number, not on the other prompts."""
     n: Positive = 1
     """Samples of each prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -69,21 +69,56 @@ DEFAULTS = GenerationOptions()
 
 Prompt = str | Sequence[int]
 """Text, or its token ids."""
+Options = GenerationOptions | Sequence[GenerationOptions]
+"""Of all prompts, or of each."""
 
 
 def changed(options: GenerationOptions, **changes: Any) -> GenerationOptions:
     """`options` with some fields changed, those of its `sampling` too.
 
     Raises:
-      TypeError: there is no such field; names those that there are.
+      TypeError: there is no such field, which names those that there are, or `sampling` is no `Sampling`.
     """
-    names = lambda cls: [field.name for field in dataclasses.fields(cls)]
-    known = [*names(GenerationOptions), *names(Sampling)]
+    names = lambda x: [field.name for field in dataclasses.fields(x)]
+    sampling = changes.pop("sampling", options.sampling)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={sampling!r} must be a Sampling, not {type(sampling).__name__}.")
+    known = [*names(options), *names(sampling)]
     if unknown := [name for name in changes if name not in known]:
         raise TypeError(f"Generation has no option {', '.join(unknown)}; there are: {', '.join(known)}.")
-    drawing = {name: changes.pop(name) for name in names(Sampling) if name in changes}
-    sampling = dataclasses.replace(changes.pop("sampling", options.sampling), **drawing)
-    return dataclasses.replace(options, sampling=sampling, **changes)
+    of_sampling = {name: changes.pop(name) for name in names(sampling) if name in changes}
+    return dataclasses.replace(options, sampling=dataclasses.replace(sampling, **of_sampling), **changes)
+
+
+def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[GenerationOptions]:
+    """The options of each prompt.
+
+    Args:
+      options: for all prompts, or a list with one for each.
+      n_prompts: number of prompts.
+      **changes: see `changed`; a list, except for `stop`, holds one value for each prompt.
+
+    Raises:
+      ConfigError: a list has another length, a value is not legal, or `n`, `max_len` or `batch_size` differ.
+      TypeError: there is no such option.
+    """
+    given = {"options": options, **changes}
+    lists = {k: v for k, v in given.items() if isinstance(v, list | tuple) and k != "stop"}
+    faults = [
+        f"{name} has {len(values)} values for {n_prompts} prompt(s); give one for each prompt, or one for all."
+        for name, values in lists.items()
+        if len(values) != n_prompts
+    ]
+    if not faults:
+        one = lambda i: changed(**given | {name: values[i] for name, values in lists.items()})
+        found = [one(i) for i in range(n_prompts)]
+        faults = [*dict.fromkeys(fault for options in found for fault in options.faults())]
+        for name in ("n", "max_len", "batch_size"):
+            if len(values := {getattr(options, name) for options in found}) > 1:
+                faults.append(f"{name} must be the same for all prompts, not {sorted(values)}.")
+    if faults:
+        raise ConfigError(faults)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +185,8 @@ class FittedPrompt:
     given: Prompt
     ids: list[int]
     dropped: int
-    max_new_tokens: int
+    options: GenerationOptions
+    """Of this prompt; `max_new_tokens` is what there is room for."""
 
 
 _OVERFLOW_HINTS = {
@@ -166,9 +202,9 @@ def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
 
 
 def fit_prompts(
-    prompts: Sequence[Prompt], options: GenerationOptions, tokenizer: Tokenizer
+    prompts: Sequence[Prompt], options: Sequence[GenerationOptions], tokenizer: Tokenizer
 ) -> list[FittedPrompt]:
-    """The prompts' tokens, cut as `options.overflow` says; an empty prompt becomes the end-of-text token.
+    """The prompts' tokens, cut as each one's `overflow` says; an empty prompt becomes the end-of-text token.
 
     Raises:
       ConfigError: there is none, or some do not fit or hold ids that the tokenizer lacks: all of them are listed.
@@ -176,25 +212,26 @@ def fit_prompts(
     if len(prompts) == 0:
         raise ConfigError(["There is no prompt."])
     fitted, faults = [], []
-    for index, given in enumerate(prompts):
+    for index, (given, own) in enumerate(zip(prompts, options, strict=True)):
         ids = tokenizer.encode(given) if isinstance(given, str) else [int(token) for token in given]
         ids = ids or [tokenizer.eot_id]
         if wrong := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
             faults.append(
                 f"Prompt {index} has the token id {wrong[0]}; ids are 0 to {tokenizer.n_vocab - 1}."
             )
-        new, room, dropped = options.max_new_tokens, options.max_len, 0
+        new, room, dropped = own.max_new_tokens, own.max_len, 0
         if room and len(ids) + new > room:
-            if options.overflow == "truncate-left" and new < room:
+            if own.overflow == "truncate-left" and new < room:
                 dropped = len(ids) - (room - new)
-            elif options.overflow == "shorten" and len(ids) < room:
+            elif own.overflow == "shorten" and len(ids) < room:
                 new = room - len(ids)
             else:
                 faults.append(
                     f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new} that is more than "
-                    f"max_len={room}{_OVERFLOW_HINTS[options.overflow]}."
+                    f"max_len={room}{_OVERFLOW_HINTS[own.overflow]}."
                 )
-        fitted.append(FittedPrompt(index, given, ids[dropped:], dropped, new))
+        own = dataclasses.replace(own, max_new_tokens=new)
+        fitted.append(FittedPrompt(index, given, ids[dropped:], dropped, own))
     if faults:
         raise ConfigError(faults)
     return fitted
@@ -249,25 +286,26 @@ class Generator:
         return cls(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
 
     @overload
-    def generate(self, prompts: Prompt, options: GenerationOptions = DEFAULTS, **changes: Any) -> str: ...
+    def generate(self, prompts: Prompt, options: Options = DEFAULTS, **changes: Any) -> str: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> list[str]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> str | list[str]:
         """The completion of a prompt, or those of several prompts: n for each, in order.
 
         Args:
           prompts: one, or a sequence of them; each a string or a list of token ids.
-          options: what to generate.
+          options: what to generate: for all prompts, or a list with one for each.
           **changes: fields of `GenerationOptions` or of its `Sampling` that differ from `options`, such as
-            max_new_tokens=200 or temperature=0.8.
+            max_new_tokens=200 or temperature=0.8. A list has one value for each prompt: temperature=[0, 0.8] or
+            sampling=[...] (`stop` is a list of its own, and the same for all; give `options` to vary it).
 
         Raises:
-          ConfigError: an option or token id is not legal, or prompt and completion do not fit max_len or the devices'
-            memory.
+          ConfigError: an option or token id is not legal, prompt and completion do not fit max_len or the devices'
+            memory, or a list has not one value for each prompt; n, max_len and batch_size cannot differ.
           NotFiniteError: the logits after a text are NaN or infinite; names the prompt and the position.
           TypeError: there is no such option.
           ValueError: one prompt was given, not as a list, and several samples asked for.
@@ -280,7 +318,7 @@ class Generator:
         return completions[0].text
 
     def complete(
-        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> list[Completion]:
         """As `generate`, with tokens, finish reasons and statistics; always a list."""
         events = self.stream(prompts, options, every_token=False, **changes)
@@ -289,7 +327,7 @@ class Generator:
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        options: GenerationOptions = DEFAULTS,
+        options: Options = DEFAULTS,
         *,
         every_token: bool = True,
         **changes: Any,
@@ -298,50 +336,48 @@ class Generator:
 
         With `every_token` steps are run one at a time, else in compiled loops, and text comes in larger pieces.
         """
-        options = changed(options, **changes)
-        options.validate()
         several: Any = [prompts] if is_one(prompts) else prompts
-        fitted = fit_prompts(several, options, self.tokenizer)
+        by_prompt = options_by_prompt(options, len(several), **changes)
+        fitted = fit_prompts(several, by_prompt, self.tokenizer)
+        shared = by_prompt[0]
         # All batches get one shape, so that they are compiled once.
-        batch = min(len(fitted), options.batch_size // options.n)
-        max_len = options.max_len or round_up(max(len(p.ids) + p.max_new_tokens for p in fitted), LENGTH_UNIT)
-        self.engine.check_memory(batch, options.n, max_len)
+        batch = min(len(fitted), shared.batch_size // shared.n)
+        longest = max(len(p.ids) + p.options.max_new_tokens for p in fitted)
+        max_len = shared.max_len or round_up(longest, LENGTH_UNIT)
+        self.engine.check_memory(batch, shared.n, max_len)
         batches = [fitted[i : i + batch] for i in range(0, len(fitted), batch)]
-        return itertools.chain.from_iterable(
-            self._batch(b, options, batch, max_len, every_token) for b in batches
-        )
+        return itertools.chain.from_iterable(self._batch(b, batch, max_len, every_token) for b in batches)
 
     def _last(self, prompt: FittedPrompt) -> int | None:
         """The last token of a prompt's text; None: it is empty."""
         return None if prompt.ids[-1] == self.tokenizer.eot_id else prompt.ids[-1]
 
+    def _eos_id(self, prompt: FittedPrompt) -> int | None:
+        """The token that ends its completion; None: none does."""
+        return None if prompt.options.ignore_eos else self.tokenizer.eot_id
+
     def _batch(
-        self,
-        prompts: list[FittedPrompt],
-        options: GenerationOptions,
-        batch: int,
-        max_len: int,
-        every_token: bool,
+        self, prompts: list[FittedPrompt], batch: int, max_len: int, every_token: bool
     ) -> Iterator[Delta | Completion]:
-        engine, n = self.engine, options.n
-        eos_id = None if options.ignore_eos else self.tokenizer.eot_id
+        engine, n = self.engine, prompts[0].options.n
         clock = _Clock(engine)
         rows = engine.start(
             [p.ids for p in prompts],
-            [p.max_new_tokens for p in prompts],
+            [p.options.max_new_tokens for p in prompts],
             n=n,
-            sampling=options.sampling,
-            seed=options.seed,
-            eos_id=eos_id,
+            sampling=[p.options.sampling for p in prompts],
+            seed=[p.options.seed for p in prompts],
+            eos_id=[self._eos_id(p) for p in prompts],
             max_len=max_len,
             batch=batch,
         )
         owners = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        texts = [
-            RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens, self._last(prompt))
-            for prompt, _ in owners
-        ]
-        longest = max(prompt.max_new_tokens for prompt in prompts)
+        row_text = lambda p: RowText(
+            self.tokenizer, p.options.stop, self._eos_id(p), p.options.max_new_tokens, self._last(p)
+        )
+        texts = [row_text(prompt) for prompt, _ in owners]
+        longest = max(p.options.max_new_tokens for p in prompts)
+        looks_for_stops = any(p.options.stop for p in prompts)
         received, pending = 0, rows.first_B
         ahead: jax.Array | None = None
         while True:
@@ -374,7 +410,7 @@ class Generator:
                 pending = rows.step() if ahead is None else ahead
                 ahead = rows.step() if received + 1 < longest else None
             else:
-                pending = rows.run(STEPS_BETWEEN_STOPS if options.stop else STEPS_PER_RUN)
+                pending = rows.run(STEPS_BETWEEN_STOPS if looks_for_stops else STEPS_PER_RUN)
 
         stats = clock.stats(rows, texts)
         for text, (prompt, sample) in zip(texts, owners, strict=True):

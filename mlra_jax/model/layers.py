@@ -73,7 +73,7 @@ class WithLayout(nnx.Module):
     layout: Layout
 
     def require_layout(self, needed: Layout) -> None:
-        """Refuses a call that the module cannot serve, because of its layout or of its parameters'.
+        """Refuses a call that the module cannot serve, because of its layout or of its (or a part's) parameters'.
 
         Raises:
           NotImplementedError: `layout` is not `needed`; says what to do.
@@ -93,6 +93,8 @@ class WithLayout(nnx.Module):
                     f"{type(self).__name__}.{name} holds a parameter of another layout, {stored(param).shape}: this "
                     f"module is in the {needed} layout; convert a model or layer with `to_decode`."
                 )
+            if isinstance(param, WithLayout):
+                param.require_layout(needed)
 
 
 def lay_out_for_decoding(

@@ -118,6 +118,18 @@ class Block(nnx.Module):
             return x_BTD, self.mlp(h_BTD), cache
 
 
+class _Layers(nnx.List):
+    """Layers that are not stacked; `nnx.update` with those of a model that stacks them says what to do instead."""
+
+    def _graph_node_set_key(self, key: Any, value: Any) -> None:
+        if isinstance(key, str):
+            raise ValueError(
+                "The state has stacked layers, this model a list of them; convert a trained model with `to_decode`, "
+                "or parameters with `from_params`."
+            )
+        super()._graph_node_set_key(key, value)
+
+
 class Transformer(WithLayout):
     """Tied embedding, layers, final norm.
 
@@ -154,7 +166,7 @@ class Transformer(WithLayout):
             stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.layers: Any = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
         else:
-            self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
+            self.layers = _Layers([make(rngs) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
 
     def hidden(self, tokens_BT: jax.Array, totals: Mapping[int, Any] | None = None) -> jax.Array:
