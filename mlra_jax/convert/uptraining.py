@@ -73,7 +73,7 @@ def split_latents(
       ConfigError: see `split_config`.
     """
     split = split_config(config, n_latent_heads, n_branches)
-    before, after = _latent(config), _latent(split)
+    after = _latent(split)
     flat: dict[str, Any] = nnx.traversals.flatten_mapping(params, sep=".")
 
     changed = {name: flat[_AT + name] for name in _CHANGED}
