@@ -2,7 +2,7 @@
 
     RUN/checkpoints/STEP/params      nested dictionary of arrays, as the model names them
                          optimizer   the optax state and the step
-                         guard       what tells which updates to leave out
+                         guard       the statistics that decide which updates are skipped
                          config      the resolved TrainConfig, JSON
                          digests     a checksum of each array and of the configuration, JSON
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import zlib
@@ -92,7 +91,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _items(state: TrainState) -> dict[str, Any]:
     """The parts of a state as a checkpoint keeps them."""
     optimizer = {"state": state.opt_state, "step": state.step}
-    return {"params": state.params, "optimizer": optimizer, "guard": state.guard}
+    return {"params": state.params, "optimizer": optimizer, "guard": state.skip_state}
 
 
 def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -150,15 +149,9 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     stored = {k: tuple(v.shape) for k, v in _flat(handler.metadata(step_dir / item).tree).items()}
     wanted = {k: tuple(v.shape) for k, v in _flat(abstract).items()}
     faults = [
-        f"{k}: not in the checkpoint, the model has {wanted[k]}" for k in sorted(wanted.keys() - stored)
-    ]
-    faults += [
-        f"{k}: {stored[k]} in the checkpoint, not in the model" for k in sorted(stored.keys() - wanted)
-    ]
-    faults += [
-        f"{k}: {stored[k]} in the checkpoint, {wanted[k]} in the model"
-        for k in sorted(wanted.keys() & stored)
-        if wanted[k] != stored[k]
+        f"{k}: {stored.get(k, 'not')} in the checkpoint, {wanted.get(k, 'not')} in the model"
+        for k in sorted(stored | wanted)
+        if stored.get(k) != wanted.get(k)
     ]
     if faults:
         raise CheckpointError(
@@ -431,8 +424,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             ),
         )
 
@@ -539,7 +531,7 @@ class Checkpoints:
         if step == 0 and not (step_dir / "optimizer").exists():
             wanted = {"params": wanted["params"]}  # what `save_params` wrote
         elif not (step_dir / "guard").exists():
-            del wanted["guard"]  # of a version that had none
+            del wanted["guard"]  # written by a version that skipped no updates
 
         def read() -> dict[str, Any]:
             _check_tree(step_dir, "params", wanted["params"])
@@ -550,9 +542,9 @@ class Checkpoints:
         state = None
         if "optimizer" in items:
             fresh = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
-            guard = items.get("guard") or jax.tree.map(fresh, abstract_state.guard)
+            skip_state = items.get("guard") or jax.tree.map(fresh, abstract_state.skip_state)
             optimizer = items["optimizer"]
-            state = TrainState(items["params"], optimizer["state"], optimizer["step"], guard)
+            state = TrainState(items["params"], optimizer["state"], optimizer["step"], skip_state)
         return Restored(step, state, items["params"], changes, [])
 
     def _move_aside(self, step: int) -> epath.Path:
@@ -711,8 +703,3 @@ def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str
         return LazyStack(tuple(map(layer, range(x.shape[0]))))
 
     return jax.tree_util.tree_map_with_path(lazy, stored)
-
-
-def state_bytes(abstract: Any) -> int:
-    """Bytes of all arrays of a tree, over all devices, each counted once."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

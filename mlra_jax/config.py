@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 class ConfigError(UserError):
     """One or more faults in a configuration; the message lists all of them."""
 
-    def __init__(self, faults: list[str]):
-        self.faults = faults
+    def __init__(self, faults: str | list[str]):
+        self.faults = faults = [faults] if isinstance(faults, str) else faults
         many = f"{len(faults)} faults in the configuration:\n  - " if len(faults) > 1 else ""
         super().__init__(many + "\n  - ".join(faults))
 
@@ -238,7 +238,7 @@ class AttentionConfig(Validated):
         Raises:
           ConfigError: the family has no shares that run alone.
         """
-        raise ConfigError([f"Shares of {type(self).__name__} are not known."])
+        raise ConfigError(f"Shares of {type(self).__name__} are not known.")
 
 
 def uneven(config: AttentionConfig, name: str, multiple: int = 2) -> list[str]:
@@ -369,9 +369,7 @@ class MeshConfig(Validated):
         elif free or known != n_devices:
             shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
             raise ConfigError(
-                [
-                    f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."
-                ]
+                f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."
             )
         return MeshConfig(**sizes)
 
@@ -422,10 +420,8 @@ class DataConfig(Validated):
         per_micro = micro_batch * n_data_shards
         if self.global_batch % per_micro:
             raise ConfigError(
-                [
-                    f"data.global_batch={self.global_batch} is not a multiple of micro_batch={micro_batch} x "
-                    f"{n_data_shards} data-parallel devices (data x fsdp) = {per_micro}; change one of them."
-                ]
+                f"data.global_batch={self.global_batch} is not a multiple of micro_batch={micro_batch} x "
+                f"{n_data_shards} data-parallel devices (data x fsdp) = {per_micro}; change one of them."
             )
         return self.global_batch // per_micro
 

@@ -67,10 +67,8 @@ def _slices_along(sizes: MeshConfig, n_slices: int) -> tuple[int, int, int, int]
     along_fsdp = n_slices // along_data
     if sizes.fsdp % along_fsdp:
         raise ConfigError(
-            [
-                f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} cannot be laid out on {n_slices} slices (TPU slices "
-                f"or hosts of GPUs): tensor and context stay inside a slice; use --mesh.data {n_slices} or a multiple."
-            ]
+            f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} cannot be laid out on {n_slices} slices (TPU slices "
+            f"or hosts of GPUs): tensor and context stay inside a slice; use --mesh.data {n_slices} or a multiple."
         )
     return along_data, along_fsdp, 1, 1
 

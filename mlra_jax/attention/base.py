@@ -7,6 +7,7 @@ family says nothing special about, it inherits.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Self
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlra_jax.attention.head_shards import HeadShards
-from mlra_jax.attention.kv_cache import LayerCache
+from mlra_jax.attention.kv_cache import Cache, LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.model.layers import (
@@ -174,4 +175,5 @@ class Attention(WithLayout):
           batch: rows.
           max_len: tokens of each row; rounded up to whole pages on every device.
         """
-        return LayerCache.create(self.config, self.rules, batch, max_len)
+        one_layer = dataclasses.replace(self.config, n_layers=1)
+        return Cache.create(one_layer, self.rules, batch, max_len).layers[0]

@@ -21,22 +21,8 @@ from mlra_jax.attention.base import HEADS, ROWS, Attention
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import (
-    AttentionConfig,
-    CacheArray,
-    ModelConfig,
-    NotNegative,
-    Positive,
-    uneven,
-)
-from mlra_jax.model.layers import (
-    DecodeLeaves,
-    Relayout,
-    RMSNorm,
-    nested,
-    product,
-    rotary_frequencies,
-)
+from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, NotNegative, Positive, uneven
+from mlra_jax.model.layers import DecodeLeaves, Relayout, RMSNorm, nested, product, rotary_frequencies
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import grouped_decode_attention
 from mlra_jax.ops.rotary import rotate

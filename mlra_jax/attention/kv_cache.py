@@ -66,18 +66,9 @@ class LayerCache:
 
     @classmethod
     def create(
-        cls,
-        config: ModelConfig,
-        rules: AxisRules,
-        batch: int,
-        max_len: int,
-        *,
-        page_size: int | None = None,
-        layout: Layout | None = None,
+        cls, config: ModelConfig, rules: AxisRules, batch: int, max_len: int, page_size: int, layout: Layout
     ) -> Self:
         """An empty cache of one layer; see `Cache.create`."""
-        layout = layout or preferred_layout()
-        page_size = page_size or PAGE_SIZE[layout]
         stripe = page_size * rules.size("cache_length")
         length = -(-max_len // stripe) * stripe
         shards = HeadShards.of(config, rules).count
@@ -198,9 +189,10 @@ class Cache:
           page_size: tokens in a page; None: `PAGE_SIZE` of the layout.
           layout: of the arrays; None: what the kernels of the current device read (`preferred_layout`).
         """
-        layer = lambda: LayerCache.create(config, rules, batch, max_len, page_size=page_size, layout=layout)
+        layout = layout or preferred_layout()
+        sizes = config, rules, batch, max_len, page_size or PAGE_SIZE[layout], layout
         lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
-        return cls(tuple(layer() for _ in range(config.n_layers)), lengths)
+        return cls(tuple(LayerCache.create(*sizes) for _ in range(config.n_layers)), lengths)
 
     @property
     def capacity(self) -> int:

@@ -119,10 +119,7 @@ class LatentAttentionConfig(AttentionConfig):
     def share(self, cached_heads: int) -> Self:
         branches = max(1, cached_heads // self.n_groups) if self.n_branches > 1 else 1
         return dataclasses.replace(
-            self,
-            n_latent_heads=cached_heads,
-            n_branches=branches,
-            kv_lora_rank=cached_heads * self.d_latent,
+            self, n_latent_heads=cached_heads, n_branches=branches, kv_lora_rank=cached_heads * self.d_latent
         )
 
     def split(self, n_latent_heads: int, n_branches: int) -> Self:
@@ -135,17 +132,13 @@ class LatentAttentionConfig(AttentionConfig):
         new.validate()
         if n_latent_heads % self.n_latent_heads or n_latent_heads == self.n_latent_heads:
             raise ConfigError(
-                [
-                    f"n_latent_heads={n_latent_heads} must be twice, or another multiple of, the "
-                    f"{self.n_latent_heads} of the model; each is cut into equal pieces."
-                ]
+                f"n_latent_heads={n_latent_heads} must be twice, or another multiple of, the "
+                f"{self.n_latent_heads} of the model; each is cut into equal pieces."
             )
         if n_branches % self.n_branches or new.n_groups % self.n_groups:
             raise ConfigError(
-                [
-                    f"n_branches={n_branches} must be a multiple of the {self.n_branches} that the model has, and "
-                    f"n_latent_heads/n_branches={new.n_groups} of its {self.n_groups} groups of query heads."
-                ]
+                f"n_branches={n_branches} must be a multiple of the {self.n_branches} that the model has, and "
+                f"n_latent_heads/n_branches={new.n_groups} of its {self.n_groups} groups of query heads."
             )
         return new
 

@@ -29,20 +29,16 @@ def attention_type(name: str) -> type[AttentionConfig]:
     """
     module, _, found = BUILT_IN.get(name, name).partition(":")
     if not found:
-        raise ConfigError(
-            [f"No attention is called {name!r}; known: {', '.join(BUILT_IN)}, or module:Class."]
-        )
+        raise ConfigError(f"No attention is called {name!r}; known: {', '.join(BUILT_IN)}, or module:Class.")
     try:
         cls = getattr(sys.modules.get(module) or _import(module), found)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            [
-                f"The attention {name} cannot be imported: {error}. Run from the folder that holds the module "
-                f"{module}, or put that folder on PYTHONPATH."
-            ]
+            f"The attention {name} cannot be imported: {error}. Run from the folder that holds the module "
+            f"{module}, or put that folder on PYTHONPATH."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, AttentionConfig)):
-        raise ConfigError([f"{name} is no attention: {found} must derive from mlra_jax.AttentionConfig."])
+        raise ConfigError(f"{name} is no attention: {found} must derive from mlra_jax.AttentionConfig.")
     return cls
 
 
@@ -62,8 +58,6 @@ def attention_name(cls: type[AttentionConfig]) -> str:
     name = {place: name for name, place in BUILT_IN.items()}.get(place, place)
     if attention_type(name) is not cls:
         raise ConfigError(
-            [
-                f"{place} would not be found again when a checkpoint is read: define it once, at the top of a module."
-            ]
+            f"{place} would not be found again when a checkpoint is read: define it once, at the top of a module."
         )
     return name

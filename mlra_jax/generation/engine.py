@@ -309,12 +309,10 @@ class Engine:
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
                 raise ConfigError(
-                    [
-                        f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {cache / 2**30:.2f} GiB on each "
-                        f"device, and filling it {(needed - cache) / 2**30:.2f} GiB more; beside the weights, {device} "
-                        f"has {free / 2**30:.2f} GiB free: generate fewer rows at a time, or shorter ones, or use a "
-                        "larger mesh (tensor, data or context)."
-                    ]
+                    f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {cache / 2**30:.2f} GiB on each "
+                    f"device, and filling it {(needed - cache) / 2**30:.2f} GiB more; beside the weights, {device} "
+                    f"has {free / 2**30:.2f} GiB free: generate fewer rows at a time, or shorter ones, or use a "
+                    "larger mesh (tensor, data or context)."
                 )
 
     def padded(self, rows: int) -> int:

@@ -20,7 +20,7 @@ import tyro
 from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
-from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
+from mlra_jax.generation.load import ONE_DEVICE, load_model
 from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
 from mlra_jax.generation.text import FinishReason, RowText
 
@@ -210,7 +210,7 @@ def fit_prompts(
       ConfigError: there is none, or some do not fit or hold ids that the tokenizer lacks: all of them are listed.
     """
     if len(prompts) == 0:
-        raise ConfigError(["There is no prompt."])
+        raise ConfigError("There is no prompt.")
     fitted, faults = [], []
     for index, (given, own) in enumerate(zip(prompts, options, strict=True)):
         ids = tokenizer.encode(given) if isinstance(given, str) else [int(token) for token in given]
@@ -249,40 +249,20 @@ class Generator:
         self.engine, self.tokenizer = engine, tokenizer
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: str,
-        *,
-        mesh: MeshConfig = ONE_DEVICE,
-        split_heads: SplitHeads = "auto",
-        param_dtype: ParamDtype = "auto",
-        step: int | None = None,
-        tokenizer: str = "",
-    ) -> Generator:
+    def from_checkpoint(cls, checkpoint: str, *, mesh: MeshConfig = ONE_DEVICE, **options: Any) -> Generator:
         """Reads a training run's checkpoint onto a mesh; every process of a cluster calls it.
 
         Args:
           checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
           mesh: sizes of the mesh; their product is the number of devices it takes.
-          split_heads: whether the query heads of W_qb and W_o are split over `tensor` too; see
-            `mlra_jax.generation.load.splits_heads`.
-          param_dtype: type in which weights are held; see `mlra_jax.generation.load.load_model`.
-          step: updates made by the checkpoint; None: the latest.
-          tokenizer: see `mlra_jax.data.get_tokenizer`; empty: the one that the run was trained with.
+          **options: `split_heads`, `param_dtype`, `step` and `tokenizer`, as `load_model` takes them.
 
         Raises:
           ConfigError: mesh, model and tokenizer do not fit together; nothing has been allocated then.
           CheckpointError: there is no such checkpoint, or it does not fit its own configuration.
           ValueError: the tokenizer is not available here.
         """
-        loaded = load_model(
-            checkpoint,
-            mesh,
-            split_heads=split_heads,
-            param_dtype=param_dtype,
-            step=step,
-            tokenizer=tokenizer,
-        )
+        loaded = load_model(checkpoint, mesh, **options)
         return cls(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
 
     @overload

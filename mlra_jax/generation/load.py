@@ -51,15 +51,11 @@ def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
             if platform == "cpu"
             else ""
         )
-        raise ConfigError(
-            [f"A mesh of {shown} needs {n} devices; JAX sees {len(devices)} ({platform}){hint}."]
-        )
+        raise ConfigError(f"A mesh of {shown} needs {n} devices; JAX sees {len(devices)} ({platform}){hint}.")
     if jax.process_count() > 1 and n != len(devices):
         raise ConfigError(
-            [
-                f"A mesh of {shown} uses {n} of {len(devices)} devices; with {jax.process_count()} processes it must "
-                "use all of them."
-            ]
+            f"A mesh of {shown} uses {n} of {len(devices)} devices; with {jax.process_count()} processes it must "
+            "use all of them."
         )
     return devices[:n]
 
@@ -169,10 +165,8 @@ def load_model(
     found = get_tokenizer(tokenizer or config.data.tokenizer)
     if found.n_vocab > model_config.vocab_size:
         raise ConfigError(
-            [
-                f"The tokenizer {tokenizer or config.data.tokenizer} has {found.n_vocab} ids, the model's vocabulary "
-                f"{model_config.vocab_size}; name the tokenizer that the model was trained with."
-            ]
+            f"The tokenizer {tokenizer or config.data.tokenizer} has {found.n_vocab} ids, the model's vocabulary "
+            f"{model_config.vocab_size}; name the tokenizer that the model was trained with."
         )
 
     if param_dtype == "auto":

@@ -119,7 +119,7 @@ class RowSampling:
                 values = np.array([getattr(s, field.name) for s in rows])
                 if values.dtype.kind not in "biuf" or values.ndim > 1:
                     raise ConfigError(
-                        [f"{kind.__name__}.{field.name} must be a number to be compiled for each row."]
+                        f"{kind.__name__}.{field.name} must be a number to be compiled for each row."
                     )
                 if values.dtype.kind in "iu":
                     values = np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)

@@ -236,12 +236,7 @@ class Transformer(WithLayout):
         return self.embedding.decode(self.hidden(tokens_BT))
 
     def decode(
-        self,
-        tokens_BT: jax.Array,
-        cache: Cache,
-        n_new_B: jax.Array,
-        *,
-        logits: LogitsOf = "all",
+        self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: LogitsOf = "all"
     ) -> tuple[jax.Array, Cache]:
         """Runs T new tokens of each row against the cache, in the decode layout.
 

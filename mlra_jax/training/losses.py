@@ -16,26 +16,6 @@ LOGIT_BYTES = 2**29
 """Most bytes of float32 logits that a device holds at a time."""
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies of all counted positions, in nats, and their number.
-
-    The vocabulary may be split over devices: the target's logit is picked by comparing ids and summing, which crosses
-    devices as a scalar per position, where an index would gather the logits.
-
-    Args:
-      logits: [..., V] float32. All V ids are in the softmax, those past the tokenizer's own too (as in the paper).
-      targets: [...] int32 in [0, V), or `IGNORED`.
-
-    Returns:
-      The sum (float32) and the count (int32) as scalars.
-    """
-    counted = targets != IGNORED
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - target_logit
-    return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted)
-
-
 def logit_chunks(tokens: int, vocab: int, logit_bytes: int = LOGIT_BYTES) -> tuple[int, int]:
     """How many chunks a device cuts its tokens into, and tokens in a chunk, for `vocab` logits a token of its own."""
     most = max(logit_bytes // (4 * vocab), 1)
@@ -52,7 +32,7 @@ def chunked_cross_entropy(
     rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of the logits x · tableᵀ, of which only those of some tokens exist at a time.
+    """Sum of the cross-entropies of the logits x · tableᵀ, in nats, of which only some tokens' exist at a time.
 
     Each device goes through its own tokens in chunks. When differentiated, a chunk's logits become gradients of `x_BTD`
     and `table_VD` at once and are not computed again in the backward pass: three products, as with stored logits.
@@ -112,10 +92,7 @@ def token_scores(
         def step(x_ND: jax.Array, targets_N: jax.Array) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
             ignored_N = targets_N == IGNORED
             largest_N, normalizer_N, target_N, _ = _normalize(rules, _logits(x_ND, table_VD), targets_N)
-            return (), (
-                jnp.where(ignored_N, 0, target_N - normalizer_N),
-                ignored_N | (target_N == largest_N),
-            )
+            return (), (jnp.where(ignored_N, 0, target_N - normalizer_N), ignored_N | (target_N == largest_N))
 
         chunks = logit_chunks(targets_BT.size, table_VD.shape[0], logit_bytes)
         _, scores = _over_chunks(step, (), chunks, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())

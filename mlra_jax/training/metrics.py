@@ -158,10 +158,8 @@ def check_sinks(config: TrainConfig) -> None:
     """
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            [
-                f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
-                "pip install 'mlra-jax[wandb]', or leave it empty."
-            ]
+            f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
+            "pip install 'mlra-jax[wandb]', or leave it empty."
         )
 
 

@@ -20,9 +20,9 @@ from mlra_jax.model import Transformer, cast_weights, from_params, stack_layers,
 from mlra_jax.model.layers import adding
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, current_mesh, on_mesh
-from mlra_jax.training.guard import Guard, init_guard, judge
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
+from mlra_jax.training.update_skipping import SkipState, init_skip_state, judge_update
 
 
 @jax.tree_util.register_dataclass
@@ -36,8 +36,8 @@ class TrainState:
     """Moments, laid out like the parameters, and counts."""
     step: jax.Array
     """Updates made, those left out included: int32 scalar."""
-    guard: Guard = dataclasses.field(default_factory=init_guard)
-    """What tells which updates to leave out (`optim.skip_limit`)."""
+    skip_state: SkipState = dataclasses.field(default_factory=init_skip_state)
+    """Running statistics that decide which updates are skipped (`optim.skip_limit`)."""
 
 
 def _init(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
@@ -262,11 +262,11 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
-        guard, counts = state.guard, {}
+        skip_state, counts = state.skip_state, {}
         if config.optim.skip_limit:
-            good, guard = judge(config.optim, guard, loss, grad_norm)
+            good, skip_state = judge_update(config.optim, skip_state, loss, grad_norm)
             params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
-            counts = {name: guard[name].astype(jnp.float32) for name in ("skipped", "skipped_in_row")}
+            counts = {name: skip_state[name].astype(jnp.float32) for name in ("skipped", "skipped_in_row")}
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -276,7 +276,7 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
             "momentum_norm": optax.tree.norm(optax.tree.get(opt_state, "mu")),
             **counts,
         }
-        return TrainState(params, opt_state, state.step + 1, guard), metrics
+        return TrainState(params, opt_state, state.step + 1, skip_state), metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=gpu_options() or None)
 
