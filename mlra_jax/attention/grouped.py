@@ -155,7 +155,7 @@ class GroupedAttention(Attention):
             k, v = (project("BTD,DNH->BTNH", x_BTD, w, kv_names) for w in (self.w_k, self.w_v))
         else:
             q = project("BTD,NHD->BTNH", q_in, self.w_q, HEADS)
-            k, v = project("BTD,GUHD->GBTUH", x_BTD, self.w_kv, (None, *kv_names))
+            k, v = project("BTD,ZUHD->ZBTUH", x_BTD, self.w_kv, (None, *kv_names))
         return rotate(q, positions, self.frequencies), rotate(k, positions, self.frequencies), v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -69,18 +69,18 @@ class HeadShards:
         """Whether the output projection is applied to each device's summands, before they are summed."""
         return not self.aligned and not self.rules.mesh_axes("heads")
 
-    def to_shards(self, w_LX: jax.Array, axis: int) -> jax.Array:
+    def to_shards(self, w: jax.Array, axis: int) -> jax.Array:
         """Repeats the L cached heads along `axis` for each copy: [..., L, ...] to [..., U, ...]."""
-        return jnp.repeat(w_LX, self.copies, axis=axis) if self.copies > 1 else w_LX
+        return jnp.repeat(w, self.copies, axis=axis) if self.copies > 1 else w
 
-    def heads_to_shards(self, w_JNX: jax.Array) -> jax.Array:
+    def heads_to_shards(self, w: jax.Array) -> jax.Array:
         """Lays per-head weights of each branch out by shard: [J, N, ...] to [U, M / r, ...]."""
-        shape = (self.count, self.heads_per_shard, *w_JNX.shape[2:])
+        shape = (self.count, self.heads_per_shard, *w.shape[2:])
         mesh = current_mesh()
         if mesh is None or not mesh.are_all_axes_explicit:
-            return w_JNX.reshape(shape)
-        kept = jax.typeof(w_JNX).sharding.spec[2:]  # J and N become whole; how the rest is split stays
-        return jax.lax.reshape(w_JNX, shape, out_sharding=PartitionSpec(None, None, *kept))
+            return w.reshape(shape)
+        kept = jax.typeof(w).sharding.spec[2:]  # J and N become whole; how the rest is split stays
+        return jax.lax.reshape(w, shape, out_sharding=PartitionSpec(None, None, *kept))
 
     @property
     def local_branches(self) -> int:
@@ -88,15 +88,15 @@ class HeadShards:
         n_local, groups = self.count // self.rules.size("kv_head_shards"), self.n_cached // self.n_branches
         return n_local // groups if n_local % groups == 0 else 1
 
-    def join_branches(self, w_UMXY: jax.Array, axis: int) -> jax.Array:
+    def join_branches(self, w: jax.Array, axis: int) -> jax.Array:
         """Puts the shards of a device that serve the same query heads side by side: from [U, M / r, ...].
 
         To [X, U', M / r, ...] with J' inserted before `axis`: X are the devices over which shards are split, J' the
         `local_branches`, and U' = U / (X J').
         """
         parts, branches = self.rules.size("kv_head_shards"), self.local_branches
-        shape = (parts, branches, self.count // (parts * branches), *w_UMXY.shape[1:])
-        return jnp.moveaxis(w_UMXY.reshape(shape), 1, axis)
+        shape = (parts, branches, self.count // (parts * branches), *w.shape[1:])
+        return jnp.moveaxis(w.reshape(shape), 1, axis)
 
     # Inside `shard_map`:
 

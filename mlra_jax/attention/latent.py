@@ -158,31 +158,31 @@ class LatentAttentionConfig(AttentionConfig):
 
 
 def _by_head(a: jax.Array, b: jax.Array, contracted: str, names: tuple[str, str]) -> jax.Array:
-    """For each head (K, E) the product of `a` and `b` over the axes `contracted`; `names` are of their axes.
+    """For each head (G, M) the product of `a` and `b` over the axes `contracted`; `names` are of their axes.
 
-    The result has (K, E), then what is left of `a`, then what is left of `b`. So the order of the operands decides what
+    The result has (G, M), then what is left of `a`, then what is left of `b`. So the order of the operands decides what
     lies together in memory: here all lies as attention and the products before and after want it.
     """
     first, second = names
     at = lambda axes: ([first.index(axis) for axis in axes], [second.index(axis) for axis in axes])
-    return jax.lax.dot_general(a, b, (at(contracted), at("KE")))
+    return jax.lax.dot_general(a, b, (at(contracted), at("GM")))
 
 
 @jax.custom_vjp
-def _to_latents(x_BTKEH: jax.Array, w_JKECH: jax.Array) -> jax.Array:
-    """[K, E, B, T, J, C]: each head's x times its matrices."""
-    return _by_head(x_BTKEH, w_JKECH, "H", ("BTKEH", "JKECH"))
+def _to_latents(x_BTGMH: jax.Array, w_JGMCH: jax.Array) -> jax.Array:
+    """[G, M, B, T, J, C]: each head's x times its matrices."""
+    return _by_head(x_BTGMH, w_JGMCH, "H", ("BTGMH", "JGMCH"))
 
 
 @jax.custom_vjp
-def _from_latents(z_KEBTJC: jax.Array, w_JKECH: jax.Array) -> jax.Array:
-    """[B, T, K, E, H]: the transpose of `_to_latents`."""
-    return _by_head(w_JKECH, z_KEBTJC, "JC", ("JKECH", "KEBTJC")).transpose(3, 4, 0, 1, 2)
+def _from_latents(z_GMBTJC: jax.Array, w_JGMCH: jax.Array) -> jax.Array:
+    """[B, T, G, M, H]: the transpose of `_to_latents`."""
+    return _by_head(w_JGMCH, z_GMBTJC, "JC", ("JGMCH", "GMBTJC")).transpose(3, 4, 0, 1, 2)
 
 
-def _of_weights(z_KEBTJC: jax.Array, x_BTKEH: jax.Array) -> jax.Array:
-    """[J, K, E, C, H]: the gradient of the matrices of both."""
-    return _by_head(z_KEBTJC, x_BTKEH, "BT", ("KEBTJC", "BTKEH")).transpose(2, 0, 1, 3, 4)
+def _of_weights(z_GMBTJC: jax.Array, x_BTGMH: jax.Array) -> jax.Array:
+    """[J, G, M, C, H]: the gradient of the matrices of both."""
+    return _by_head(z_GMBTJC, x_BTGMH, "BT", ("GMBTJC", "BTGMH")).transpose(2, 0, 1, 3, 4)
 
 
 _save = lambda f: lambda x, w: (f(x, w), (x, w))
@@ -356,37 +356,37 @@ class LatentAttention(Attention):
         w_uk, w_uv = whole(w_uk), whole(w_uv)
         kv_latent, k_rope = rules.all_tokens(kv_latent), rules.all_tokens(k_rope)
         (b, t, n, h), s = q_nope.shape, kv_latent.shape[1]
-        j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.shards.heads_per_latent
-        # The device's heads fall into k blocks of e heads that share their group (and so their latents).
-        e = math.gcd(n, m)
-        k = n // e
-        kv_BSJKC = kv_latent.reshape(b, s, j, g, c)
-        if g > 1:
-            groups = (rules.axis_index("heads") * n + e * jnp.arange(k)) // m
-            kv_BSJKC = jnp.take(kv_BSJKC, groups, axis=3)
-        w_uk, w_uv = (w.reshape(j, k, e, c, h) for w in (w_uk, w_uv))
-        q_nope_BTKEH, q_rope_BTKER = (q.reshape(b, t, k, e, -1) for q in (q_nope, q_rope))
+        j, c, heads_per_latent = a.n_branches, a.d_latent, self.shards.heads_per_latent
+        # The device's query heads fall into g runs of m heads that belong to one group, and so read the same latents.
+        m = math.gcd(n, heads_per_latent)
+        g = n // m
+        kv_BSJGC = kv_latent.reshape(b, s, j, a.n_groups, c)
+        if a.n_groups > 1:
+            groups = (rules.axis_index("heads") * n + m * jnp.arange(g)) // heads_per_latent
+            kv_BSJGC = jnp.take(kv_BSJGC, groups, axis=3)
+        w_uk, w_uv = (w.reshape(j, g, m, c, h) for w in (w_uk, w_uv))
+        q_nope_BTGMH, q_rope_BTGMR = (q.reshape(b, t, g, m, -1) for q in (q_nope, q_rope))
         attend = functools.partial(
             causal_attention_parts, scale=self.softmax_scale, q_start=rules.axis_index("length") * t
         )
         branch_queries = lambda q: self.branch_queries(q, *(value.reshape(j, 1, 1, 1) for value in branch))
-        q_rope_BTjKER = branch_queries(q_rope_BTKER[:, :, None])  # j: 1 if all branches have the same
+        q_rope_BTJGMR = branch_queries(q_rope_BTGMR[:, :, None])  # J is 1 if all branches have the same
         if self.absorbs:
-            # Heads (J, K): what all branches share, or all heads, is given once.
-            q_KEBTJC = checkpoint_name(_to_latents(q_nope_BTKEH, w_uk), QUERIES)
-            q_BTJKEC = branch_queries(q_KEBTJC.transpose(2, 3, 4, 0, 1, 5)).reshape(b, t, j * k, e, c)
-            rope = (jax.lax.collapse(q_rope_BTjKER, 2, 4), k_rope[:, :, None])
-            parts = [(q_BTJKEC, kv_BSJKC.reshape(b, s, j * k, c)), rope]
-            z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
-            y = _from_latents(z_BTJKEC.transpose(3, 4, 0, 1, 2, 5), self.branch_scale * w_uv)
+            # Heads (J, G): what all branches share, or all heads, is given once.
+            q_GMBTJC = checkpoint_name(_to_latents(q_nope_BTGMH, w_uk), QUERIES)
+            q_BTJGMC = branch_queries(q_GMBTJC.transpose(2, 3, 4, 0, 1, 5)).reshape(b, t, j * g, m, c)
+            rope = (jax.lax.collapse(q_rope_BTJGMR, 2, 4), k_rope[:, :, None])
+            parts = [(q_BTJGMC, kv_BSJGC.reshape(b, s, j * g, c)), rope]
+            z_BTJGMC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, g, m, c)
+            y = _from_latents(z_BTJGMC.transpose(3, 4, 0, 1, 2, 5), self.branch_scale * w_uv)
         else:
-            k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
+            k_BSJGMH, v_BSJGMH = (jnp.einsum("BSJGC,JGMCH->BSJGMH", kv_BSJGC, w) for w in (w_uk, w_uv))
             by_head = lambda x: jax.lax.collapse(x, 2, 5)
             parts = [
-                (by_head(branch_queries(q_nope_BTKEH[:, :, None]))[:, :, :, None], by_head(k_BSJKEH)),
-                (by_head(q_rope_BTjKER)[:, :, :, None], k_rope[:, :, None]),
+                (by_head(branch_queries(q_nope_BTGMH[:, :, None]))[:, :, :, None], by_head(k_BSJGMH)),
+                (by_head(q_rope_BTJGMR)[:, :, :, None], k_rope[:, :, None]),
             ]
-            y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJKEH))
+            y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJGMH))
             y = self.branch_scale * y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
         y = y.astype(self.compute_dtype).reshape(b, t, n, h)
         return checkpoint_name(y, HEADS_OUTPUT)

@@ -120,12 +120,12 @@ class TensorProductAttention(Attention):
     @classmethod
     def decode_leaves(cls, config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
         shards = HeadShards.of(config, rules)
-        turn = lambda w_DXY: w_DXY.transpose(1, 2, 0)
-        by_shard = lambda w_DNr: turn(shards.to_shards(w_DNr, axis=1))
+        last = lambda w: w.transpose(1, 2, 0)  # D, which products sum over
+        by_shard = lambda w_DNr: last(shards.to_shards(w_DNr, axis=1))
         return {
-            "w_aq": Relayout(("w_aq",), turn),
+            "w_aq": Relayout(("w_aq",), last),
             "w_akv": Relayout(("w_ak", "w_av"), lambda k, v: jnp.stack([by_shard(k), by_shard(v)])),
-            "w_b": Relayout(("w_bq", "w_bk", "w_bv"), lambda *ws: jnp.concatenate([turn(w) for w in ws])),
+            "w_b": Relayout(("w_bq", "w_bk", "w_bv"), lambda *ws: jnp.concatenate([last(w) for w in ws])),
             **nested("output", Output.decode_leaves(config)),
         }
 
@@ -148,7 +148,7 @@ class TensorProductAttention(Attention):
         else:
             a_q = project("BTD,NrD->BTNr", self.w_aq, HEADS)
             kv_names = (None, "batch", "length", "kv_head_shards", None)
-            a_k, a_v = project("BTD,GUrD->GBTUr", self.w_akv, kv_names)
+            a_k, a_v = project("BTD,ZUrD->ZBTUr", self.w_akv, kv_names)
             b = project("BTD,rHD->BTrH", self.w_b, whole)
             b_q, b_k, b_v = jnp.split(b, [q_rank, q_rank + rank], axis=2)
         q = rules.einsum("BTNr,BTrH->BTNH", a_q / q_rank, rotated(b_q), out=HEADS)

@@ -194,7 +194,7 @@ def decode_product(
     *,
     summed: Names = (None,),
 ) -> jax.Array:
-    """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
+    """Products of the rows x [B, T, *I] with a matrix of the decode layout, w [*O, *I]: [B, T, *O].
 
     For few rows on a Hopper GPU, and where `choose` names implementations of the op `product`, each device multiplies
     its own part by that op, and parts of sums are added in float32; elsewhere it is one einsum.
@@ -205,12 +205,12 @@ def decode_product(
       w: in the compute type.
       out: logical axes of the result.
       dtype: of the result; None: that of `x`.
-      summed: logical axes of K.
+      summed: logical axes of I.
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
     if not _runs_op("product", rules, x):
-        k = "KL"[:axes]
-        return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
+        i = "I" if axes == 1 else "NH"
+        return rules.einsum(f"BT{i},...{i}->BT...", x, w, out=out, preferred_element_type=dtype)
     names = [name for name in summed if name is not None]
     part = jnp.dtype(jnp.float32) if any(rules.size(name) > 1 for name in names) else dtype
 
@@ -226,24 +226,24 @@ def decode_product(
 
 def row_product(
     rules: AxisRules,
-    x_BTK: jax.Array,
+    x_BTI: jax.Array,
     w: jax.Array,
     out: Names,
     dtype: jnp.dtype | None = None,
     *,
     summed: str | None = None,
 ) -> jax.Array:
-    """`decode_product` with a large matrix, w [..., K].
+    """`decode_product` with a large matrix, w [*O, I].
 
     One row on a GPU is multiplied and summed, in float32: XLA then reads an MLP's weights at 2.9 TB/s of an H100's
     memory, and in matrix products at 2.6 (docs/decoding.md). Of small matrices it makes that by itself. `choose`
     does not change it.
     """
-    dtype = dtype or x_BTK.dtype
-    if _one_row_on_gpu(rules, x_BTK):
-        x = jnp.expand_dims(x_BTK.astype(jnp.float32), tuple(range(2, w.ndim + 1)))
+    dtype = dtype or x_BTI.dtype
+    if _one_row_on_gpu(rules, x_BTI):
+        x = jnp.expand_dims(x_BTI.astype(jnp.float32), tuple(range(2, w.ndim + 1)))
         return rules.constrain((x * w.astype(jnp.float32)).sum(axis=-1).astype(dtype), *out)
-    return decode_product(rules, x_BTK, w, out, dtype, summed=(summed,))
+    return decode_product(rules, x_BTI, w, out, dtype, summed=(summed,))
 
 
 def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, out: Names) -> jax.Array:
@@ -453,19 +453,19 @@ class SwiGLU(WithLayout):
         hidden_BTF = checkpoint_name(jax.nn.silu(gate_BTF) * up_BTF, HIDDEN)
         return product(rules, "BTF,FD->BTD", hidden_BTF, self.w_down, out=out)
 
-    def _hidden(self, x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
+    def _hidden(self, x_BTD: jax.Array, w_ZFD: jax.Array) -> jax.Array:
         """silu(W_gate x) * (W_up x) [B, T, F] in the decode layout."""
         rules, row = self.rules, ("batch", "length", None)
         if not _runs_op("swiglu", rules, x_BTD) or _one_row_on_gpu(rules, x_BTD):
-            in_BTGF = row_product(rules, x_BTD, w_GFD, (*row, "mlp"))
-            return jax.nn.silu(in_BTGF[:, :, 0]) * in_BTGF[:, :, 1]
+            in_BTZF = row_product(rules, x_BTD, w_ZFD, (*row, "mlp"))
+            return jax.nn.silu(in_BTZF[:, :, 0]) * in_BTZF[:, :, 1]
 
-        def on_device(x_BTD: jax.Array, w_GFD: jax.Array) -> jax.Array:
+        def on_device(x_BTD: jax.Array, w_ZFD: jax.Array) -> jax.Array:
             b, t, d = x_BTD.shape
-            return swiglu(x_BTD.reshape(b * t, d), w_GFD).reshape(b, t, -1)
+            return swiglu(x_BTD.reshape(b * t, d), w_ZFD).reshape(b, t, -1)
 
         mapped = rules.shard_map(on_device, (row, (None, "mlp", None)), ("batch", "length", "mlp"))
-        return mapped(x_BTD, w_GFD)
+        return mapped(x_BTD, w_ZFD)
 
 
 class Embedding(nnx.Module):
