@@ -1,9 +1,16 @@
-"""Definitions that the package's own, faster or sharded code is compared with."""
+"""The models that tests run, and definitions that the package's own, faster or sharded code is compared with."""
 
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.data.pipeline import IGNORED
+
+# Vocabulary, layers, D, N, F; L, J, A, L*C, H, R.
+TINY = ModelConfig(32, 2, 16, 4, 24, LatentAttentionConfig(4, 2, 8, 16, 4, 4), compute_dtype="float32")
+SMALL = ModelConfig(264, 2, 32, 4, 64, LatentAttentionConfig(4, 4, 16, 32, 8, 8), compute_dtype="float32")
+"""The vocabulary has room for a byte tokenizer's."""
 
 
 def cross_entropy(logits, targets):

@@ -76,7 +76,6 @@ def token_scores(
     targets_BT: jax.Array,
     *,
     dtype: jnp.dtype,
-    rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
     """Each target's log-probability, and whether no other id is more probable; arguments as `chunked_cross_entropy`.
@@ -85,6 +84,7 @@ def token_scores(
       Log-probabilities in nats (float32 [B, T], 0 where the target is `IGNORED`), and whether the target is the most
       probable id (bool [B, T], true where it is `IGNORED`); laid out as the targets. Not differentiable in chunks.
     """
+    rules = TRAIN_RULES
 
     def on_device(
         x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
