@@ -1,4 +1,4 @@
-"""Prompts in, strings out: `Generator` puts tokenizer, engine and stop strings together.
+"""Prompts in, text out: `Generator` combines tokenizer, engine and stop strings.
 
 generator = Generator.from_checkpoint("runs/tiny", mesh=MeshConfig(data=1, tensor=4))
 generator.generate("ROMEO:", max_new_tokens=200, temperature=0.8, top_p=0.95)
@@ -25,7 +25,7 @@ from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, NotFiniteError, Samp
 from mlra_jax.generation.text import FinishReason, RowText
 
 STEPS_BETWEEN_STOPS = 16
-"""Steps between looks at the text for stop strings: no row runs on for longer after one."""
+"""Steps between searches of the text for stop strings: no row runs on for longer than this after one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +33,24 @@ class GenerationOptions(Validated):
     """What to generate from each prompt."""
 
     max_new_tokens: Positive = 128
-    """Tokens of a completion, at most."""
+    """Most tokens of a completion."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = GREEDY
     """How each token is chosen."""
     seed: Seed = 0
-    """Sampling seed. A completion depends on its prompt, this and the sample's number, not on the other prompts."""
+    """Sampling seed. A completion depends on it, its prompt and the sample's number, but not on other prompts."""
     n: Positive = 1
-    """Samples of each prompt."""
+    """Samples per prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a completion before this string; repeat it for several."""
+    """End a completion before this string; repeat the option for several strings."""
     ignore_eos: bool = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
     max_len: NotNegative = 0
-    """Tokens that the cache holds for each row, prompt and completion together; 0: what the longest one needs."""
+    """Tokens that the cache holds per row, for prompt and completion; 0: what the longest one needs."""
     overflow: Literal["refuse", "truncate-left", "shorten"] = "refuse"
-    """What happens where prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the
-    prompt; shorten ends the completion early."""
+    """What to do if prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the prompt;
+    shorten ends the completion early."""
     batch_size: Positive = 64
-    """Rows (prompts times samples) that are generated at a time, at most."""
+    """Most rows (prompts times samples) that are generated at a time."""
 
     def conflicts(self) -> list[str]:
         faults = []
@@ -70,14 +70,14 @@ DEFAULTS = GenerationOptions()
 Prompt = str | Sequence[int]
 """Text, or its token ids."""
 Options = GenerationOptions | Sequence[GenerationOptions]
-"""Of all prompts, or of each."""
+"""Options for all prompts, or for each."""
 
 
 def changed(options: GenerationOptions, **changes: Any) -> GenerationOptions:
-    """`options` with some fields changed, those of its `sampling` too.
+    """`options` with some fields changed, including those of its `sampling`.
 
     Raises:
-      TypeError: there is no such field, which names those that there are, or `sampling` is no `Sampling`.
+      TypeError: there is no such field (the message names all fields), or `sampling` is not a `Sampling`.
     """
     names = lambda x: [field.name for field in dataclasses.fields(x)]
     sampling = changes.pop("sampling", options.sampling)
@@ -123,70 +123,70 @@ def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[
 
 @dataclasses.dataclass(frozen=True)
 class BatchStats:
-    """How the batch was generated in which a completion was; all its rows share one."""
+    """Statistics of the batch in which a completion was generated, shared by all its rows."""
 
     rows: int
     """Completions in the batch."""
     seconds_to_first_token: float
-    """From the tokenized prompts to the first token of every row on the host, without compiling."""
+    """From tokenized prompts to the first token of every row on the host, excluding compilation."""
     tokens_per_second: float | None
-    """Tokens after the first ones, of all rows together, by the seconds they took; None: there were none."""
+    """Rate of the tokens after the first ones, over all rows; None: there were none."""
     compile_seconds: float
-    """Compiling took this long."""
+    """Time spent compiling."""
     cache_bytes_per_device: int
-    """Bytes of the KV cache on the device that holds most."""
+    """Bytes of the KV cache on the device that holds the most."""
     cache_tokens_per_row: int
-    """Tokens that the cache holds for each row."""
+    """Tokens that the cache can hold per row."""
     devices: int
-    """In the mesh."""
+    """Devices in the mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came of one sample of one prompt."""
+    """One sample for one prompt."""
 
     prompt_index: int
     """Which prompt, from 0."""
     sample: int
     """Which of its samples, from 0."""
     prompt: Prompt
-    """As given."""
+    """The prompt, as given."""
     text: str
-    """The completion, without stop string or end of text: what its tokens add to the prompt, a space first included."""
+    """What the completion's tokens add to the prompt, a leading space included; without stop string or end of text."""
     tokens: list[int]
-    """Its ids, without end of text. With finish reason `stop` they are those that complete the stop string."""
+    """Its token ids, without the end of text. With finish reason `stop`, they include the stop string."""
     finish_reason: FinishReason
-    """`eos`, `stop` or `length`."""
+    """`eos` (end-of-text token), `stop` (stop string) or `length`."""
     prompt_tokens: int
-    """Tokens of the prompt that the model has seen."""
+    """Tokens of the prompt that the model was given."""
     prompt_tokens_dropped: int
-    """Tokens cut off at the beginning of the prompt, with `overflow` truncate-left."""
+    """Tokens dropped from the beginning of the prompt (`overflow` truncate-left)."""
     stats: BatchStats
-    """Of its batch."""
+    """Statistics of its batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """More text of one completion."""
+    """A new piece of text of one completion."""
 
     prompt_index: int
     """Which prompt, from 0."""
     sample: int
     """Which of its samples, from 0."""
     text: str
-    """What is new: whole characters, and nothing that may still turn out to begin a stop string."""
+    """The new text: whole characters only, and nothing that might still become part of a stop string."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt that fits the cache together with its completion."""
+    """A prompt that fits into the cache together with its completion."""
 
     index: int
     given: Prompt
     ids: list[int]
     dropped: int
     options: GenerationOptions
-    """Of this prompt; `max_new_tokens` is what there is room for."""
+    """The prompt's options, with `max_new_tokens` reduced to the room there is."""
 
 
 _OVERFLOW_HINTS = {
@@ -197,7 +197,7 @@ _OVERFLOW_HINTS = {
 
 
 def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is a single prompt, and not several."""
+    """Whether this is a single prompt rather than several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
 
 
@@ -207,7 +207,7 @@ def fit_prompts(
     """The prompts' tokens, cut as each one's `overflow` says; an empty prompt becomes the end-of-text token.
 
     Raises:
-      ConfigError: there is none, or some do not fit or hold ids that the tokenizer lacks: all of them are listed.
+      ConfigError: there is no prompt, or some do not fit or have ids that the tokenizer lacks; lists all of them.
     """
     if len(prompts) == 0:
         raise ConfigError("There is no prompt.")
@@ -242,7 +242,7 @@ class Generator:
 
     Args:
       engine: the model on its mesh.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
@@ -254,13 +254,13 @@ class Generator:
 
         Args:
           checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
-          mesh: sizes of the mesh; their product is the number of devices it takes.
-          **options: `split_heads`, `param_dtype`, `step` and `tokenizer`, as `load_model` takes them.
+          mesh: sizes of the mesh; their product is the number of devices that are used.
+          **options: `split_heads`, `param_dtype`, `step` and `tokenizer`, as in `load_model`.
 
         Raises:
-          ConfigError: mesh, model and tokenizer do not fit together; nothing has been allocated then.
+          ConfigError: mesh, model and tokenizer do not fit together; nothing has been allocated.
           CheckpointError: there is no such checkpoint, or it does not fit its own configuration.
-          ValueError: the tokenizer is not available here.
+          ValueError: the tokenizer is not available.
         """
         loaded = load_model(checkpoint, mesh, **options)
         return cls(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
@@ -274,21 +274,21 @@ class Generator:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> str | list[str]:
-        """The completion of a prompt, or those of several prompts: n for each, in order.
+        """The completion of a prompt, or the completions of several prompts: n for each, in order.
 
         Args:
-          prompts: one, or a sequence of them; each a string or a list of token ids.
-          options: what to generate: for all prompts, or a list with one for each.
+          prompts: one prompt or a sequence of them; each a string or a list of token ids.
+          options: what to generate, for all prompts or as a list with one for each.
           **changes: fields of `GenerationOptions` or of its `Sampling` that differ from `options`, such as
-            max_new_tokens=200 or temperature=0.8. A list has one value for each prompt: temperature=[0, 0.8] or
-            sampling=[...] (`stop` is a list of its own, and the same for all; give `options` to vary it).
+            max_new_tokens=200 or temperature=0.8. A list holds one value for each prompt: temperature=[0, 0.8],
+            sampling=[...]. (`stop` is a list itself; to vary it, use a list of `options`.)
 
         Raises:
           ConfigError: an option or token id is not legal, prompt and completion do not fit max_len or the devices'
-            memory, or a list has not one value for each prompt; n, max_len and batch_size cannot differ.
-          NotFiniteError: the logits after a text are NaN or infinite; names the prompt and the position.
+            memory, or a list does not have one value for each prompt; n, max_len and batch_size cannot vary.
+          NotFiniteError: logits are NaN or infinite; the message names the prompt and the position.
           TypeError: there is no such option.
-          ValueError: one prompt was given, not as a list, and several samples asked for.
+          ValueError: several samples were asked for of a single prompt that is not in a list.
         """
         completions = self.complete(prompts, options, **changes)
         if not is_one(prompts):
@@ -300,7 +300,7 @@ class Generator:
     def complete(
         self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> list[Completion]:
-        """As `generate`, with tokens, finish reasons and statistics; always a list."""
+        """Like `generate`, but returns a list of `Completion`s, with tokens, finish reasons and statistics."""
         events = self.stream(prompts, options, every_token=False, **changes)
         return [event for event in events if isinstance(event, Completion)]
 
@@ -312,15 +312,15 @@ class Generator:
         every_token: bool = True,
         **changes: Any,
     ) -> Iterator[Delta | Completion]:
-        """As `complete`, while it is generated: text as it comes, and the completions when their batch is done.
+        """Like `complete`, but yields text as it is generated, and the completions when their batch is done.
 
-        With `every_token` steps are run one at a time, else in compiled loops, and text comes in larger pieces.
+        With `every_token` steps run one at a time, otherwise in compiled loops, and text comes in larger pieces.
         """
         several: Any = [prompts] if is_one(prompts) else prompts
         by_prompt = options_by_prompt(options, len(several), **changes)
         fitted = fit_prompts(several, by_prompt, self.tokenizer)
         shared = by_prompt[0]
-        # All batches get one shape, so that they are compiled once.
+        # All batches have one shape, so that it is compiled once.
         batch = min(len(fitted), shared.batch_size // shared.n)
         longest = max(len(p.ids) + p.options.max_new_tokens for p in fitted)
         max_len = shared.max_len or round_up(longest, LENGTH_UNIT)
@@ -386,7 +386,7 @@ class Generator:
                 break
             if stopped:
                 rows.stop(stopped)
-            if every_token:  # the next step is under way while the host looks at this one's tokens
+            if every_token:  # the next step runs while the host processes this one's tokens
                 pending = rows.step() if ahead is None else ahead
                 ahead = rows.step() if received + 1 < longest else None
             else:
@@ -409,7 +409,7 @@ class Generator:
 
 
 class _Clock:
-    """Times a batch; what the engine compiles meanwhile does not count."""
+    """Times a batch, excluding compilation."""
 
     def __init__(self, engine: Engine):
         self._engine, self._compiled = engine, engine.compile_seconds
@@ -420,11 +420,11 @@ class _Clock:
         return time.perf_counter() - self._engine.compile_seconds
 
     def read(self) -> None:
-        """Tokens have arrived on the host."""
+        """Records that tokens have arrived on the host."""
         self._reads = [*self._reads[:1], self._now()]
 
     def stats(self, rows: Rows, texts: list[RowText]) -> BatchStats:
-        """After the last tokens."""
+        """The statistics, once all tokens have arrived."""
         later_tokens = sum(max(0, len(text.tokens) - 1) for text in texts)
         return BatchStats(
             rows=len(texts),

@@ -42,13 +42,12 @@ REMAT_POLICIES: dict[Remat, Any] = {
     "attention": _policies.save_only_these_names(ATTENTION),
     "full": _policies.nothing_saveable,
 }
-"""What the backward pass keeps of a layer besides its input, from most memory to most computation: everything; products
-with weights and what attention gives; the MLP's first products and what attention gives; that alone; nothing."""
+"""What is saved of a layer for the backward pass, besides its input (`ExecutionConfig.remat`)."""
 
 
 @jax.custom_vjp
 def _backward_together(*args: Any) -> Any:
-    """`args`, none of whose gradients is passed on before all are there."""
+    """`args`; none of their gradients is passed on before all have been computed."""
     return args
 
 
@@ -88,7 +87,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Whole sequences, [B, T, D].
 
-        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        Residual sums are left to the next norm: the input is x + y (or x if y is None), and so is the output.
         """
         names = ("batch", "length", None)
         if y_BTD is None:
@@ -101,9 +100,9 @@ class Block(nnx.Module):
     def decode(
         self, x_BTD: jax.Array, y_BTD: jax.Array | None, cache: Any, start_B: jax.Array, n_new_B: jax.Array
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """T new tokens of each row, with and into the layer's cache.
+        """Runs T new tokens of each row against the layer's cache, to which they are appended.
 
-        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        Residual sums are left to the next norm: the input is x + y (or x if y is None), and so is the output.
         """
         # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
         with jax.named_scope("norm"):
@@ -119,7 +118,7 @@ class Block(nnx.Module):
 
 
 class _Layers(nnx.List):
-    """Layers that are not stacked; `nnx.update` with those of a model that stacks them says what to do instead."""
+    """Layers that are not stacked; `nnx.update` with stacked ones says what to do instead."""
 
     def _graph_node_set_key(self, key: Any, value: Any) -> None:
         if isinstance(key, str):
@@ -133,15 +132,15 @@ class _Layers(nnx.List):
 class Transformer(WithLayout):
     """Tied embedding, layers, final norm.
 
-    In the training layout the layers' parameters are stacked on a leading axis and scanned, if `stacked`; else, and in
-    the decode layout, they are a list, so that no step slices or copies them.
+    In the training layout, if `stacked`, the layers' parameters are stacked on a leading axis and scanned. Otherwise,
+    and in the decode layout, layers are a list, so that no step slices or copies parameters.
 
     Args:
-      config: sizes and options; refused here if illegal.
+      config: sizes and options.
       rngs: for the initial parameters.
-      rules: table of logical axis names. Without a mesh nothing is split.
-      layout: `train`, or `decode` for cached decoding; `to_decode` turns the first into the second.
-      stacked: whether layers are stacked in the training layout, so that one is compiled for all.
+      rules: the table of logical axis names; without a mesh nothing is split.
+      layout: `train`, or `decode` for cached decoding; `to_decode` converts the first into the second.
+      stacked: whether layers are stacked in the training layout, so that a single one is compiled.
       execution: how whole sequences are computed.
 
     Raises:
@@ -174,7 +173,7 @@ class Transformer(WithLayout):
 
         Args:
           tokens_BT: ids, at positions 0 to T - 1.
-          totals: for layers that are not stacked, float32 sums for the gradients of each one's parameters (`Summed`).
+          totals: for layers that are not stacked, the float32 sums for each one's gradients (`Summed`).
         """
         self.require_layout("train")
         x_BTD = self.embedding.encode(tokens_BT)
@@ -211,7 +210,7 @@ class Transformer(WithLayout):
     def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
         """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.
 
-        When differentiated it recomputes what `execution.remat` says.
+        Its backward pass recomputes what `execution.remat` does not save.
         """
         graph, stacked = nnx.split(self.layers)
         layer = self._recomputing(graph, prevent_cse=False, add=True)
@@ -220,7 +219,7 @@ class Transformer(WithLayout):
     def _recomputing(
         self, graph: nnx.GraphDef, *, prevent_cse: bool, add: bool = False
     ) -> Callable[[jax.Array, jax.Array | None, nnx.State], Any]:
-        """A layer of hidden states x + y; `add`: of x alone, and gives their sum."""
+        """A layer as a function of (x, y), with input x + y; `add`: it takes x alone and returns the sum."""
 
         def layer(x_BTD: jax.Array, y_BTD: jax.Array | None, state: nnx.State) -> Any:
             x_BTD, y_BTD = nnx.merge(graph, state)(x_BTD, y_BTD)
@@ -241,10 +240,10 @@ class Transformer(WithLayout):
         """Runs T new tokens of each row against the cache, in the decode layout.
 
         Args:
-          tokens_BT: ids; row b's first `n_new_B[b]` count, the rest is padding.
-          cache: donate it to the compiled function; it comes back with the new tokens.
+          tokens_BT: ids; the first `n_new_B[b]` of row b count, the rest is padding.
+          cache: donate it to the compiled function; it is returned with the new tokens.
           n_new_B: new tokens of each row, 0 to T; `cache.lengths + n_new_B` must not exceed `cache.capacity`.
-          logits: `all`: after every token [B, T, V]; `last`: after each row's last new one [B, 1, V].
+          logits: `all`: after every token, [B, T, V]; `last`: after each row's last new token, [B, 1, V].
 
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
@@ -278,7 +277,7 @@ def _abstract(
     stacked: bool = True,
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The split model without its values. `nnx.eval_shape` would take our logical names for axes of an Auto mesh."""
+    """The split model without values. `nnx.eval_shape` would mistake our logical names for axes of an Auto mesh."""
     options: dict[str, Any] = {"rules": rules, "layout": layout, "stacked": stacked, "execution": execution}
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), **options)
     return jax.eval_shape(lambda: nnx.split(make()))
@@ -292,9 +291,9 @@ def from_params(
     layout: Layout = "train",
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> Transformer:
-    """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`.
+    """The model with these parameters, a nested dictionary of arrays as `nnx.to_pure_dict` returns for `layout`.
 
-    In the training layout the layers may be stacked or, as `unstack_layers` leaves them, not.
+    In the training layout the layers may be stacked or not (`unstack_layers`).
     """
     stacked = 0 not in params["layers"]
     graph, state = _abstract(config, rules, layout, stacked=stacked, execution=execution)
@@ -303,23 +302,23 @@ def from_params(
 
 
 def unstack_layers(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with `layers` a dictionary of each layer's own, by its number."""
+    """The parameters with each layer's own under its number in `layers`."""
     layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers)}
     return {**params, "layers": layers}
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `unstack_layers`."""
+    """The inverse of `unstack_layers`."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
 
 def cast_weights(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, layers stacked or not, with those of products (`w_...`) in the compute type.
+    """The parameters, layers stacked or not, with the weights of products (`w_...`) cast to the compute type.
 
-    The model gives the same with them as with `params`: it casts them where it uses them. Where a step uses them often
-    (micro-batches, and layers that are recomputed), they are cast once and then read at half the size. Gains and the
-    token matrix, which are used in float32, stay as they are.
+    The model computes the same with them as with `params`, which it casts where it uses them. But a step that uses them
+    often (with several micro-batches, or recomputed layers) then casts them once and reads half the bytes. Gains and
+    the token matrix, which are used in float32, stay as they are.
     """
     cast = lambda path, x: x.astype(config.compute_dtype) if path[-1].key.startswith("w_") else x
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -330,14 +329,14 @@ def to_decode(
 ) -> Transformer:
     """The decode-layout model on the current mesh, from the parameter tree of the training layout.
 
-    Layers are unstacked, their matrices joined and turned as the modules' `decode_leaves` say, and everything is split
-    as `rules` say: once, at load, leaf by leaf.
+    Layers are unstacked, their matrices joined and transposed as the modules' `decode_leaves` say, and everything is
+    split as `rules` say: once, at load, leaf by leaf.
 
     Args:
-      config: of the model.
+      config: the model's configuration.
       params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
       rules: the decoding table.
-      donate: empty `params` on the way, so that no more than one leaf of the result is in memory twice.
+      donate: remove parameters from `params` as they are converted, so that at most one is in memory twice.
     """
     graph, state = _abstract(config, rules, "decode")
     names: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}

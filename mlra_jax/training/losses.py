@@ -13,11 +13,11 @@ from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 LOGIT_BYTES = 2**29
-"""Most bytes of float32 logits that a device holds at a time."""
+"""Most bytes of float32 logits that exist on a device at a time."""
 
 
 def logit_chunks(tokens: int, vocab: int, logit_bytes: int = LOGIT_BYTES) -> tuple[int, int]:
-    """How many chunks a device cuts its tokens into, and tokens in a chunk, for `vocab` logits a token of its own."""
+    """The number of chunks of a device's tokens, and tokens per chunk, with `vocab` logits per token."""
     most = max(logit_bytes // (4 * vocab), 1)
     n_chunks = -(-tokens // most)
     return n_chunks, -(-tokens // n_chunks)
@@ -34,16 +34,16 @@ def chunked_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """Sum of the cross-entropies of the logits x · tableᵀ, in nats, of which only some tokens' exist at a time.
 
-    Each device goes through its own tokens in chunks. When differentiated, a chunk's logits become gradients of `x_BTD`
-    and `table_VD` at once and are not computed again in the backward pass: three products, as with stored logits.
+    Each device processes its tokens in chunks. When differentiated, a chunk's logits are turned into gradients of
+    `x_BTD` and `table_VD` right away and not recomputed in the backward pass: three products, as with stored logits.
 
     Args:
       x_BTD: the last hidden states, laid out as (batch, length, whole).
       table_VD: output embedding, laid out as (vocab, embed); all V ids are in the softmax.
       targets_BT: int32 in [0, V), or `IGNORED`.
-      dtype: of the products and of the gradients between devices; logits, softmax and sums are float32.
-      rules: table of logical axis names.
-      logit_bytes: most bytes of float32 logits that a device holds.
+      dtype: type of the products and of the gradients exchanged; logits, softmax and sums are float32.
+      rules: the table of logical axis names.
+      logit_bytes: most bytes of float32 logits that exist on a device at a time.
 
     Returns:
       The sum (float32, nats) and the count (int32) as scalars.
@@ -78,11 +78,11 @@ def token_scores(
     dtype: jnp.dtype,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each target's log-probability, and whether no other id is more probable; arguments as `chunked_cross_entropy`.
+    """Each target's log-probability, and whether it is the most probable id; arguments as in `chunked_cross_entropy`.
 
     Returns:
       Log-probabilities in nats (float32 [B, T], 0 where the target is `IGNORED`), and whether the target is the most
-      probable id (bool [B, T], true where it is `IGNORED`); laid out as the targets. Not differentiable in chunks.
+      probable id (bool [B, T], true where it is `IGNORED`); laid out like the targets. Not meant to be differentiated.
     """
     rules = TRAIN_RULES
 
@@ -149,7 +149,7 @@ def _logits(x_TD: jax.Array, table_VD: jax.Array) -> jax.Array:
 def _nats(
     rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum of the counted cross-entropies, log-sum-exp [T], and which logit is the target's [T, V]; V a device's own."""
+    """Sum of the cross-entropies, log-sum-exp [T], and which logits are the targets' [T, V of this device]."""
     _, normalizer_T, target_T, is_target_TV = _normalize(rules, logits_TV, targets_T)
     nats = jnp.sum(jnp.where(targets_T != IGNORED, normalizer_T - target_T, 0))
     return nats, normalizer_T, is_target_TV
@@ -158,7 +158,7 @@ def _nats(
 def _normalize(
     rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Largest logit, log-sum-exp and target's logit [T], and which is the target's [T, V]; V a device's own."""
+    """Largest logit, log-sum-exp and target's logit [T], and which is the target's [T, V]; V is the device's part."""
     v = logits_TV.shape[1]
     is_target_TV = rules.axis_index("vocab") * v + jnp.arange(v) == targets_T[:, None]
     largest_T = rules.pmax(jnp.max(logits_TV, axis=1), "vocab")
@@ -174,7 +174,7 @@ def _over_chunks(
     x_TD: jax.Array,
     targets_T: jax.Array,
 ) -> tuple[Any, Any]:
-    """Runs `step(x, targets) -> (added up, joined)` on chunks of the tokens: adds the first, joins the second."""
+    """Runs `step(x, targets) -> (a, b)` on chunks of the tokens; returns the sum of a and the concatenation of b."""
     n_chunks, size = chunks
     if n_chunks == 1:
         return step(x_TD, targets_T)

@@ -44,7 +44,7 @@ def test_decoding_token_by_token_without_a_mesh_gives_the_whole_sequence(attenti
         y_B1D, cache = step(decoder, X_BTD[:, t : t + 1], cache, start, new)
         outputs.append(np.asarray(y_B1D))
     np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, rtol=0, atol=2e-5)
-    with pytest.raises(ValueError, match="in the decode layout already"):
+    with pytest.raises(ValueError, match="already in the decode layout"):
         decoder.to_decode()
 
 
