@@ -20,7 +20,14 @@ from mlra_jax.config import (
 )
 
 
-def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainConfig:
+def latent_attention(n_latent_heads: int, n_branches: int, q_lora_rank: int = 1024) -> LatentAttentionConfig:
+    """MLA, GLA or MLRA with latents 512 wide together, and heads of 128 with 64 rotary elements besides."""
+    return LatentAttentionConfig(
+        n_latent_heads, n_branches, q_lora_rank=q_lora_rank, kv_lora_rank=512, d_nope=128, d_rope=64
+    )
+
+
+def paper_config(name: str, attention: AttentionConfig, *, d_ff: int) -> TrainConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
     return TrainConfig(
         name=name,

@@ -1,10 +1,8 @@
 """MHA with output projections that start normal, not zero: an ablation (paper, 2.9 B).
 
-    python train.py configs/mha_normal_initialization.py
+    python train.py configs/mha_normal_initialization.py  # 2,872,593,408 parameters (counted from the shapes)
 
-Parameters  2,872,593,408 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
 Result      perplexity 14.094 mean of seven corpora (from the paper)
 """
 

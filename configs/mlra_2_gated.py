@@ -1,10 +1,8 @@
 """MLRA-2 with a gate on the heads' output (paper, 2.9 B).
 
-    python train.py configs/mlra_2_gated.py
+    python train.py configs/mlra_2_gated.py  # 2,872,630,272 parameters (counted from the shapes)
 
-Parameters  2,872,630,272 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
 Result      perplexity 13.651 mean of seven corpora (from the paper)
 """
 

@@ -1,10 +1,8 @@
 """MLRA-4 with a gate on the heads' output (paper, 2.9 B).
 
-    python train.py configs/mlra_4_gated.py
+    python train.py configs/mlra_4_gated.py  # 2,873,220,096 parameters (counted from the shapes)
 
-Parameters  2,873,220,096 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
 Result      perplexity 13.621 mean of seven corpora (from the paper)
 """
 

@@ -16,18 +16,14 @@ from mlra_jax.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig
 
 def get_config() -> TrainConfig:
     steps = 20_000
+    # The proportions of the 2.9 B model: A = D/3, C = H, R = H/2.
+    attention = LatentAttentionConfig(
+        n_latent_heads=4, n_branches=4, q_lora_rank=256, kv_lora_rank=256, d_nope=64, d_rope=32
+    )
     return TrainConfig(
         name="small",
         model=ModelConfig(
-            vocab_size=50304,
-            n_layers=12,
-            d_model=768,
-            n_heads=12,
-            d_ff=2432,
-            # The proportions of the 2.9 B model: A = D/3, C = H, R = H/2.
-            attention=LatentAttentionConfig(
-                n_latent_heads=4, n_branches=4, q_lora_rank=256, kv_lora_rank=256, d_nope=64, d_rope=32
-            ),
+            vocab_size=50304, n_layers=12, d_model=768, n_heads=12, d_ff=2432, attention=attention
         ),
         data=DataConfig(
             path="data/fineweb_edu", tokenizer="gpt2", seq_len=1024, global_batch=480, micro_batch=16

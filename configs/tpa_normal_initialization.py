@@ -1,10 +1,8 @@
 """TPA with output projections that start normal, not zero: an ablation (paper, 2.9 B).
 
-    python train.py configs/tpa_normal_initialization.py
+    python train.py configs/tpa_normal_initialization.py  # 2,873,183,232 parameters (counted from the shapes)
 
-Parameters  2,873,183,232 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
 Result      perplexity 14.478 mean of seven corpora (from the paper)
 """
 

@@ -1,4 +1,4 @@
-"""What the compiled decode step moves between devices."""
+"""The collectives of the compiled decode step."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def step_collectives(
 
 
 def table(collectives: Sequence[Collective], n_layers: int) -> list[str]:
-    """Lines of a Markdown table: each kind of exchange, in the order of the program, and how often it happens.
+    """Lines of a Markdown table: each kind of exchange, in program order, and how often it occurs.
 
-    What happens at least `n_layers` times is taken to happen in every layer.
+    An exchange that occurs at least `n_layers` times is counted as one of every layer.
     """
     lines = [
         "| exchange | devices | each has afterwards | bytes | per layer | besides |",

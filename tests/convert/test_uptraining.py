@@ -18,16 +18,8 @@ MLA = LatentAttentionConfig(1, 1, q_lora_rank=12, kv_lora_rank=16, d_nope=4, d_r
 
 
 def model(attention, **options):
-    return ModelConfig(
-        vocab_size=32,
-        n_layers=2,
-        d_model=24,
-        n_heads=8,
-        d_ff=16,
-        attention=attention,
-        compute_dtype="float32",
-        **options,
-    )
+    sizes = {"vocab_size": 32, "n_layers": 2, "d_model": 24, "n_heads": 8, "d_ff": 16}
+    return ModelConfig(attention=attention, compute_dtype="float32", **sizes, **options)
 
 
 def random_params(config):

@@ -21,7 +21,7 @@ from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
-from mlra_jax.training.losses import cross_entropy
+from tests.definitions import cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
 BASE = ModelConfig(vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32")

@@ -69,7 +69,9 @@ def test_the_reference_sums_over_devices_adds_and_normalises(devices, rows, widt
     sums = x + np.float64(y.sum(axis=0).astype(dtype))
     np.testing.assert_allclose(total, same(sums), rtol=1e-6, atol=1e-6)
     normed = sums / np.sqrt((sums**2).mean(axis=-1, keepdims=True) + 1e-5) * gain
-    np.testing.assert_allclose(np.float32(h), same(normed), rtol={4: 1e-5, 2: 8e-3}[h.dtype.itemsize], atol=1e-6)
+    np.testing.assert_allclose(
+        np.float32(h), same(normed), rtol={4: 1e-5, 2: 8e-3}[h.dtype.itemsize], atol=1e-6
+    )
 
 
 # Where there is a workspace

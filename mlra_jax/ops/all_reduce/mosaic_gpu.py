@@ -214,9 +214,7 @@ def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
             "8 GPUs of one process."
         )
     if width % (2 * THREADS) or width > MAX_WIDTH:
-        return (
-            f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got {width}."
-        )
+        return f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got {width}."
     if rows > workspace.rows or width > workspace.width:
         return f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
     return None
@@ -233,7 +231,9 @@ def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
     return workspace
 
 
-def _run(kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array) -> Any:
+def _run(
+    kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array
+) -> Any:
     if reason := declines(*y.shape, workspace):
         raise NotImplementedError(reason)
     for a in (y, *args[:1]):

@@ -1,40 +1,40 @@
-"""What is left out: judged against NumPy."""
+"""Which updates are skipped, compared with NumPy."""
 
 import numpy as np
 import pytest
 
 from mlra_jax.config import ConfigError, OptimConfig
-from mlra_jax.training.guard import init_guard, judge
+from mlra_jax.training.update_skipping import init_skip_state, judge_update
 
 CONFIG = OptimConfig(skip_limit=3, spike_deviations=4.0, spike_window=16)
 
 
 def run(config, values):
-    """The judgements of pairs (loss, gradient norm), and the guard at the end."""
-    guard, made = init_guard(), []
+    """Whether each pair (loss, gradient norm) was accepted, and the final state."""
+    state, made = init_skip_state(), []
     for loss, norm in values:
-        good, guard = judge(config, guard, np.float32(loss), np.float32(norm))
+        good, state = judge_update(config, state, np.float32(loss), np.float32(norm))
         made.append(bool(good))
-    return made, {name: np.asarray(value) for name, value in guard.items()}
+    return made, {name: np.asarray(value) for name, value in state.items()}
 
 
 def test_mean_and_variance_are_those_of_the_updates_that_were_made():
     values = np.random.default_rng(0).normal(3, 0.1, (16, 2))
     with_faults = [*values[:7], (np.nan, 1), (3, np.inf), *values[7:]]
-    made, guard = run(CONFIG, with_faults)
+    made, state = run(CONFIG, with_faults)
     assert made == [True] * 7 + [False] * 2 + [True] * 9
-    np.testing.assert_allclose(guard["mean"], values.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(guard["variance"], values.var(0), rtol=1e-3)
-    assert (guard["updates"], guard["skipped"], guard["skipped_in_row"]) == (16, 2, 0)
+    np.testing.assert_allclose(state["mean"], values.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(state["variance"], values.var(0), rtol=1e-3)
+    assert (state["updates"], state["skipped"], state["skipped_in_row"]) == (16, 2, 0)
 
 
 @pytest.mark.parametrize("spike", [(9, 1), (3, 30)], ids=["loss", "gradient norm"])
 def test_a_spike_is_left_out_once_the_window_is_full_and_changes_no_limit(spike):
     calm = [(3 + 0.1 * (-1) ** n, 1 + 0.1 * (-1) ** n) for n in range(40)]
-    made, guard = run(CONFIG, [*calm, spike, spike, *calm, spike])
+    made, state = run(CONFIG, [*calm, spike, spike, *calm, spike])
     assert made == [True] * 40 + [False] * 2 + [True] * 40 + [False]
-    assert (guard["skipped"], guard["skipped_in_row"]) == (3, 1)
-    np.testing.assert_allclose(guard["mean"], (3, 1), atol=0.02)
+    assert (state["skipped"], state["skipped_in_row"]) == (3, 1)
+    np.testing.assert_allclose(state["mean"], (3, 1), atol=0.02)
     early, _ = run(CONFIG, [*calm[:15], spike])
     assert early[-1], "nothing is a spike before the window is full"
 
