@@ -28,7 +28,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.decode_step import describe, filled, random_values
-from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, measure, rotation, together
+from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, kernel_ops, measure, rotation, together
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
@@ -183,8 +183,7 @@ def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None,
     """Of the kernels of a layer (us by name): those of attention over the cache, and those that exchange."""
     if not kernels:
         return None, None
-    named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
-    ops = {re.sub(r"\W", "_", name): op for name, op in named}
+    ops = kernel_ops(hlo)
     exchanges = {name for name in kernels if EXCHANGE.search(name)}
     attention = {name for name in kernels if ATTENTION.search(name) or ATTENTION.search(ops.get(name, ""))}
     total = lambda names: sum(kernels[name] for name in names)
@@ -274,10 +273,8 @@ class Layers:
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
                 raise ConfigError(
-                    [
-                        f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
-                        f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
-                    ]
+                    f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
+                    f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
                 )
         *_, x = self._abstract
         with jax.set_mesh(self.mesh):

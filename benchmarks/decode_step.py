@@ -19,18 +19,14 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import gc
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,14 +38,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.profiler import ProfileData
 
-from benchmarks.measure import gpu_events
+from benchmarks import records
+from benchmarks.decode_attention import Setting, parse_size
+from benchmarks.measure import kernel_ops, trace
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
 from mlra_jax.generation.sampling import GREEDY
+from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.ops.product.api import PRODUCT
@@ -60,13 +58,6 @@ SCOPES = (
     "embed", "norm", "latents", "queries", "absorb", "append", "attend", "values", "output", "mlp", "logits", "sample",
 )  # fmt: skip
 """Parts of a step, as the model names them."""
-
-
-def parse_case(text: str) -> tuple[int, int]:
-    """`8x32K` as batch and context."""
-    if not (match := re.fullmatch(r"(\d+)x(\d+)(K?)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context such as 8x32K.")
-    return int(match[1]), int(match[2]) * (1024 if match[3] else 1)
 
 
 def parse_option(text: str) -> tuple[str, str | bool | int]:
@@ -198,9 +189,7 @@ class Benchmark:
             (program,) = [p for k, p in self.engine.programs.items() if k[:3] == ("run", *rows._key[:2])]
             result["profile"] = profile(lambda: self.steps(rows, context), program.as_text() or "", n)
         self.results.append(result)
-        print(row(result), flush=True)
-        for line in profile_table(result):
-            print(line, flush=True)
+        print(line(result), *profile_table(result), sep="\n", flush=True)
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """Time to fill the cache with a prompt of so many tokens, compiled before."""
@@ -233,20 +222,13 @@ class Benchmark:
 
 def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
     """Device time of one call by part of the step and by kernel; empty where the profile shows no GPU."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            once()
-        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        events = gpu_events(ProfileData.from_file(str(file)))
+    events = trace(once)
     if not events:
         return {}
-    # XLA names a kernel after its instruction; the instruction's metadata say which part of the model it is of.
     scopes = {}
-    for name, op in re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo):
+    for name, op in kernel_ops(hlo).items():
         found = [part for part in re.split(r"[/()]", op) if part in SCOPES]
-        scopes[re.sub(r"\W", "_", name)] = found[-1] if found else "other"
+        scopes[name] = found[-1] if found else "other"
     by_scope, by_kernel = collections.Counter[str](), collections.Counter[tuple[str, str]]()
     launches, kernel_launches = collections.Counter[str](), collections.Counter[tuple[str, str]]()
     for start, end, name in events:
@@ -266,17 +248,14 @@ def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
     }
 
 
-HEAD = [
-    "| batch | context | step, ms | spread | ideal, ms | ratio | tokens/s |",
-    "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-]
+HEAD = head(("batch", "context", "step, ms", "spread", "ideal, ms", "ratio", "tokens/s"), "r")
 
 
-def row(r: dict[str, Any]) -> str:
+def line(r: dict[str, Any]) -> str:
     """A line of the table of steps."""
-    return (
-        f"| {r['batch']} | {r['context']:,} | {r['step_ms']:.3f} | {r['spread_ms']:.3f} | {r['ideal_ms']:.3f} | "
-        f"{r['ratio']:.2f} | {r['tokens_per_second']:,.0f} |"
+    times = (f"{r[name]:.3f}" for name in ("step_ms", "spread_ms", "ideal_ms"))
+    return row(
+        (r["batch"], f"{r['context']:,}", *times, f"{r['ratio']:.2f}", f"{r['tokens_per_second']:,.0f}")
     )
 
 
@@ -284,20 +263,17 @@ def profile_table(r: dict[str, Any]) -> list[str]:
     """Lines of Markdown: device time by part and by kernel; none without a profile."""
     if not (p := r.get("profile")):
         return []
-    lines = [
+    parts = [(name, f"{us:,.1f}", f"{n:.0f}") for name, us, n in p["parts"]]
+    top = [(part, f"`{name}`", f"{us:,.1f}", f"{n:.0f}") for part, name, us, n in p["top"]]
+    return [
         "",
         f"{p['kernels']:.0f} kernels, busy {p['busy_us']:,.0f} us of {p['span_us']:,.0f} us.",
         "",
-        "| part | us | kernels |",
-        "| --- | ---: | ---: |",
-        *(f"| {name} | {us:,.1f} | {n:.0f} |" for name, us, n in p["parts"]),
+        *table(("part", "us", "kernels"), parts, "lr"),
         "",
-        "| part | kernel | us | kernels |",
-        "| --- | --- | ---: | ---: |",
-        *(f"| {part} | `{name}` | {us:,.1f} | {n:.0f} |" for part, name, us, n in p["top"]),
+        *table(("part", "kernel", "us", "kernels"), top, "llr"),
         "",
     ]
-    return lines
 
 
 def prefill_lines(r: dict[str, Any]) -> list[str]:
@@ -311,11 +287,9 @@ def prefill_lines(r: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser("benchmarks.decode_step", __doc__, out=False)
     parser.add_argument("--config", default="mlra_4", help="name or path of a configuration")
-    parser.add_argument("--cases", nargs="*", type=parse_case, default=[parse_case(c) for c in CASES])
+    parser.add_argument("--cases", nargs="*", type=records.case, default=[parse_size(c) for c in CASES])
     parser.add_argument("--steps", type=int, default=32, help=f"of a run, at most {STEPS_PER_RUN}")
     parser.add_argument("--runs", type=int, default=5, help="timed")
     parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
@@ -352,12 +326,10 @@ def main() -> int:
     jax.block_until_ready(engine.leaves)
     weight_bytes = sum(x.nbytes for x in engine.leaves)
     benchmark = Benchmark(engine, args, weight_bytes, sum(x.size for x in engine.leaves))
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    command = "python -m benchmarks.decode_step " + " ".join(sys.argv[1:])
+    setting = Setting.here("benchmarks.decode_step", sys.argv[1:])
     about = [
-        f"{jax.devices()[0].device_kind}, {today}, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
-        f"`{command}`",
+        f"{setting.device}, {setting.date}, {records.versions(vars(setting))}",
+        f"`{setting.command}`",
         f"{args.config}, {config.n_layers} layers, weights of {weight_bytes / 1e9:.2f} GB ({config.param_dtype}); "
         f"ideal at {args.bandwidth / 1e12:.2f} TB/s; {args.runs} runs of {args.steps} steps each, median.",
     ]
@@ -369,16 +341,14 @@ def main() -> int:
     def save() -> None:
         if not args.out:
             return
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"about": about, "steps": benchmark.results, "prefill": prefill, "refused": refused}
-        args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         lines = ["# Decode steps and prefill", "", *(line + "\n" for line in about), *HEAD]
-        lines += [row(r) for r in benchmark.results] + ["", *refused, ""]
+        lines += [line(r) for r in benchmark.results] + ["", *refused, ""]
         lines += prefill_lines(prefill) if prefill else []
         for r in benchmark.results:
-            if table := profile_table(r):
-                lines += ["", f"## Batch {r['batch']}, {r['context']:,} tokens", *table]
-        args.out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+            if profiled := profile_table(r):
+                lines += ["", f"## Batch {r['batch']}, {r['context']:,} tokens", *profiled]
+        records.write(args.out, content, lines)
 
     batches: dict[int, list[int]] = {}
     for batch, context in args.cases:

@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -48,19 +49,16 @@ def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, run
       runs: of the program; one more before them is not counted.
     """
     jax.block_until_ready(program(*args))
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 1
     wall = []
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(runs):
-                time.sleep(PAUSE_S)
-                start = time.perf_counter()
-                jax.block_until_ready(program(*args))
-                wall.append(time.perf_counter() - start)
-        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        events = gpu_events(ProfileData.from_file(str(file)))
+
+    def run_all() -> None:
+        for _ in range(runs):
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            wall.append(time.perf_counter() - start)
+
+    events = trace(run_all)
     if not events:
         us = [1e6 * w / calls for w in wall]
         return Timing(statistics.median(us), max(us) - min(us), {}, "wall")
@@ -70,6 +68,23 @@ def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, run
     for start, end, name in events:
         kernels[name] += (end - start) / 1e3 / calls / runs
     return Timing(statistics.median(us), max(us) - min(us), dict(kernels), "device")
+
+
+def trace(call: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """The `gpu_events` of a call; none where the profile shows no GPU."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
+        return gpu_events(ProfileData.from_file(str(file)))
+
+
+def kernel_ops(hlo: str) -> dict[str, str]:
+    """By kernel: the operation that it comes from. XLA names a kernel after its instruction, whose metadata say it."""
+    named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
+    return {re.sub(r"\W", "_", name): op for name, op in named}
 
 
 def gpu_events(profile: ProfileData) -> list[tuple[float, float, str]]:

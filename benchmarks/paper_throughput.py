@@ -20,9 +20,7 @@ Writes `paper_throughput_DEVICE.json`, `.md` and `.png`; the figure has the pape
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,12 +28,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import paper
+from benchmarks import paper, records
 from benchmarks.attention_layer import Place, measure_layers
-from benchmarks.decode_attention import RESULTS, Setting
+from benchmarks.decode_attention import Setting
 from benchmarks.figures import draw, show_tokens
 from benchmarks.paper_latency import describe, parse_length
 from benchmarks.tensor_parallel import LAYER_HEAD, layer_line, number, tiny
+from mlra_jax import markdown
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import AttentionConfig, ModelConfig
@@ -103,28 +102,28 @@ def fastest(record: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]
 def table(record: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: tokens/ms of each variant, and the paper's."""
     found = fastest(record)
-    lines = [
-        "| context | " + " | ".join(f"{paper.NAMES[v]} | paper" for v in MESHES) + " |",
-        "| ---: |" + " ---: |" * 2 * len(MESHES),
-    ]
+    rows = []
     for context in sorted({c for by_context in found.values() for c in by_context}):
         cells = [show_tokens(context)]
         for v in MESHES:
             layer, theirs = found[v].get(context), paper.THROUGHPUT[v].get(context)
             cells += [number(tokens_per_ms(layer), 0) if layer else "", number(theirs, 0)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        f"\n{paper.NAMES[v]}: {what_ran(layer)}; query heads {layer['heads']}."
-        for v in MESHES
-        for layer in list(found[v].values())[:1]
+        rows.append(cells)
+    names = [name for v in MESHES for name in (paper.NAMES[v], "paper")]
+    return [
+        *markdown.table(("context", *names), rows, "r"),
+        *(
+            f"\n{paper.NAMES[v]}: {what_ran(layer)}; query heads {layer['heads']}."
+            for v in MESHES
+            for layer in list(found[v].values())[:1]
+        ),
     ]
-    return lines
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> list[str]:
     """All tables."""
     device, command = describe(record).split("\n")
-    lines = [
+    return [
         f"# The paper's throughput of the attention layer on {record['n_devices']} x {record['device']}",
         "",
         f"{device} `{command}`",
@@ -138,16 +137,13 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         *LAYER_HEAD,
         *map(layer_line, record["layers"]),
-        *(line for name, why in record["failures"].items() for line in ("", f"{name}: not measured. {why}")),
+        *records.not_measured(record["failures"]),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
     """Writes `stem`.json, `.md` and `.png`."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(record))
+    records.write(stem, record, page(record))
     lines, labels = [], []
     for v, by_context in fastest(record).items():
         points = {context: tokens_per_ms(layer) for context, layer in by_context.items()}
@@ -168,17 +164,12 @@ def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper_throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = records.parser("benchmarks.paper_throughput", __doc__)
     parser.add_argument("--cases", nargs="+", choices=list(MESHES), default=list(MESHES), help="variants")
     contexts = sorted(paper.THROUGHPUT["mla"])
     parser.add_argument("--contexts", nargs="+", type=parse_length, default=contexts, help="tokens")
     parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
     parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--redraw", type=pathlib.Path, metavar="JSON", help="write table and figure of a JSON again"
     )
@@ -186,20 +177,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.runs < 1:
         parser.error("--runs must be at least 1.")
     if args.redraw:
-        try:
-            record = json.loads(args.redraw.read_text())
-            write(record, args.redraw.with_suffix(""))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            parser.error(f"{args.redraw} cannot be drawn; it must be what this command has written ({e!r}).")
+        record = records.redraw(
+            parser, args.redraw, lambda record: write(record, args.redraw.with_suffix(""))
+        )
         print("\n".join(table(record)))
         return 0
     n_devices, setting = len(jax.devices()), Setting.here("benchmarks.paper_throughput", argv)
-    record = dataclasses.asdict(setting) | {
-        "n_devices": n_devices,
-        "batch": BATCH,
-        "layers": [],
-        "failures": {},
-    }
+    about = {"n_devices": n_devices, "batch": BATCH, "layers": [], "failures": {}}
+    record: dict[str, Any] = dataclasses.asdict(setting) | about
     stem = args.out / f"paper_throughput_{slug(setting.device)}"
     print(f"{n_devices} x {setting.device}, {setting.versions}", *LAYER_HEAD, sep="\n", flush=True)
     jobs = []

@@ -22,20 +22,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from benchmarks import decode_step, paper
+from benchmarks import decode_step, paper, records
 from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_layers, places
-from benchmarks.decode_attention import RESULTS, Setting, parse_size
+from benchmarks.decode_attention import Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.registry import attention_name
@@ -44,6 +43,7 @@ from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
 from mlra_jax.generation.load import abstract_params
+from mlra_jax.markdown import head, row, table
 from mlra_jax.model import to_decode
 from mlra_jax.ops.tuning import slug
 
@@ -53,14 +53,6 @@ MODEL_CASES = ("1x16K", "1x128K", "16x4K", "64x8K")
 PARTS = ("layer", "model", "check")
 HEADS = 64
 """Query heads of the paper's decode shape."""
-
-
-def case(text: str) -> tuple[int, int]:
-    """`16x32K` as batch and context, for argparse."""
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 TINY = {
@@ -247,36 +239,56 @@ def over(x: float | None, y: float | None) -> float | None:
     return x / y if x is not None and y else None
 
 
-LAYER_HEAD = [
-    "| attention | devices | query heads | batch | context | layer, us | by profile | by host | bound | of bound | "
-    "attention, us | of bandwidth | exchanges, us | of layer |",
-    "| --- | --- | --- |" + " ---: |" * 11,
-]
+LAYER_HEAD = head(
+    [
+        "attention",
+        "devices",
+        "query heads",
+        "batch",
+        "context",
+        "layer, us",
+        "by profile",
+        "by host",
+        "bound",
+        "of bound",
+        "attention, us",
+        "of bandwidth",
+        "exchanges, us",
+        "of layer",
+    ],
+    "lllr",
+)
+
+
+def percent(x: float | None) -> str:
+    """A share, for a table."""
+    return "" if x is None or not np.isfinite(x) else f"{x:.0%}"
+
+
+def placed(r: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells that say what was run where: model, devices, query heads, batch and context."""
+    devices = f"{r['tensor']}{' (share)' if r['share'] else ''}"
+    return paper.NAMES[r["variant"]], devices, r["heads"], str(r["batch"]), show_tokens(r["context"])
 
 
 def layer_line(r: Mapping[str, Any]) -> str:
     """A layer in the table."""
     us, attention, exchange, bandwidth = (r[k] for k in ("us", "attention_us", "exchange_us", "bandwidth"))
     read = 1e6 * r["cache_bytes"] / bandwidth if bandwidth else None
-    of_bound, of_read, of_layer = over(r["bound_us"], us), over(read, attention), over(exchange, us)
-    percent = lambda x: "" if x is None else f"{x:.0%}"
-    cells = [
-        paper.NAMES[r["variant"]],
-        f"{r['tensor']}{' (share)' if r['share'] else ''}",
-        r["heads"],
-        str(r["batch"]),
-        show_tokens(r["context"]),
-        number(us),
-        "" if r["timing"]["clock"] == "wall" else number(r["timing"]["us"]),
-        number(r["wall_us"]),
-        number(r["bound_us"]),
-        percent(of_bound),
-        number(attention),
-        percent(of_read),
-        "" if r["share"] else number(exchange),
-        "" if r["share"] else percent(of_layer),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    exchanges = ("", "") if r["share"] else (number(exchange), percent(over(exchange, us)))
+    return row(
+        (
+            *placed(r),
+            number(us),
+            "" if r["timing"]["clock"] == "wall" else number(r["timing"]["us"]),
+            number(r["wall_us"]),
+            number(r["bound_us"]),
+            percent(over(r["bound_us"], us)),
+            number(attention),
+            percent(over(read, attention)),
+            *exchanges,
+        )
+    )
 
 
 def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
@@ -301,95 +313,83 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     tensors = sorted({key[3] for key in found})
     shared = {key[3] for key, r in found.items() if r["share"]}
     named = [f"{t}{' (share)' if t in shared else ''}" for t in tensors]
-    lines = ["", "## MLA's time over MLRA-4's, at equal number of devices", ""]
     what = ("attention", "attention and exchanges", "layer")
-    heads = [f"{w}, {n}" for w in what for n in named]
-    lines += [
-        "| batch | context | " + " | ".join(heads) + " |",
-        "| ---: |" * 1 + " ---: |" * (1 + len(heads)),
-    ]
-    for batch, context in sizes:
-        cells = []
+    several = [(t, n) for t, n in zip(tensors, named, strict=True) if t > 1]
+    variants = [v for v in VARIANTS if any(key[0] == v for key in found)]
+
+    def ratios(names: Iterable[str], cells: Callable[[int, int], Iterable[float | None]]) -> list[str]:
+        rows = [(b, show_tokens(c), *(number(x, 2) for x in cells(b, c))) for b, c in sizes]
+        return table(("batch", "context", *names), rows, "r")
+
+    def over_mlra(batch: int, context: int) -> Iterator[float | None]:
         for w in what:
             for t in tensors:
                 pair = [found.get((v, batch, context, t)) for v in ("mla", "mlra_4")]
-                mla, mlra = (quantities(r)[w] if r else None for r in pair)
-                cells.append(number(over(mla, mlra), 2))
-        lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
-    lines += ["", "## One device's time over that of several, of the whole layer", ""]
-    several = [(t, n) for t, n in zip(tensors, named, strict=True) if t > 1]
-    variants = [v for v in VARIANTS if any(key[0] == v for key in found)]
-    heads = [f"{paper.NAMES[v]}, {n}" for v in variants for _, n in several]
-    lines += ["| batch | context | " + " | ".join(heads) + " |", "| ---: |" + " ---: |" * (1 + len(heads))]
-    for batch, context in sizes:
-        cells = []
-        for v in variants:
-            one = found.get((v, batch, context, 1))
-            for t, _ in several:
-                r = found.get((v, batch, context, t))
-                cells.append(number(over(one["us"], r["us"]), 2) if one and r else "")
-        lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
-    return lines
+                yield over(*(quantities(r)[w] if r else None for r in pair))
+
+    def over_several(batch: int, context: int) -> Iterator[float | None]:
+        us = lambda v, t: found.get((v, batch, context, t), {}).get("us")
+        return (over(us(v, 1), us(v, t)) for v in variants for t, _ in several)
+
+    return [
+        "",
+        "## MLA's time over MLRA-4's, at equal number of devices",
+        "",
+        *ratios([f"{w}, {n}" for w in what for n in named], over_mlra),
+        "",
+        "## One device's time over that of several, of the whole layer",
+        "",
+        *ratios([f"{paper.NAMES[v]}, {n}" for v in variants for _, n in several], over_several),
+    ]
 
 
 def model_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of the 2.9 B model."""
-    lines = [
+    rows = []
+    for r in results:
+        exchange = None if r["share"] else over(r["exchange_us"], r["busy_us"])
+        times = [number(r[name], 3) for name in ("step_ms", "spread_ms", "ideal_ms")]
+        rates = [percent(over(1.0, r["ratio"])), number(r["tokens_per_second"], 0), percent(exchange)]
+        sizes = [number(r["weight_bytes"] / 1e9, 2), number(r["cache_bytes"] / 1e9, 3)]
+        rows.append((*placed(r), *times, *rates, *sizes))
+    names = ("model", "devices", "query heads", "batch", "context", "step, ms", "spread", "bound", "of bound")
+    more = ("tokens/s", "exchanges", "weights, GB a device", "cache, GB a device")
+    return [
         "",
         "## The 2.9 B model",
         "",
         "Steps of the engine of `decode.py`, by the host's clock. *Bound*: weights and cache read once, at the",
         "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile.",
         "",
-        "| model | devices | query heads | batch | context | step, ms | spread | bound | of bound | tokens/s | "
-        "exchanges | weights, GB a device | cache, GB a device |",
-        "| --- | --- | --- |" + " ---: |" * 10,
+        *table((*names, *more), rows, "lllr"),
     ]
-    for r in results:
-        exchange = over(r["exchange_us"], r["busy_us"])
-        cells = [
-            paper.NAMES[r["variant"]],
-            f"{r['tensor']}{' (share)' if r['share'] else ''}",
-            r["heads"],
-            str(r["batch"]),
-            show_tokens(r["context"]),
-            number(r["step_ms"], 3),
-            number(r["spread_ms"], 3),
-            number(r["ideal_ms"], 3),
-            "" if not np.isfinite(r["ratio"]) else f"{1 / r['ratio']:.0%}",
-            number(r["tokens_per_second"], 0),
-            "" if exchange is None or r["share"] else f"{exchange:.0%}",
-            number(r["weight_bytes"] / 1e9, 2),
-            number(r["cache_bytes"] / 1e9, 3),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of equal results."""
-    lines = [
-        "",
-        "## Against one device",
-        "",
-        "| model | devices | query heads | greedy tokens in float32 | largest difference in bfloat16 logits | std |",
-        "| --- | ---: | --- | --- | ---: | ---: |",
+    rows = [
+        (
+            paper.NAMES[c["variant"]],
+            r["tensor"],
+            r["heads"],
+            "equal" if r["equal_tokens"] else "DIFFERENT",
+            f"{r['largest_difference']:.4f}",
+            f"{r['logits_std']:.3f}",
+        )
+        for c in checks
+        for r in c["rows"]
     ]
-    for c in checks:
-        for r in c["rows"]:
-            equal = "equal" if r["equal_tokens"] else "DIFFERENT"
-            cells = paper.NAMES[c["variant"]], str(r["tensor"]), r["heads"], equal
-            lines.append(f"| {' | '.join(cells)} | {r['largest_difference']:.4f} | {r['logits_std']:.3f} |")
-    return lines
+    names = ("model", "devices", "query heads", "greedy tokens in float32")
+    more = ("largest difference in bfloat16 logits", "std")
+    return ["", "## Against one device", "", *table((*names, *more), rows, "lrllr")]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def markdown(record: Mapping[str, Any]) -> list[str]:
     """All tables."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Tensor-parallel decoding on {record['n_devices']} x {record['device']}",
         "",
-        f"{record['date']}, {versions}. `{record['command']}`",
+        f"{record['date']}, {records.versions(record)}. `{record['command']}`",
     ]
     if record["layers"]:
         lines += [
@@ -408,10 +408,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         ]
     lines += model_lines(record["model"]) if record["model"] else []
     lines += check_lines(record["checks"]) if record["checks"] else []
-    lines += [
-        line for name, why in record["failures"].items() for line in ("", f"{name}: not measured. {why}")
-    ]
-    return "\n".join(lines) + "\n"
+    return lines + records.not_measured(record["failures"])
 
 
 def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -435,8 +432,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
                 lines.append(Series(label, paper.COLORS[v], points, faint=tensor == 1 and most > 1))
         if any(line.points for line in lines):
             panels[f"{what.capitalize()}, batch 1, by devices"] = lines
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    note = [f"{record['n_devices']} x {record['device']}, {versions}, {record['date']}"]
+    note = [f"{record['n_devices']} x {record['device']}, {records.versions(record)}, {record['date']}"]
     note += textwrap.wrap(record["command"], 150)
     if any(r["share"] for r in found.values()):
         note.append("Share: one device of so many, alone, without the exchanges between devices.")
@@ -445,27 +441,23 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
     """Writes `stem`.json, `.md` and `.png`."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(record))
+    records.write(stem, record, markdown(record))
     draw_figure(record, stem.with_suffix(".png"))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tensor_parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = records.parser("benchmarks.tensor_parallel", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of layers")
     parser.add_argument("--tensor", nargs="+", type=int, default=[1, 2, 4], help="numbers of devices")
     parser.add_argument(
-        "--cases", nargs="+", type=case, default=[parse_size(c) for c in CASES], help="of layers"
+        "--cases", nargs="+", type=records.case, default=[parse_size(c) for c in CASES], help="of layers"
     )
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["mlra_4", "mla"], help="end to end")
-    parser.add_argument("--model-cases", nargs="+", type=case, default=[parse_size(c) for c in MODEL_CASES])
+    parser.add_argument(
+        "--model-cases", nargs="+", type=records.case, default=[parse_size(c) for c in MODEL_CASES]
+    )
     parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
     parser.add_argument("--runs", type=int, default=5, help="timed")
     parser.add_argument(
@@ -475,7 +467,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no other measurement after so long"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     parser.add_argument(
         "--redraw", type=pathlib.Path, metavar="JSON", help="write tables and figure of a JSON again"
     )
@@ -492,10 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse(argv)
     if args.redraw:
-        try:
-            write(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            parser.error(f"{args.redraw} cannot be drawn; it must be what this command has written ({e!r}).")
+        records.redraw(parser, args.redraw, lambda record: write(record, args.redraw.with_suffix("")))
         return 0
     begin, n_devices = time.perf_counter(), len(jax.devices())
     late = lambda: time.perf_counter() - begin > args.seconds
@@ -528,8 +516,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(result, tuple):
                 fail(*result)
             else:
-                records = [row.record() for row in result]
-                keep("layers", records, [layer_line(r) for r in records])
+                measured = [layer.record() for layer in result]
+                keep("layers", measured, [layer_line(r) for r in measured])
             if late():
                 fail("layers", f"the rest was left out after --seconds {args.seconds:g}.")
                 break

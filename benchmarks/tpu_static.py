@@ -35,6 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ExecutionConfig
+from mlra_jax.markdown import head, row, table
 from mlra_jax.ops.decode import mosaic_tpu
 from mlra_jax.ops.decode.cases import Case, abstract_call
 
@@ -239,27 +240,31 @@ def report(chips: list[str]) -> str:
         "of a step, rows + 64 registers for each 1024 tokens, do not fit the 64 that there are and go through VMEM;",
         "the compiler books these as spills.",
         "",
-        "| chip | assumed clock | HBM bandwidth of a device | cores of a device |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name in chips:
-        c = CHIPS[name]
-        lines.append(f"| {name} | {c.gigahertz} GHz | {c.terabytes_per_second:.3g} TB/s | {c.cores} |")
-    lines += [
+        *table(
+            ("chip", "assumed clock", "HBM bandwidth of a device", "cores of a device"),
+            [
+                (name, f"{c.gigahertz} GHz", f"{c.terabytes_per_second:.3g} TB/s", c.cores)
+                for name in chips
+                for c in [CHIPS[name]]
+            ],
+        ),
         "",
-        "| chip | context | rows | cycles | HBM | ratio | binding unit | spills |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head(("chip", "context", "rows", "cycles", "HBM", "ratio", "binding unit", "spills")),
     ]
+
+    def add(*cells: object) -> None:
+        lines.append(row(cells))
+        print(lines[-1], file=sys.stderr, flush=True)
+
     for name in chips:
         for context, lengths in LENGTHS.items():
             for rows in ROWS:
                 chip, e = CHIPS[name], estimate(CHIPS[name], rows, lengths)
                 hbm = case(rows, lengths).cache_bytes / chip.terabytes_per_second / 1e3 * chip.gigahertz
                 least = "" if e.stalls else "≥ "
+                cycles, ratio = f"{least}{e.cycles / 1e3:.1f}K", f"{least}{e.cycles / hbm:.2f}"
                 unit = f"{UNITS[e.binding]}, {e.use[e.binding][1]:.0%}"
-                row = f"| {name} | {context} | {rows} | {least}{e.cycles / 1e3:.1f}K | {hbm / 1e3:.1f}K "
-                lines.append(row + f"| {least}{e.cycles / hbm:.2f} | {unit} | {e.spills:.0f} |")
-                print(lines[-1], file=sys.stderr, flush=True)
+                add(name, context, rows, cycles, f"{hbm / 1e3:.1f}K", ratio, unit, f"{e.spills:.0f}")
     if "v4" in chips:
         lines += [
             "",
@@ -274,18 +279,14 @@ def report(chips: list[str]) -> str:
         'both forms: as many heads, keys 192 wide, values 128. `execution.attention_form = "auto"` takes the absorbed',
         "form.",
         "",
-        "| chip | pass | form | GFLOPs | bytes accessed | temporaries |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *head(("chip", "pass", "form", "GFLOPs", "bytes accessed", "temporaries")),
     ]
     for name in chips:
         for backward in (False, True):
             for form in get_args(Form):
-                flops, accessed, temporaries = cost_of_form(CHIPS[name], form, backward)
-                lines.append(
-                    f"| {name} | {'forward and backward' if backward else 'forward'} | {form} | {flops / 1e9:.1f} "
-                    f"| {accessed / 1e6:.0f} MB | {temporaries / 1e6:.0f} MB |"
-                )
-                print(lines[-1], file=sys.stderr, flush=True)
+                flops, *sizes = cost_of_form(CHIPS[name], form, backward)
+                passes = "forward and backward" if backward else "forward"
+                add(name, passes, form, f"{flops / 1e9:.1f}", *(f"{size / 1e6:.0f} MB" for size in sizes))
     return "\n".join(lines) + "\n"
 
 

@@ -1,16 +1,13 @@
 """GLA-2 with output projections that start normal, not zero: an ablation (paper, 2.9 B).
 
-    python train.py configs/gla_2_normal_initialization.py  # 2,872,630,272 parameters (counted from the shapes)
+    python train.py configs/gla_2_normal_initialization.py
 
-Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
+Parameters  2,872,630,272 (measured: counted from the shapes)
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      perplexity 14.009 mean of seven corpora (from the paper)
 """
-
-from mlra_jax.config import TrainConfig
 
 from . import gla_2
 from ._paper import normal_initialization
 
-
-def get_config() -> TrainConfig:
-    return normal_initialization(gla_2.get_config())
+get_config = normal_initialization(gla_2.get_config)

@@ -1,16 +1,13 @@
 """MQA with output projections that start normal, not zero: an ablation (paper, 2.9 B).
 
-    python train.py configs/mqa_normal_initialization.py  # 2,872,003,584 parameters (counted from the shapes)
+    python train.py configs/mqa_normal_initialization.py
 
-Hardware    8 x H100 80 GB (from the paper's repository). Wall time: not run
+Parameters  2,872,003,584 (measured: counted from the shapes)
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      not run
 """
-
-from mlra_jax.config import TrainConfig
 
 from . import mqa
 from ._paper import normal_initialization
 
-
-def get_config() -> TrainConfig:
-    return normal_initialization(mqa.get_config())
+get_config = normal_initialization(mqa.get_config)

@@ -34,19 +34,16 @@ from typing import (
 
 from tyro.conf import arg
 
-from mlra_jax.errors import UserError
+from mlra_jax.errors import FaultsError
 
 if TYPE_CHECKING:
     from mlra_jax.attention.base import Attention
 
 
-class ConfigError(UserError):
+class ConfigError(FaultsError):
     """One or more faults in a configuration; the message lists all of them."""
 
-    def __init__(self, faults: str | list[str]):
-        self.faults = faults = [faults] if isinstance(faults, str) else faults
-        many = f"{len(faults)} faults in the configuration:\n  - " if len(faults) > 1 else ""
-        super().__init__(many + "\n  - ".join(faults))
+    where = "the configuration"
 
 
 @dataclasses.dataclass(frozen=True)

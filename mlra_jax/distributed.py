@@ -56,23 +56,21 @@ class DistributedConfig(Validated):
         return []
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+
+
 def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
-    """Splits the options `--distributed.FIELD VALUE` off a command line.
+    """Takes the options `--distributed.FIELD VALUE` out of a command line.
 
     Returns:
       What they say, and the other arguments.
     """
-    mine: list[str] = []
-    others: list[str] = []
-    rest = iter(argv)
-    for arg in rest:
-        if not arg.startswith("--distributed."):
-            others.append(arg)
-            continue
-        mine.append("--" + arg.removeprefix("--distributed."))
-        if "=" not in arg and not arg.endswith((".auto", ".no-auto", ".no_auto")):
-            mine += [value for value in [next(rest, None)] if value is not None]
-    return tyro.cli(DistributedConfig, args=mine, prog="--distributed", use_underscores=True), others
+    options, others = tyro.cli(
+        _Options, args=argv, use_underscores=True, add_help=False, return_unknown_args=True
+    )
+    return options.distributed, others
 
 
 def _launched_as_one_of_several() -> bool:
@@ -105,9 +103,7 @@ def initialize(config: DistributedConfig) -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     elif jax.process_count() > 1:
         raise ConfigError(
-            [
-                f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
-            ]
+            f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
         )
 
 

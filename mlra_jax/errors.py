@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _PATH = {
@@ -48,6 +48,21 @@ class ExplainedError(Exception):
 
 class UserError(ExplainedError, ValueError):
     """What was asked for cannot be had; the message says what is wrong, where, and what to do."""
+
+
+class FaultsError(UserError):
+    """One or more faults of one kind; the message lists all of them.
+
+    Args:
+      faults: sentences, or one of them.
+    """
+
+    where = "what was given"
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        many = f"{len(self.faults)} faults in {self.where}:\n  - " if len(self.faults) > 1 else ""
+        super().__init__(many + "\n  - ".join(self.faults))
 
 
 def explain(error: BaseException) -> str | None:

@@ -59,11 +59,32 @@ def check_storage(path: str | os.PathLike[str], protocols: Collection[str] = ())
         raise StorageError(f"{path}: fsspec knows no storage called {protocol}://.") from error
 
 
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The path of a file to write, which takes the name `path` once it is complete and on the disk.
+
+    An exception inside leaves what had that name as it was.
+
+    Raises:
+      OSError: it cannot be written; names the path.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with naming(path):
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that is never half there: it has its name, or replaces what had it, once it is on the disk.
+    """Writes a file that is never half there.
 
     Args:
-      path: local, or a bucket URL (buckets hold whole objects only).
+      path: local (see `whole_file`), or a bucket URL (buckets hold whole objects only).
       content: text is written as UTF-8.
 
     Raises:
@@ -73,16 +94,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     if is_remote(path):
         epath.Path(path).write_bytes(data)
         return
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with naming(path), unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 @contextlib.contextmanager

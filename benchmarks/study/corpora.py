@@ -275,6 +275,6 @@ def find_archives(folder: Path, names: list[str]) -> dict[str, Path]:
     found = {name: SOURCES[name].find(folder) for name in names}
     if missing := [name for name, path in found.items() if path is None]:
         raise DataError(
-            *(f"{folder} lacks {SOURCES[n].archive}: there, `{SOURCES[n].fetch}`." for n in missing)
+            [f"{folder} lacks {SOURCES[n].archive}: there, `{SOURCES[n].fetch}`." for n in missing]
         )
     return {name: path for name, path in found.items() if path is not None}

@@ -65,10 +65,8 @@ class Study:
         most = MAX_EPOCHS * data.tokens["train"]
         if not 0 < steps * GLOBAL_BATCH * SEQ_LEN <= most:
             raise ConfigError(
-                [
-                    f"--tokens {tokens:g} must be at least {GLOBAL_BATCH * SEQ_LEN:,}, one step, and at most {most:,}: "
-                    f"{MAX_EPOCHS} times the {data.tokens['train']:,} tokens of {data.folder}."
-                ]
+                f"--tokens {tokens:g} must be at least {GLOBAL_BATCH * SEQ_LEN:,}, one step, and at most {most:,}: "
+                f"{MAX_EPOCHS} times the {data.tokens['train']:,} tokens of {data.folder}."
             )
         return cls(data, steps, **rest)
 
@@ -122,10 +120,8 @@ class Results:
             if changed:
                 k = changed[0]
                 raise ConfigError(
-                    [
-                        f"{self.path} was begun with {k}={stored.get(k)}, this command has {identity.get(k)} "
-                        f"({len(changed)} fields differ); give what it was begun with, or another --out."
-                    ]
+                    f"{self.path} was begun with {k}={stored.get(k)}, this command has {identity.get(k)} "
+                    f"({len(changed)} fields differ); give what it was begun with, or another --out."
                 )
         else:
             self.content = {
@@ -171,9 +167,7 @@ def read_results(path: Path) -> dict[str, Any]:
         content["identity"], content["runs"]
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            [f"{path} is no results of `python -m benchmarks.study run`: {error!r}."]
-        ) from error
+        raise ConfigError(f"{path} is no results of `python -m benchmarks.study run`: {error!r}.") from error
 
 
 def held_out(study: Study) -> dict[str, int]:

@@ -52,10 +52,8 @@ def _find(path_or_name: str) -> Path:
             return place
     names = config_names()
     raise ConfigError(
-        [
-            f"No configuration {path_or_name}.{nearest(given.stem, names)} Give the path of a Python file that defines "
-            f"get_config() or of a run's config.json, or one of: {', '.join(names)}."
-        ]
+        f"No configuration {path_or_name}.{nearest(given.stem, names)} Give the path of a Python file that defines "
+        f"get_config() or of a run's config.json, or one of: {', '.join(names)}."
     )
 
 
@@ -67,7 +65,7 @@ def _explaining(path: Path) -> Iterator[None]:
     except ConfigError as error:
         raise ConfigError([f"{path}: {fault}" for fault in error.faults]) from error
     except SyntaxError as error:
-        raise ConfigError([f"{error.filename}, line {error.lineno}: {error.msg}."]) from error
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:
         frames = [
             frame
@@ -75,7 +73,7 @@ def _explaining(path: Path) -> Iterator[None]:
             if Path(frame.filename).resolve().parent == path.resolve().parent
         ]
         where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
-        raise ConfigError([f"{where}: {type(error).__name__}: {error}{_suggestion(error)}"]) from error
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}{_suggestion(error)}") from error
 
 
 def _suggestion(error: Exception) -> str:
@@ -131,20 +129,20 @@ def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
         try:
             stored = json.loads(read_text(path))
         except json.JSONDecodeError as error:
-            raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
+            raise ConfigError(f"{path} is not the config.json of a run: {error}.") from error
         with _explaining(path):
             return _of_its_folder(from_dict(stored, afresh=afresh), path)
     if path.suffix != ".py":
-        raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
+        raise ConfigError(f"{path} is not a Python file; a configuration is a .py file with get_config().")
     with _explaining(path):
         get_config = getattr(_execute(path), "get_config", None)
     if not callable(get_config):
-        raise ConfigError([f"{path} defines no function get_config(); it must return the run's TrainConfig."])
+        raise ConfigError(f"{path} defines no function get_config(); it must return the run's TrainConfig.")
     with _explaining(path):
         config = get_config()
     if not isinstance(config, TrainConfig):
         raise ConfigError(
-            [f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."]
+            f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."
         )
     with _explaining(path):
         config.validate()
@@ -186,9 +184,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bo
         default = TrainConfig()
     else:
         raise ConfigError(
-            [
-                f"The first argument must be a configuration: {prog} CONFIG [--field VALUE ...]. Known: {names}."
-            ]
+            f"The first argument must be a configuration: {prog} CONFIG [--field VALUE ...]. Known: {names}."
         )
     config = tyro.cli(
         TrainConfig,

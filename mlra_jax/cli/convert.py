@@ -74,7 +74,7 @@ class ToOfficialArgs(Validated):
     with_head: bool = False
     """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
     max_file_gb: PositiveFloat = 5.0
-    """Size in GB (10^9 bytes) above which the weights are cut into several files."""
+    """Size in GB (10^9 bytes) above which the weights are split into several files; a file is in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)

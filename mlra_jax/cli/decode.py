@@ -92,16 +92,16 @@ def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError([f"{file}, line {number} is not JSON: {error}."]) from error
+            raise ConfigError(f"{file}, line {number} is not JSON: {error}.") from error
         value = {"prompt": value} if isinstance(value, str) else value
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise ConfigError(
-                [f"{file}, line {number} is neither a string nor an object with the field prompt."]
+                f"{file}, line {number} is neither a string nor an object with the field prompt."
             )
         try:
             prompts.append((value["prompt"], changed(options, **value.get("generation", {}))))
         except TypeError as error:
-            raise ConfigError([f"{file}, line {number}: {error}"]) from error
+            raise ConfigError(f"{file}, line {number}: {error}") from error
     return prompts
 
 
@@ -112,7 +112,7 @@ def _standard_input() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise ConfigError(
-            [f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."]
+            f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."
         ) from error
 
 
@@ -120,13 +120,13 @@ def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
     prompts = [(prompt, args.generation) for prompt in args.prompt]
     if args.prompts_file == "-" and jax.process_count() > 1:
         raise ConfigError(
-            ["Standard input reaches only one of several processes; give each of them --prompts-file FILE."]
+            "Standard input reaches only one of several processes; give each of them --prompts-file FILE."
         )
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file, args.generation)
     if not prompts:
         raise ConfigError(
-            ["There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."]
+            "There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."
         )
     return prompts
 

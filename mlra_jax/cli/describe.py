@@ -36,6 +36,7 @@ from mlra_jax.execution.accelerators import GIB, KINDS, Accelerator, named_accel
 from mlra_jax.execution.flops import train_flops_per_token
 from mlra_jax.execution.planner import HEADROOM, Planner
 from mlra_jax.generation.engine import PREFILL_BYTES
+from mlra_jax.markdown import table
 from mlra_jax.model import Transformer
 from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
 
@@ -132,7 +133,7 @@ def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]
       ConfigError: the mesh cannot be laid out on so many devices, or it does not fit the memory; says what takes it.
     """
     if len(jax.devices()) < n_devices:
-        raise ConfigError([f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}."])
+        raise ConfigError(f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}.")
     sizes = config.mesh.resolve(n_devices)
     mesh = make_mesh(sizes, jax.devices()[:n_devices])
     chip, kind = named_accelerator(device), KINDS.get(device.lower(), device)
@@ -198,9 +199,8 @@ def describe(config: TrainConfig, *, context: int, device: str = "", n_devices: 
     return result
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
-    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows), ""]
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    return [*table(names, rows, "lr"), ""]
 
 
 def _gib(size: int) -> str:

@@ -92,7 +92,7 @@ def text_files(inputs: Sequence[str]) -> list[Path]:
         else:
             faults.append(f"There is no file or folder {path}.")
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     return files
 
 
@@ -175,7 +175,7 @@ def scan(files: Sequence[Path], text_field: str) -> tuple[int, int]:
         except DataError as error:
             faults += error.faults
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     if not n_documents:
         raise DataError(f"The {len(files)} file(s) hold no text.")
     return n_documents, n_bytes
@@ -252,7 +252,7 @@ def _check(args: PrepareArgs) -> None:
     elif out.exists() and (not out.is_dir() or any(p.suffix != ".bin" for p in out.iterdir())):
         faults.append(f"{out} holds more than shards; --overwrite replaces only a folder of .bin files.")
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
 
 
 @command

@@ -1,4 +1,4 @@
-"""Files of named tensors, read and written one tensor at a time."""
+"""Files of named tensors: read one tensor at a time, written one file at a time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.errors import UserError
 from mlra_jax.lazy_arrays import LazyTensor, Tensor
+from mlra_jax.storage import whole_file
 from mlra_jax.textfiles import read_text
 
 _DTYPES = {
@@ -25,7 +27,6 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
@@ -53,9 +54,10 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         for name, tensor in (open_safetensors if is_safetensors else open_torch)(file).items():
             if name in tensors:
                 raise UserError(f"{file} holds {name}, which another file in {path} holds too.")
-            if tensor.dtype not in _NAMES:
+            if tensor.dtype not in _DTYPES.values():
                 raise UserError(
-                    f"{file}: {name} is of type {tensor.dtype}; expected one of {', '.join(map(str, _NAMES))}."
+                    f"{file}: {name} is of type {tensor.dtype}; expected one of "
+                    f"{', '.join(map(str, _DTYPES.values()))}."
                 )
             tensors[name], found[name] = tensor, file.name
     if listed is not None and listed != found:
@@ -125,40 +127,32 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file, reading them one at a time.
+    """Writes tensors to one safetensors file, which holds all of them in memory at once.
 
     The file appears under its name when it is complete, and replaces what was there.
 
     Args:
       path: of the file.
       tensors: float64, float32, float16 or bfloat16, in any mixture.
+
+    Raises:
+      OSError: the file cannot be written; names it.
     """
-    path = Path(path)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        dtype = np.dtype(tensor.dtype)
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(np.asarray(tensor)).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with whole_file(path) as unfinished:
+        try:
+            save_file(arrays, unfinished, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library passes the system's errors on in words
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
 
 
 def write_weights(
     folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, max_file_bytes: int
 ) -> None:
-    """Writes tensors to a folder as Hugging Face libraries expect them, reading them one at a time.
+    """Writes tensors to a folder as Hugging Face libraries expect them, one file after the other.
 
     One file `model.safetensors`; or, if that would be larger than `max_file_bytes`, several
     `model-00001-of-0000N.safetensors`, none larger unless a single tensor is, and an index.
@@ -166,7 +160,7 @@ def write_weights(
     Args:
       folder: exists.
       tensors: see `write_safetensors`.
-      max_file_bytes: of the tensors in one file.
+      max_file_bytes: of the tensors in one file, which are in memory at once.
     """
     folder = Path(folder)
     size = lambda t: math.prod(t.shape) * np.dtype(t.dtype).itemsize

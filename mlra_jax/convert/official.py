@@ -90,17 +90,15 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     """
     model_type = model_type or config.get("model_type")
     if not model_type:
-        raise ConfigError(["The configuration has no model_type; name it, such as mlra_4."])
+        raise ConfigError("The configuration has no model_type; name it, such as mlra_4.")
     base = re.sub("_(gated|no_scale|normal_initialization)$", "", model_type)
     scale = not model_type.endswith("_no_scale")
     gated = model_type.endswith("_gated")
     if base not in (_ATTENTION_FIELDS if scale else _LATENT) or (gated and base in _NEVER_GATED):
         raise ConfigError(
-            [
-                f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
-                f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
-                "_normal_initialization behind it."
-            ]
+            f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
+            f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
+            "_normal_initialization behind it."
         )
     group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa and gta must say
     given = {"group_size": group_size[base], **config} if base in group_size else dict(config)
@@ -324,29 +322,27 @@ def _parts(config: ModelConfig) -> tuple[Part, ...]:
     return (*_MODEL, *_LAYER, *parts)
 
 
+_LETTERS = {
+    "L": ("n_latent_heads",),
+    "J": ("n_branches",),
+    "G": ("n_groups",),
+    "C": ("d_latent",),
+    "H": ("d_nope", "d_head"),
+    "R": ("d_rope",),
+    "A": ("q_lora_rank",),
+    "K": ("n_kv_heads", "n_tied_heads"),
+    "r": ("rank",),
+    "rq": ("q_rank",),
+}
+"""Axes of an attention, and what its configuration calls them."""
+
+
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    sizes = {"D": config.d_model, "F": config.d_ff, "V": config.vocab_size, "N": config.n_heads}
-    match config.attention:
-        case GroupedAttentionConfig() as a:
-            return sizes | {"K": a.n_kv_heads, "H": a.d_head, "A": a.q_lora_rank}
-        case TiedAttentionConfig() as a:
-            return sizes | {"K": a.n_tied_heads, "H": a.d_head, "R": a.d_rope}
-        case TensorProductAttentionConfig() as a:
-            return sizes | {"H": a.d_head, "r": a.rank, "rq": a.q_rank}
-        case LatentAttentionConfig() as a:
-            return sizes | {
-                "L": a.n_latent_heads,
-                "J": a.n_branches,
-                "G": a.n_groups,
-                "M": config.heads_per_latent,
-                "C": a.d_latent,
-                "H": a.d_nope,
-                "R": a.d_rope,
-                "E": a.d_nope + a.d_rope,
-                "A": a.q_lora_rank,
-                "kv": 2,
-            }
-    raise AssertionError("`_attention_faults` has refused this.")
+    a = config.attention
+    sizes = {"D": config.d_model, "F": config.d_ff, "V": config.vocab_size, "N": config.n_heads, "kv": 2}
+    named = ((letter, name) for letter, names in _LETTERS.items() for name in names if hasattr(a, name))
+    sizes |= {letter: getattr(a, name) for letter, name in named}
+    return sizes | {"M": config.heads_per_latent, "E": sizes["H"] + sizes.get("R", 0)}
 
 
 def _axes(axes: str) -> list[list[list[str]]]:

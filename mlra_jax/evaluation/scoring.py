@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.data.pipeline import IGNORED, Placement
+from mlra_jax.data.pipeline import IGNORED, Placement, one_ahead
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.generation.sampling import NotFiniteError
 from mlra_jax.model import from_params
@@ -106,10 +106,7 @@ class Scorer:
             if continuation:
                 by_length.setdefault(self.padded_length(len(sequence) - 1), []).append(i)
 
-        scores = [Score(0.0, True)] * len(pairs)
-        bar = tqdm(total=len(pairs), unit="seq", dynamic_ncols=True, disable=None if progress else True)
-        with bar, jax.set_mesh(self.model.mesh):
-            pending: tuple[list[int], Any] | None = None
+        def batches() -> Iterator[tuple[list[int], Any]]:
             for length in sorted(by_length, reverse=True):  # what does not fit the memory shows at once
                 members = by_length[length]
                 rows = self.model.rows(len(members))
@@ -123,24 +120,18 @@ class Scorer:
                         targets[row, n - n_scored : n] = sequences[i][n + 1 - n_scored :]
                     place = Placement(self._sharding, (1, rows, length))
                     batch = place(inputs[place.sequences], targets[place.sequences])
-                    # The next batch is started before this one is waited for.
-                    ahead = chosen, self._step(self.model.params, batch["inputs"][0], batch["targets"][0])
-                    self._collect(pending, scores, bar)
-                    pending = ahead
-            self._collect(pending, scores, bar)
-        return scores
+                    yield chosen, self._step(self.model.params, batch["inputs"][0], batch["targets"][0])
 
-    def _collect(self, pending: tuple[list[int], Any] | None, scores: list[Score], bar: tqdm) -> None:
-        if pending is None:
-            return
-        chosen, results = pending
-        for i, total, greedy in zip(
-            chosen, *jax.device_get(results), strict=False
-        ):  # rows past them are padding
-            if not math.isfinite(total):
-                raise NotFiniteError(
-                    f"The log-likelihood of sequence {i} is {total}; the weights of this checkpoint are no good, take "
-                    "one from before its training diverged."
-                )
-            scores[i] = Score(float(total), bool(greedy))
-        bar.update(len(chosen))
+        scores = [Score(0.0, True)] * len(pairs)
+        bar = tqdm(total=len(pairs), unit="seq", dynamic_ncols=True, disable=None if progress else True)
+        with bar, jax.set_mesh(self.model.mesh):
+            for chosen, results in one_ahead(batches()):
+                for i, total, greedy in zip(chosen, *results, strict=False):  # rows past them are padding
+                    if not math.isfinite(total):
+                        raise NotFiniteError(
+                            f"The log-likelihood of sequence {i} is {total}; the weights of this checkpoint are no "
+                            "good, take one from before its training diverged."
+                        )
+                    scores[i] = Score(float(total), bool(greedy))
+                bar.update(len(chosen))
+        return scores

@@ -37,9 +37,11 @@ class Collective:
         held = sum(width(dtype) * math.prod(shape) for dtype, shape in self.arrays)
         return held * self.devices if self.kind == "reduce-scatter" else held
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Kind, devices and arrays, as tables show them."""
         arrays = " and ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
-        return f"{self.kind} | {self.devices} | {arrays}"
+        return self.kind, str(self.devices), arrays
 
 
 def _group_size(line: str) -> int:
@@ -77,16 +79,6 @@ def _arrays(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple(
         (m["dtype"], tuple(int(n) for n in m["shape"].split(",") if n)) for m in _ARRAY.finditer(result)
     )
-
-
-def parse_collectives(hlo: str) -> list[Collective]:
-    """The collectives in the text of a program compiled for the CPU, in order, without those of one device alone.
-
-    Raises:
-      NotImplementedError: a collective says in an unknown way which devices take part.
-    """
-    found = [_of_line(line) for line in hlo.splitlines()]
-    return [c for c in found if c is not None and c.devices > 1]
 
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>\S+) \(.*\{$")

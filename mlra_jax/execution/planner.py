@@ -237,7 +237,7 @@ class Planner:
             assert self._chip is not None
             chip = self._chip
             return min(fitting, key=lambda p: (p.costs.in_sequence(chip), p.total))
-        raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
+        raise ConfigError(self._refusal(min(plans, key=lambda p: p.total)))
 
     def _gathers(self) -> list[Gather]:
         """The choices of `ExecutionConfig.gather`, the one with the least memory first."""

@@ -14,13 +14,12 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import MeshConfig, TrainConfig
 from mlra_jax.errors import UserError
-from mlra_jax.execution.accelerators import GIB, KINDS, device_memory, find_accelerator
+from mlra_jax.execution.accelerators import GIB, KINDS, find_accelerator
 from mlra_jax.execution.planner import resolve
-from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops.device import find_chip
-from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
+from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
@@ -106,19 +105,12 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
         ) from e
 
 
-def hbm_bytes(topology: str) -> int:
-    """Memory in bytes of one device of the topology."""
-    memory = device_memory(described_devices(topology)[0])
-    assert memory is not None
-    return memory
-
-
 def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.Compiled:
-    """Compiles the train step of `config` for `topology`, on its `mesh`, without allocating.
+    """Compiles the train step of `config` without allocating anything.
 
     Args:
-      config: the run; what it leaves to be chosen (micro-batch, remat) is chosen by the planner.
-      topology: a name (`described_devices`), or a mesh over such devices.
+      config: the run; the planner chooses what it leaves open (micro-batch, remat, gather).
+      topology: a name (`described_devices`), on which the run's own mesh is laid out; or a mesh over such devices.
 
     Raises:
       ConfigError: the model or the batch cannot be laid out on the mesh, or does not fit the devices by estimate.
@@ -135,33 +127,6 @@ def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.
         tokens = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
         batch = {"inputs": tokens, "targets": tokens}
         return make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
-
-
-def compile_decode_step(
-    config: ModelConfig,
-    topology: str,
-    mesh_config: MeshConfig,
-    *,
-    batch: int,
-    max_len: int,
-    split_heads: bool = True,
-) -> jax.stages.Compiled:
-    """Compiles one decode step for `topology`, without allocating.
-
-    Args:
-      config: of the model; `param_dtype` is the type in which the weights are held.
-      topology: of the TPU slice.
-      mesh_config: of the decode mesh.
-      batch: rows.
-      max_len: tokens that the cache holds for each row.
-      split_heads: see `mlra_jax.sharding.decode_rules`.
-
-    Raises:
-      ConfigError: the model cannot be laid out on the mesh.
-    """
-    mesh = topology_mesh(topology, mesh_config)
-    check_decode_layout(config, MeshConfig(**mesh.shape), split_heads)
-    return compile_step(config, decode_rules(split_heads), mesh, batch=batch, max_len=max_len)
 
 
 @dataclasses.dataclass(frozen=True)

