@@ -338,6 +338,9 @@ class ExecutionConfig(Validated):
     """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
     least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
     1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
+    deterministic: Literal["yes", "no"] = "yes"
+    """Whether training gives the same bits each time, on GPUs too: XLA then takes no operation that does not, and does
+    not choose algorithms by measuring. On CPUs and TPUs it always does."""
 
 
 MeshSize = Annotated[int, Range(ge=1, also=(-1,))]
