@@ -109,15 +109,20 @@ def gpu_options(execution: ExecutionConfig = ExecutionConfig()) -> dict[str, Any
     """How XLA compiles the train step for GPUs, without what `XLA_FLAGS` says otherwise; empty elsewhere."""
     if current_device()[0] != "gpu":
         return {}
-    options = {
+    options: dict[str, Any] = {
         # `config.execution.remat` says what is recomputed; XLA's own pass would repeat products many times over.
         # Products with one operand in common are not made one, whose result would have to be cut up.
         "xla_disable_hlo_passes": "rematerialization,dot-merger",
         # Of cuBLAS and XLA's own products, cuBLAS alone adds to the sum of gradients (`Summed`).
         "xla_gpu_enable_triton_gemm": False,
-        # No atomic additions of floats, and no algorithm that happened to be fastest when this process measured it.
-        "xla_gpu_exclude_nondeterministic_ops": execution.deterministic == "yes",
     }
+    if execution.deterministic == "yes":
+        options |= {
+            # No atomic additions of floats, and of algorithms the first and not the fastest when it was measured ...
+            "xla_gpu_exclude_nondeterministic_ops": True,
+            # ... nor one that another program found, which JAX keeps in its compilation cache for all of them.
+            "xla_gpu_per_fusion_autotune_cache_dir": "",
+        }
     given = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
     return {name: value for name, value in options.items() if name not in given}
 
