@@ -38,7 +38,9 @@ def test_rows_of_equal_ids_are_summed_in_float32(ids, n, dtype):
 
 
 @pytest.mark.parametrize("sizes", [(), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
-def test_the_embedding_s_gradient_on_gpus_is_that_of_a_scatter_with_the_same_exchanges(sizes, on_mesh, monkeypatch):
+def test_the_embedding_s_gradient_on_gpus_is_that_of_a_scatter_with_the_same_exchanges(
+    sizes, on_mesh, monkeypatch
+):
     config = ModelConfig(vocab_size=64, d_model=8, compute_dtype="float32")
     tokens = RNG.integers(0, 64, (8, 16)).astype(np.int32)
     d_x = RNG.standard_normal((8, 16, 8)).astype(np.float32)

@@ -24,10 +24,15 @@ def command(monkeypatch, config):
 
         def make_step(config):
             values = adds(next(compiled))
-            return lambda state, batch: (dataclasses.replace(state, params={"w": state.params["w"] + next(values)}), {})
+            return lambda state, batch: (
+                dataclasses.replace(state, params={"w": state.params["w"] + next(values)}),
+                {},
+            )
 
         monkeypatch.setattr("mlra_jax.cli.configs.parse_train_args", lambda argv: config)
-        monkeypatch.setattr(determinism, "init_state", lambda config: TrainState({"w": jnp.ones(3)}, (), jnp.zeros(())))
+        monkeypatch.setattr(
+            determinism, "init_state", lambda config: TrainState({"w": jnp.ones(3)}, (), jnp.zeros(()))
+        )
         monkeypatch.setattr(determinism, "make_train_step", make_step)
         return main(["--check-determinism", *options])
 
@@ -38,12 +43,22 @@ def command(monkeypatch, config):
     ("adds", "status", "said"),
     [
         (lambda n: itertools.repeat(1.0), 0, "repeats to the bit: after 2 steps, made twice and once more"),
-        (lambda n: itertools.count(), 1, "does not repeat: after 2 steps, made once more by the same compiled step"),
-        (lambda n: itertools.repeat(1 + 2e-7 * n), 1, "made once more by a step compiled anew, 1 of 1 arrays"),
+        (
+            lambda n: itertools.count(),
+            1,
+            "does not repeat: after 2 steps, made once more by the same compiled step",
+        ),
+        (
+            lambda n: itertools.repeat(1 + 2e-7 * n),
+            1,
+            "made once more by a step compiled anew, 1 of 1 arrays",
+        ),
     ],
     ids=["equal", "drifts", "compiles otherwise"],
 )
-def test_the_command_says_whether_training_repeats_and_writes_nothing(adds, status, said, command, config, capsys):
+def test_the_command_says_whether_training_repeats_and_writes_nothing(
+    adds, status, said, command, config, capsys
+):
     assert command(adds, "2") == status
     assert said in capsys.readouterr().out
     assert not os.path.exists(config.out)

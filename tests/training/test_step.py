@@ -266,9 +266,14 @@ def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass
     assert program.as_text().count("optimization_barrier") == config.model.n_layers
 
 
-def test_on_gpus_the_step_is_compiled_to_repeat_unless_the_run_or_xla_flags_say_otherwise(config, monkeypatch):
+def test_on_gpus_the_step_is_compiled_to_repeat_unless_the_run_or_xla_flags_say_otherwise(
+    config, monkeypatch
+):
     monkeypatch.setattr(step_module, "current_device", lambda: ("gpu", ""))
-    flag, no = "xla_gpu_exclude_nondeterministic_ops", dataclasses.replace(config.execution, deterministic="no")
+    flag, no = (
+        "xla_gpu_exclude_nondeterministic_ops",
+        dataclasses.replace(config.execution, deterministic="no"),
+    )
     assert step_module.gpu_options(config.execution)[flag] is True
     assert flag not in step_module.gpu_options(no)
     monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{flag}=false")
