@@ -20,8 +20,8 @@ from mlra_jax.errors import explain, is_refusal
 def main(argv: Sequence[str]) -> int:
     """Parses the configuration, joins the other processes if there are any, trains.
 
-    Exit status 0: trained, or saved and stopped by SIGTERM, or found to repeat; 1: diverged, or could not write, or does
-    not repeat; 2: refused.
+    Exit status 0: trained, saved and stopped by SIGTERM, or found to repeat; 1: diverged, could not write, or does not
+    repeat; 2: refused.
     """
     from mlra_jax.cli.configs import parse_train_args
     from mlra_jax.distributed import initialize, take_args
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     # JAX takes three quarters of a GPU's memory otherwise; the planner counts on what it takes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     distributed, argv = take_args(argv)
-    check, argv = _take_check(argv)
+    check, argv = take_check(argv)
     config = parse_train_args(argv)
 
     import jax
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             return status
 
 
-def _take_check(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+def take_check(argv: Sequence[str]) -> tuple[int | None, list[str]]:
     """Splits `--check-determinism [STEPS]` off a command line: how many steps, None without it; the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     names = "--check-determinism", "--check_determinism"

@@ -53,9 +53,9 @@ class Repetition:
         names = self.differing or self.differing_afresh
         when = "by the same compiled step" if self.differing else "by a step compiled anew"
         return (
-            f"Training of {self.name} does not repeat: after {self.steps} steps, made once more {when}, {len(names)} of "
-            f"{self.arrays} arrays of parameters and moments differ ({names[0]} is the first); on GPUs see "
-            "--execution.deterministic, and XLA_FLAGS that undo it."
+            f"Training of {self.name} does not repeat: after {self.steps} steps, made once more {when}, {len(names)} "
+            f"of {self.arrays} arrays of parameters and moments differ ({names[0]} is the first); on GPUs it needs "
+            "--execution.deterministic yes, and no XLA_FLAGS that undo it."
         )
 
 
@@ -92,11 +92,15 @@ def check_determinism(config: TrainConfig, steps: int) -> Repetition:
     differ = multihost_utils.process_allgather(differ).reshape(-1, *differ.shape).any(axis=0)
     digest = hashlib.sha256(b"".join(first.values())).digest()
     digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+    differing, afresh = (
+        tuple(name for name, differs in zip(names, row, strict=True) if differs) for row in differ
+    )
     return Repetition(
         config.name,
         steps,
         len(names),
-        *(tuple(name for name, differs in zip(names, row, strict=True) if differs) for row in differ),
+        differing,
+        afresh,
         hashlib.sha256(digests.tobytes()).hexdigest(),
     )
 
@@ -104,7 +108,7 @@ def check_determinism(config: TrainConfig, steps: int) -> Repetition:
 @contextlib.contextmanager
 def _nothing_stored() -> Iterator[None]:
     """Programs are neither read from nor written to JAX's cache on disk."""
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     try:
