@@ -111,7 +111,7 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
     model = config.model
     if args.layers:
         model = dataclasses.replace(model, n_layers=args.layers)
-    asked = {"remat": args.remat, "gather": args.gather}
+    asked = {"remat": args.remat, "gather": args.gather, "deterministic": args.deterministic}
     execution = dataclasses.replace(config.execution, **{k: v for k, v in asked.items() if v})
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
     n_data = mesh.size // args.tensor
@@ -318,6 +318,7 @@ def main() -> int:
     parser.add_argument("--fsdp", type=int, default=1, help="devices of this mesh axis; others are data")
     parser.add_argument("--tensor", type=int, default=1, help="devices of this mesh axis")
     parser.add_argument("--gather", help="see ExecutionConfig.gather; as the planner chooses if left out")
+    parser.add_argument("--deterministic", choices=("yes", "no"), help="see ExecutionConfig.deterministic")
     parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
     parser.add_argument("--steps", type=int, default=4, help="timed")
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")

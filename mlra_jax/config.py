@@ -322,6 +322,9 @@ class ExecutionConfig(Validated):
     """When training gathers the weights that fsdp splits: each layer's when it is used (layer), which takes the least
     memory, or all of them once per step (step), which sums gradients once per step too. step needs mesh.tensor and
     mesh.context of 1; with a single micro-batch there is no difference. auto: step on GPUs, if it fits."""
+    deterministic: Literal["yes", "no"] = "yes"
+    """Whether training gives the same bits each time, on GPUs too: XLA then takes no operation that does not, and does
+    not choose algorithms by measuring. On CPUs and TPUs it always does."""
 
 
 MeshSize = Annotated[int, Range(ge=1, also=(-1,))]

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.config import ModelConfig, require
+from mlra_jax.model.lookup import take_rows
 from mlra_jax.ops.all_reduce import Workspace, all_reduce_add_rms_norm
 from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
@@ -536,13 +537,15 @@ class Embedding(nnx.Module):
             # part of D in the rows that it holds, and they exchange what they found.
             table_VD = rules.vary(table_VD, "batch", "length")
             tokens_BT = rules.all_gather(tokens_BT, stored, axis=0)
+            # Elsewhere XLA's own gradient has the same bits each time too.
+            take = take_rows if current_device()[0] == "gpu" else operator.getitem
             if not rules.mesh_axes("vocab"):
-                x_BTD = table_VD[tokens_BT]
+                x_BTD = take(table_VD, tokens_BT)
             else:
                 rows = table_VD.shape[0]
                 local_BT = tokens_BT - rules.axis_index("vocab") * rows
                 held_BT = (local_BT >= 0) & (local_BT < rows)
-                x_BTD = jnp.where(held_BT[..., None], table_VD[jnp.clip(local_BT, 0, rows - 1)], 0)
+                x_BTD = jnp.where(held_BT[..., None], take(table_VD, jnp.clip(local_BT, 0, rows - 1)), 0)
                 if not reduce:
                     return x_BTD[None].astype(jnp.float32)
                 x_BTD = rules.psum(x_BTD, "vocab")

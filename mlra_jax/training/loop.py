@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
 from mlra_jax.config import TrainConfig
@@ -47,6 +47,18 @@ class TrainResult:
     """Whether a SIGTERM ended the run before its last step."""
 
 
+def laid_out(config: TrainConfig) -> tuple[TrainConfig, Mesh, Plan]:
+    """The run with what it leaves open chosen, its mesh over all devices, and what was chosen.
+
+    Raises:
+      ConfigError: the model or the batch cannot be laid out on the devices, or does not fit them.
+    """
+    check_train_layout(config, config.mesh.resolve(jax.device_count()))
+    mesh = make_mesh(config.mesh)
+    config, plan = resolve(config, mesh, agree(device_memory(jax.local_devices()[0])))
+    return config, mesh, plan
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Trains the run that `config` describes, or continues it; every process of a cluster calls it.
 
@@ -66,11 +78,8 @@ def train(config: TrainConfig) -> TrainResult:
     config.validate()
     check_sinks(config)
     check_storage(config.run_dir, RUN_PROTOCOLS)
-    mesh_config = config.mesh.resolve(jax.device_count())
-    check_train_layout(config, mesh_config)
-    n_data_shards = mesh_config.data * mesh_config.fsdp
-    mesh = make_mesh(config.mesh)
-    config, plan = resolve(config, mesh, agree(device_memory(jax.local_devices()[0])))
+    config, mesh, plan = laid_out(config)
+    n_data_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 

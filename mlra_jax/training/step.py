@@ -6,6 +6,8 @@ All run under `jax.set_mesh(mesh)` with explicit axes; every array's layout foll
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from typing import Any
 
 import jax
@@ -103,17 +105,26 @@ def unrolls_layers(execution: ExecutionConfig, n_micro: int) -> bool:
     return whole and current_device()[0] == "gpu"
 
 
-def gpu_options() -> dict[str, Any]:
-    """XLA options for compiling the train step for GPUs; empty elsewhere."""
+def gpu_options(execution: ExecutionConfig = ExecutionConfig()) -> dict[str, Any]:
+    """XLA options for compiling the train step for GPUs, except those that `XLA_FLAGS` sets; empty elsewhere."""
     if current_device()[0] != "gpu":
         return {}
-    return {
+    options: dict[str, Any] = {
         # `execution.remat` already decides what is recomputed; XLA's own pass would repeat products many times over.
         # Products that share an operand are not merged, since the result would have to be sliced again.
         "xla_disable_hlo_passes": "rematerialization,dot-merger",
         # Unlike XLA's own products, cuBLAS's can add to the sum of gradients (`Summed`).
         "xla_gpu_enable_triton_gemm": False,
     }
+    if execution.deterministic == "yes":
+        options |= {
+            # No atomic additions of floats, and of algorithms the first and not the fastest when it was measured ...
+            "xla_gpu_exclude_nondeterministic_ops": True,
+            # ... nor one that another program found, which JAX keeps in its compilation cache for all of them.
+            "xla_gpu_per_fusion_autotune_cache_dir": "",
+        }
+    given = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def _apart(config: ModelConfig, path: Any, x: jax.Array) -> frozenset[str]:
@@ -278,7 +289,7 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         }
         return TrainState(params, opt_state, state.step + 1, skip_state), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=gpu_options() or None)
+    return jax.jit(step, donate_argnums=0, compiler_options=gpu_options(config.execution) or None)
 
 
 def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
@@ -294,4 +305,4 @@ def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
 
         return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)[0]
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=gpu_options(config.execution) or None)
