@@ -45,8 +45,8 @@ from benchmarks.measure import kernel_ops, trace
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.generation.sampling import GREEDY
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, State, round_up
+from mlra_jax.generation.sampling import GREEDY, RowSampling
 from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
@@ -140,9 +140,10 @@ class Benchmark:
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
             cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
-            state = State(cache, zeros(), zeros(), zeros(), *scalars)
-        return Rows(engine, state, zeros(), GREEDY, capacity)
+            greedy = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
+            eos_B = engine.put(np.full(batch, NO_TOKEN, np.int32))
+            state = State(cache, zeros(), zeros(), eos_B, jax.tree.map(engine.put, greedy))
+        return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
         """Makes each row hold so many tokens, and want more than will be asked for."""

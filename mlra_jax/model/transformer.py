@@ -101,7 +101,8 @@ class Block(nnx.Module):
     def decode(
         self,
         x_BTD: jax.Array,
-        y_BTD: jax.Array | None,
+        h_BTD: jax.Array,
+        next_norm: RMSNorm,
         cache: Any,
         start_B: jax.Array,
         n_new_B: jax.Array,
@@ -109,21 +110,28 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, Any]:
         """Runs T new tokens of each row against the layer's cache, to which they are appended.
 
-        Residual sums are left to the next norm: the input is x + y (or x if y is None), and so is the output. With
-        a workspace these are the sums over devices too: y is each device's part (`RMSNorm.of_sum`).
+        Args:
+          x_BTD: the residual stream, float32.
+          h_BTD: its `attention_norm`.
+          next_norm: of the layer that follows, or the final one.
+          cache: of this layer.
+          start_B: tokens of each row in the cache.
+          n_new_B: new tokens of each row.
+          workspace: through which devices exchange partial sums; None: `psum`.
+
+        Returns:
+          The residual stream, its `next_norm`, and the cache with the new tokens.
         """
-        reduce = workspace is None
         # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
-        with jax.named_scope("norm"):
-            if y_BTD is None:
-                h_BTD = self.attention_norm(x_BTD)
-            else:
-                x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+        reduce = workspace is None
         y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B, reduce=reduce)
         with jax.named_scope("norm"):
             x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
         with jax.named_scope("mlp"):
-            return x_BTD, self.mlp(h_BTD, reduce=reduce), cache
+            y_BTD = self.mlp(h_BTD, reduce=reduce)
+        with jax.named_scope("norm"):
+            x_BTD, h_BTD = next_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+        return x_BTD, h_BTD, cache
 
 
 class _Layers(nnx.List):
@@ -245,16 +253,17 @@ class Transformer(WithLayout):
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
         return self.embedding.decode(self.hidden(tokens_BT))
 
-    def _embed(self, tokens_BT: jax.Array, workspace: Workspace | None) -> tuple[jax.Array, jax.Array | None]:
-        """The residual stream x + y before the first layer, y as `Block.decode` takes it."""
-        embedding = self.embedding
+    def _embed(self, tokens_BT: jax.Array, workspace: Workspace | None) -> tuple[jax.Array, jax.Array]:
+        """The residual stream before the first layer, [B, T, D] in float32, and the first layer's norm of it."""
+        embedding, norm = self.embedding, self.layers[0].attention_norm
         # A part of a sum is rounded to the compute type.
         exact = jnp.promote_types(embedding.compute_dtype, embedding.table.dtype) == embedding.compute_dtype
         if workspace is None or not exact:
-            return embedding.encode(tokens_BT), None
+            x_BTD = embedding.encode(tokens_BT)
+            return x_BTD, norm(x_BTD).astype(embedding.compute_dtype)
         y_BTD = embedding.encode(tokens_BT, reduce=False)
-        zeros = jnp.zeros(y_BTD.shape[1:], jnp.float32)
-        return self.rules.constrain(zeros, "batch", "length", None), y_BTD
+        x_BTD = self.rules.constrain(jnp.zeros(y_BTD.shape[1:], jnp.float32), "batch", "length", None)
+        return norm.of_sum(x_BTD, y_BTD, workspace=workspace)
 
     def decode(
         self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: LogitsOf = "all"
@@ -277,28 +286,16 @@ class Transformer(WithLayout):
         if self.rules.size("kv_head_shards") > 1:
             workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
         with jax.named_scope("embed"):
-            x_BTD, y_BTD = self._embed(tokens_BT, workspace)
-        layers = []
+            x_BTD, h_BTD = self._embed(tokens_BT, workspace)
+        layers, norms = [], [*(layer.attention_norm for layer in self.layers), self.final_norm]
         # A function of its own is traced and lowered once for all layers.
         decode = jax.jit(lambda layer, *args: layer.decode(*args))
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, y_BTD, layer_cache = decode(layer, x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace)
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            args = x_BTD, h_BTD, norms[i + 1], layer_cache, start_B, n_new_B, workspace
+            x_BTD, h_BTD, layer_cache = decode(layer, *args)
             layers.append(layer_cache)
-        assert y_BTD is not None
-        last = lambda x_BTD: (
-            jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
-            if logits == "last"
-            else x_BTD
-        )
-        if workspace is None:
-            with jax.named_scope("mlp"):
-                x_BTD = last(x_BTD + y_BTD)
-            with jax.named_scope("norm"):
-                h_BTD = self.final_norm(x_BTD)
-        else:
-            with jax.named_scope("norm"):
-                _, h_BTD = self.final_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
-                h_BTD = last(h_BTD)
+        if logits == "last":
+            h_BTD = jnp.take_along_axis(h_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
         with jax.named_scope("logits"):
             logits_BTV = self.embedding.decode(h_BTD)
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
