@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from mlra_jax.config import MeshConfig
+from benchmarks.tensor_parallel import greedy
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import MeshConfig, ModelConfig
 from mlra_jax.execution.topologies import described_devices, gpu_devices
+from mlra_jax.generation.engine import Engine
+from mlra_jax.model import Transformer, to_decode
 from mlra_jax.ops import hopper
 from mlra_jax.ops.all_reduce import Workspace, all_reduce, all_reduce_add_rms_norm
 from mlra_jax.ops.dispatch import choose, explain
@@ -32,6 +37,12 @@ compiles = pytest.mark.skipif(
     jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
     reason="needs JAX 0.11 or later and its CUDA 13 plugin",
 )
+
+
+def two_gpus(test):
+    """Needs two GPUs of one host."""
+    there = [d for d in jax.devices() if d.platform == "gpu"]
+    return pytest.mark.gpu(pytest.mark.skipif(len(there) < 2, reason="needs two GPUs")(test))
 
 
 def on_devices(devices, op, *args, **options):
@@ -344,8 +355,7 @@ def test_compiled_for_2_4_and_8_h100s_nothing_spills_and_the_workspace_is_not_co
 # On GPUs
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(len([d for d in jax.devices() if d.platform == "gpu"]) < 2, reason="needs two GPUs")
+@two_gpus
 def test_on_two_gpus_the_kernels_give_what_psum_gives_call_after_call():
     mesh = make_mesh(MeshConfig(1, 1, 2, 1), jax.devices("gpu")[:2])
     width, split = 3072, jax.P("tensor")
@@ -379,3 +389,34 @@ def test_on_two_gpus_the_kernels_give_what_psum_gives_call_after_call():
             for a, b in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(a, b)
     assert np.asarray(workspace.epochs).min(axis=0)[0] == 400
+
+
+@two_gpus
+def test_on_two_gpus_greedy_tokens_are_those_of_psum_and_of_one_gpu():
+    attention = LatentAttentionConfig(4, 4, q_lora_rank=64, kv_lora_rank=256, d_nope=32, d_rope=16)
+    config = ModelConfig(
+        vocab_size=512,
+        n_layers=2,
+        d_model=256,
+        n_heads=8,
+        d_ff=512,
+        attention=attention,
+        output_init="normal",
+        init_std=0.2,
+        compute_dtype="float32",
+    )
+    made = jax.jit(lambda: Transformer(config, rngs=nnx.Rngs(0)))()
+    params = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(made, nnx.Param)))
+    prompts = np.random.default_rng(0).integers(0, 512, (3, 20)).tolist()
+
+    def tokens(n, implementation):
+        mesh = make_mesh(MeshConfig(1, 1, n, 1), jax.devices("gpu")[:n])
+        with choose(all_reduce=implementation, all_reduce_add_rms_norm=implementation):
+            with jax.set_mesh(mesh):
+                model = to_decode(config, params, decode_rules(False))
+            return greedy(Engine(model, mesh, config.vocab_size), prompts, 100)
+
+    expected = tokens(1, "reference")
+    assert len(np.unique(expected)) > 20  # a model that repeats itself would prove little
+    np.testing.assert_array_equal(tokens(2, "reference"), expected)
+    np.testing.assert_array_equal(tokens(2, ("mosaic_gpu", "reference")), expected)

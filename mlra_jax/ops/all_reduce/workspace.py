@@ -58,7 +58,7 @@ class Workspace:
             return None
         devices, n = list(mesh.devices.flat), mesh.shape.get(axes[0], 1)
         in_order = [d.id for d in devices] == sorted(d.id for d in devices)
-        on_one_host = devices[0].platform == "gpu" and len({d.process_index for d in devices}) == 1
+        on_one_host = devices[0].platform in ("gpu", "cuda") and len({d.process_index for d in devices}) == 1
         if not (on_one_host and in_order and n in DEVICES):
             return None
         split = NamedSharding(mesh, PartitionSpec(*axes))
