@@ -48,8 +48,8 @@ from benchmarks.measure import gpu_events
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.generation.sampling import GREEDY
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, State, round_up
+from mlra_jax.generation.sampling import GREEDY, RowSampling
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.ops.product.api import PRODUCT
@@ -149,9 +149,10 @@ class Benchmark:
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
             cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
-            state = State(cache, zeros(), zeros(), zeros(), *scalars)
-        return Rows(engine, state, zeros(), GREEDY, capacity)
+            no_eos = engine.put(np.full(batch, NO_TOKEN, np.int32))
+            sampling = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
+            state = State(cache, zeros(), zeros(), no_eos, jax.tree.map(engine.put, sampling))
+        return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
         """Makes each row hold so many tokens, and want more than will be asked for."""
