@@ -140,9 +140,9 @@ class Benchmark:
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
             cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            greedy = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
-            eos_B = engine.put(np.full(batch, NO_TOKEN, np.int32))
-            state = State(cache, zeros(), zeros(), eos_B, jax.tree.map(engine.put, greedy))
+            no_eos = engine.put(np.full(batch, NO_TOKEN, np.int32))
+            sampling = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
+            state = State(cache, zeros(), zeros(), no_eos, jax.tree.map(engine.put, sampling))
         return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
