@@ -2,11 +2,10 @@
 
     python -m benchmarks.decode_step --profile --out benchmarks/results/decode_step_h100
 
-The model has random weights in the decode layout, made on the device; the cache holds random values. A batch is
-measured in one compiled loop of steps (`mlra_jax.generation.engine.run`), as `decode.py` generates, on the host's clock
-from the call to the last token. With --profile, one run more is traced, and its device time is shown by what the
-kernels do; XLA launches them one by one then and not as CUDA graphs, so that gaps between them are longer. Contexts of
-a batch share one cache, as long as the longest that fits, so that each batch is compiled once.
+Weights, in the decode layout, and cache are random. A batch is timed in one compiled loop of steps
+(`mlra_jax.generation.engine.run`), as in `decode.py`, by the host's clock from the call to the last token. With
+--profile one more run is traced, and its device time shown by kernel; XLA then launches kernels one by one rather than
+as CUDA graphs, with longer gaps. The contexts of a batch share one cache, so that each batch is compiled once.
 
 Ideal: (bytes of the weights + bytes of what the cache holds) / bandwidth. The embedding counts once: its rows are the
 logits' weights. FLOPs of prefill, of T tokens: 2 T (parameters without the embedding) + 2 V D, and for attention in the
@@ -57,11 +56,11 @@ CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K"
 SCOPES = (
     "embed", "norm", "latents", "queries", "absorb", "append", "attend", "values", "output", "mlp", "logits", "sample",
 )  # fmt: skip
-"""Parts of a step, as the model names them."""
+"""Named scopes of the model, by which a step's time is split."""
 
 
 def parse_option(text: str) -> tuple[str, str | bool | int]:
-    """`NAME=VALUE` with the value in the type that XLA wants."""
+    """Parses `NAME=VALUE`, with the value in the type that XLA expects."""
     name, _, value = text.partition("=")
     if value in ("true", "false"):
         return name, value == "true"
@@ -75,7 +74,7 @@ def _random(key: jax.Array, x: jax.ShapeDtypeStruct, mean: float) -> jax.Array:
 
 
 def describe(make: Callable[[], Any]) -> Any:
-    """What `make` makes on the current mesh, without values; gains are float32, as `load_model` has them."""
+    """The abstract result of `make` on the current mesh; gains are float32, as in `load_model`."""
 
     def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = jnp.float32 if "gain" in jax.tree_util.keystr(path) else x.dtype
@@ -85,7 +84,7 @@ def describe(make: Callable[[], Any]) -> Any:
 
 
 def random_values(described: Any, key: jax.Array) -> Any:
-    """Random parameters for what is only described, laid out over the current mesh; gains are about 1."""
+    """Random parameters in place of abstract ones, laid out over the current mesh; gains are about 1."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(described)
     gain = lambda path: float("gain" in jax.tree_util.keystr(path))
     values = [_random(jax.random.fold_in(key, i), x, gain(path)) for i, (path, x) in enumerate(leaves)]
@@ -93,16 +92,16 @@ def random_values(described: Any, key: jax.Array) -> Any:
 
 
 def random_model(config: ModelConfig, rules: AxisRules | None = None) -> Transformer:
-    """A model in the decode layout on the current mesh, as `load_model` would leave it, of random weights."""
+    """A model of random weights in the decode layout on the current mesh, as `load_model` would return it."""
     rules = rules or decode_rules()
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
     return random_values(describe(make), jax.random.key(0))
 
 
 def filled(cache: Cache, key: jax.Array) -> Cache:
-    """A cache of these shapes with random values, the same ones again every `LENGTH_UNIT` tokens, and no lengths.
+    """A cache of these shapes with random values, repeated every `LENGTH_UNIT` tokens, and zero lengths.
 
-    Inside a compiled function the key must be an argument, or the compiler would work out the values.
+    Inside a compiled function the key must be an argument, or the compiler would compute the values.
     """
 
     def fill(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -117,7 +116,7 @@ def filled(cache: Cache, key: jax.Array) -> Cache:
 
 
 def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
-    """See the head of this file."""
+    """FLOPs of prefill; the formula is in the docstring of this module."""
     embedding = config.vocab_size * config.d_model
     attention = config.n_layers * config.attention.decode_flops(config.n_heads) * tokens**2 / 2
     return 2 * tokens * (n_weights - embedding) + 2 * embedding + attention
@@ -125,7 +124,7 @@ def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
 
 @dataclasses.dataclass
 class Benchmark:
-    """An engine with what is known of its model."""
+    """An engine, sizes of its model, and results."""
 
     engine: Engine
     args: argparse.Namespace
@@ -134,7 +133,7 @@ class Benchmark:
     results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def rows(self, batch: int, capacity: int) -> Rows:
-        """A batch whose cache is full of random values; `set_length` says how much of it counts."""
+        """A batch whose cache is full of random values, of which `set_length` selects a prefix."""
         engine = self.engine
         with jax.set_mesh(engine.mesh):
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
@@ -146,7 +145,7 @@ class Benchmark:
         return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
-        """Makes each row hold so many tokens, and want more than will be asked for."""
+        """Sets each row to `length` cached tokens, with more to generate than will be run."""
         engine, state = self.engine, rows.state
         b = len(rows.first_B)
         with jax.set_mesh(engine.mesh):
@@ -157,7 +156,7 @@ class Benchmark:
         )
 
     def steps(self, rows: Rows, context: int) -> float:
-        """Seconds of a run of steps around a context."""
+        """Time of a run of steps around a context, in seconds."""
         n = self.args.steps
         self.set_length(rows, context - n // 2)
         jax.block_until_ready(rows.state)
@@ -168,7 +167,7 @@ class Benchmark:
         return seconds
 
     def measure(self, rows: Rows, context: int) -> None:
-        """Measures one context of a batch, prints it and keeps it."""
+        """Measures, prints and records one context of a batch."""
         batch, n = len(rows.first_B), self.args.steps
         self.steps(rows, context)
         times = [self.steps(rows, context) / n for _ in range(self.args.runs)]
@@ -193,7 +192,7 @@ class Benchmark:
         print(line(result), *profile_table(result), sep="\n", flush=True)
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """Time to fill the cache with a prompt of so many tokens, compiled before."""
+        """Times prefill of a prompt, after compilation."""
         engine = self.engine
         prompt = np.random.default_rng(0).integers(0, engine.n_vocab, tokens).tolist()
 
@@ -222,7 +221,7 @@ class Benchmark:
 
 
 def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
-    """Device time of one call by part of the step and by kernel; empty where the profile shows no GPU."""
+    """Device time of one call, by scope and by kernel; empty if the profile shows no GPU."""
     events = trace(once)
     if not events:
         return {}
@@ -261,7 +260,7 @@ def line(r: dict[str, Any]) -> str:
 
 
 def profile_table(r: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: device time by part and by kernel; none without a profile."""
+    """Lines of Markdown: device time by scope and by kernel; none without a profile."""
     if not (p := r.get("profile")):
         return []
     parts = [(name, f"{us:,.1f}", f"{n:.0f}") for name, us, n in p["parts"]]
@@ -307,7 +306,7 @@ def main() -> int:
         nargs="*",
         default=[],
         choices=PRODUCT,
-        help="back ends of products of few rows, first to last; default: the first that takes the call",
+        help="back ends of skinny GEMMs, in order of preference; default: the first that takes the call",
     )
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
     args = parser.parse_args()

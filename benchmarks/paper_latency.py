@@ -4,8 +4,8 @@
     python -m benchmarks.paper_latency --lengths 1K 4K          # what a CPU can do; it is timed by the host's clock
     python -m benchmarks.paper_latency --redraw RESULTS.json    # the figure alone, without a device
 
-Measures as `benchmarks.decode_attention` does, the op from queries and cache to the output, without projections and
-without exchanges between devices. The shares are those whose cached widths the paper's figure shows: one of MLRA-4's
+Like `benchmarks.decode_attention`, measures the op from queries and cache to the output, without projections and
+collectives. The shares are those whose cached widths the paper's figure shows: one of MLRA-4's
 four latent heads (192 values a token), one of GLA-2's two (320), all of MLA (576), one KV head of GQA (256). Caches are
 paged, as the paper's are.
 
@@ -40,7 +40,7 @@ def parse_length(text: str) -> int:
 
 
 def points(record: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """Of each variant: us by tokens, from what this benchmark or `benchmarks.decode_attention` has written."""
+    """Times in us by variant and tokens, from results of this benchmark or of `benchmarks.decode_attention`."""
     found: dict[str, dict[int, float]] = {variant: {} for variant in VARIANTS}
     for row in record["rows"]:
         variant, _, size = row["case"].rpartition(" ")
@@ -76,7 +76,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown: our times, the paper's, and the paper's over ours; last, MLA's time over MLRA-4's."""
+    """Lines of Markdown: our times, the paper's and their ratio, and MLA's time over MLRA-4's."""
     ours = points(record)
     number = lambda x, digits=1: "" if x is None else f"{x:.{digits}f}"
     over = lambda x, y: x / y if x and y else None

@@ -1,4 +1,4 @@
-"""The paper's table of decode throughput, as far as the devices at hand allow: the whole attention layer, tokens/ms.
+"""The paper's table of decode throughput on the devices at hand: the whole attention layer, in tokens/ms.
 
     python -m benchmarks.paper_throughput                                  # on a GPU, or eight
     python -m benchmarks.paper_throughput --size tiny --contexts 256       # on a CPU
@@ -10,10 +10,10 @@ attention layer: projections, absorption, append, attention, up-projection and o
 say: a query rank of 1536 and latents of 512 in all (as in DeepSeek-V3), 8 KV heads of GQA, heads of 128 + 64,
 contiguous caches.
 
-With eight devices the real mesh runs. With fewer, the device groups of `data` that there is room for run, each with its
-part of the batch: nothing passes between these groups, so that the others would add their tokens at the same time. With
-fewer devices than `tensor`, one device's share of heads, weights and batch runs alone, **without the collectives**
-(`benchmarks/attention_layer.py` says what a share is). Tokens/ms are always those of the whole batch.
+With eight devices the paper's mesh runs. With fewer, as many of its `data` groups run as fit, each with its part of the
+batch: groups do not communicate, so the others would add their tokens in the same time. With fewer devices than
+`tensor`, one device's share of heads, weights and batch runs alone, **without the collectives**
+(`benchmarks/attention_layer.py` defines a share). Tokens/ms are always those of the whole batch.
 
 Writes `paper_throughput_DEVICE.json`, `.md` and `.png`; the figure has the paper's points beside ours.
 """
@@ -48,24 +48,17 @@ HEADS: Mapping[str, tuple[int, int]] = {"mla": (1, 1), "gla_2": (2, 1), "mlra_4"
 
 
 def model_config(variant: str, size: str = "paper") -> ModelConfig:
-    """A model with the attention that the paper's table is of; the rest of it is never run."""
+    """A model with the attention of the paper's table; the rest of it is never run."""
     attention: AttentionConfig = GroupedAttentionConfig(n_kv_heads=8, d_head=128)
     if variant in HEADS:
         attention = LatentAttentionConfig(*HEADS[variant], q_lora_rank=1536, kv_lora_rank=512)
-    config = ModelConfig(
-        n_layers=1,
-        d_model=7168,
-        n_heads=128,
-        d_ff=18432,
-        vocab_size=129280,
-        attention=attention,
-        param_dtype="bfloat16",
-    )
+    sizes = {"n_layers": 1, "d_model": 7168, "n_heads": 128, "d_ff": 18432, "vocab_size": 129280}
+    config = ModelConfig(**sizes, attention=attention, param_dtype="bfloat16")
     return config if size == "paper" else tiny(config)
 
 
 def place(variant: str, config: ModelConfig, n_devices: int, split_heads: bool) -> Place:
-    """Where it runs: on the paper's mesh, on as many of its groups as there is room for, or one device's share."""
+    """The layout to run: the paper's mesh, as many of its groups as fit, or one device's share."""
     tensor, data = MESHES[variant]
     if tensor > n_devices:
         return Place(variant, config, tensor, split_heads=config.attention.n_branches == 1, share=True)
@@ -74,7 +67,7 @@ def place(variant: str, config: ModelConfig, n_devices: int, split_heads: bool) 
 
 
 def what_ran(layer: Mapping[str, Any]) -> str:
-    """In words."""
+    """Describes what ran."""
     tensor, data = MESHES[layer["variant"]]
     if layer["share"]:
         return f"one device's share of {tensor} x {data}, without the collectives"
@@ -85,14 +78,14 @@ def what_ran(layer: Mapping[str, Any]) -> str:
 
 
 def tokens_per_ms(layer: Mapping[str, Any]) -> float:
-    """Of the whole batch: all groups of `data` step at the same time."""
+    """Throughput of the whole batch: all groups of `data` step at the same time."""
     _, data = MESHES[layer["variant"]]
     groups = 1 if layer["share"] else layer["data"]
     return 1e3 * layer["batch"] * data / groups / layer["us"]
 
 
 def fastest(record: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """By variant and context: the layer with the more tokens/ms, where query heads were split and whole."""
+    """The faster layout of the query heads, by variant and context."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {v: {} for v in MESHES}
     for layer in sorted(record["layers"], key=tokens_per_ms):
         found[layer["variant"]][layer["context"]] = layer

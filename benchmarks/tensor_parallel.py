@@ -1,18 +1,18 @@
-"""Decoding on 1, 2 and 4 devices that split the latent heads: attention, its whole layer, and the 2.9 B model.
+"""Tensor-parallel decoding on 1, 2 and 4 devices: attention, whole attention layers, and the 2.9 B model.
 
     python -m benchmarks.tensor_parallel                                   # on as many devices as there are
     python -m benchmarks.tensor_parallel --parts layer --variants mlra_4 mla --cases 1x128K 1x2M 64x8K
     python -m benchmarks.tensor_parallel --size tiny --cases 1x256 --model-cases 1x256      # on a CPU
 
-Where there are fewer devices, one device's share is timed alone, without the exchanges between devices, and marked so
-(`benchmarks/attention_layer.py` says what a share is). Three parts:
+With fewer devices, one device's share is timed alone, without collectives, and marked (`benchmarks/attention_layer.py`
+defines a share). Three parts:
 
-- layer: the decode step of an attention layer as the paper's 2.9 B models have it, but with 64 query heads (GQA: 8 KV
-  heads). Its attention kernels and its exchanges are told apart by a profile. MLRA is timed with the query heads of
-  W_qb and W_o split over the devices, and whole on each.
+- layer: the decode step of an attention layer of the paper's 2.9 B models, but with 64 query heads (GQA: 8 KV heads). A
+  profile separates attention kernels and collectives. MLRA is timed with the query heads of W_qb and W_o split over the
+  devices, and whole on each.
 - model: steps of the 2.9 B model in the engine of `decode.py`, as `benchmarks.decode_step` times them.
-- check: greedy tokens on all numbers of devices, in float32 and highest precision, which must be equal; and the largest
-  difference of logits in bfloat16, of a prompt and of steps after it. Needs the devices.
+- check: greedy tokens for each number of devices, in float32 and highest precision, which must be equal; and the
+  largest difference of bfloat16 logits, of a prompt and of steps after it. Needs the devices.
 
 Writes `tensor_parallel_DEVICE.json`, `.md` and `.png`.
 """
@@ -88,7 +88,7 @@ def model_config(variant: str, size: str) -> ModelConfig:
 
 
 def layer_config(variant: str, size: str) -> ModelConfig:
-    """The same with the query heads of the paper's decode shape."""
+    """The same model with the query heads of the paper's decode shape."""
     config = model_config(variant, size)
     if size != "paper":
         return config
@@ -110,7 +110,7 @@ def by_batch(cases: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse.Namespace) -> Iterator[Any]:
-    """Results of `benchmarks.decode_step` of each case, with where the model lies; or a name and why there is none."""
+    """Yields `benchmarks.decode_step`'s results for each case, with the layout; or a name and why there is none."""
     mesh, config = place.mesh(), place.runs
     with jax.set_mesh(mesh):
         engine = Engine(decode_step.random_model(config, place.rules), mesh, config.vocab_size)
@@ -153,7 +153,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
 
 
 def seeded_engine(place: Place) -> Engine:
-    """An engine whose parameters depend on the configuration alone, and not on how they are laid out."""
+    """An engine whose parameters depend only on the configuration, not on the layout."""
     mesh, config, rules = place.mesh(), place.config, place.rules
     abstract = abstract_params(config, rules, mesh)
     with jax.set_mesh(mesh):
@@ -162,7 +162,7 @@ def seeded_engine(place: Place) -> Engine:
 
 
 def greedy(engine: Engine, prompts: Sequence[Sequence[int]], n: int) -> np.ndarray:
-    """The most probable `n` tokens after each prompt, [prompts, n]."""
+    """Greedily decodes `n` tokens after each prompt: [prompts, n]."""
     rows = engine.start(prompts, [n] * len(prompts))
     tokens = [np.asarray(rows.first_B)[None]]
     while (done := sum(map(len, tokens))) < n:
@@ -171,7 +171,7 @@ def greedy(engine: Engine, prompts: Sequence[Sequence[int]], n: int) -> np.ndarr
 
 
 def stepped_logits(engine: Engine, tokens: np.ndarray, start: int) -> np.ndarray:
-    """Logits after the first `start` tokens of each row, and after each one more: [rows, 1 + rest, V]."""
+    """Logits after the first `start` tokens of each row, and after each further one: [rows, 1 + rest, V]."""
     b, total = tokens.shape
     max_len = round_up(total, LENGTH_UNIT)
     chunk = lambda leaves, *args: prefill(engine.model(leaves), *args)
@@ -191,9 +191,9 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 
     Args:
       variant: name of the model.
-      config: of it.
-      tensors: numbers of devices, 1 the first.
-      n_tokens: tokens that are made, and steps whose logits are compared.
+      config: its configuration.
+      tensors: numbers of devices, starting with 1.
+      n_tokens: tokens to generate, and steps whose logits to compare.
     """
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (4, 48))
@@ -230,7 +230,7 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 
 
 def number(x: float | None, digits: int = 1) -> str:
-    """For a table; empty for what is not known."""
+    """Formats a number for a table; empty if unknown."""
     return "" if x is None or not np.isfinite(x) else f"{x:,.{digits}f}"
 
 
@@ -261,12 +261,12 @@ LAYER_HEAD = head(
 
 
 def percent(x: float | None) -> str:
-    """A share, for a table."""
+    """Formats a ratio for a table; empty if unknown."""
     return "" if x is None or not np.isfinite(x) else f"{x:.0%}"
 
 
 def placed(r: Mapping[str, Any]) -> tuple[str, ...]:
-    """The cells that say what was run where: model, devices, query heads, batch and context."""
+    """The cells that describe what ran: model, devices, query heads, batch and context."""
     devices = f"{r['tensor']}{' (share)' if r['share'] else ''}"
     return paper.NAMES[r["variant"]], devices, r["heads"], str(r["batch"]), show_tokens(r["context"])
 
@@ -292,14 +292,14 @@ def layer_line(r: Mapping[str, Any]) -> str:
 
 
 def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is compared between layers, in us."""
+    """The times to compare between layers, in us."""
     attention, exchange = r["attention_us"], r["exchange_us"]
     both = None if attention is None else attention + exchange
     return {"attention": attention, "attention and exchanges": both, "layer": r["us"]}
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """By variant, batch, context and devices: the faster of the layouts."""
+    """The faster layout, by variant, batch, context and devices."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for r in sorted(rows, key=lambda r: -r["us"]):
         found[r["variant"], r["batch"], r["context"], r["tensor"]] = r
@@ -307,7 +307,7 @@ def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[
 
 
 def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tables of MLA over MLRA-4, and of one device over several, of the faster layout of each."""
+    """Tables of MLA over MLRA-4, and of one device over several, each in its faster layout."""
     found = fastest(rows)
     sizes = sorted({key[1:3] for key in found})
     tensors = sorted({key[3] for key in found})

@@ -1,14 +1,14 @@
-"""What the TPU compiler expects of attention, without a TPU.
+"""The TPU compiler's estimates for attention, without a TPU.
 
-Of the decode attention kernel, its cycles against those that HBM needs; of attention in training, the cost of its two
-forms.
+For the decode attention kernel, its cycles against those that reading HBM takes; for attention in training, the cost of
+its two forms.
 
     python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md
 
-Needs `libtpu`. Each decode kernel is compiled in a process of its own, by the compiler that would run on the machine,
-which is asked to write down its schedule and its estimate. It is the shipped one but for one flag, `static`: rows are
-full, which is known when compiling, and blocks are not copied from HBM, for the estimate counts code behind a condition
-of run time as not run, and a copy as a fixed latency. What remains is what the core computes.
+Needs `libtpu`. Each decode kernel is compiled in its own process by the real compiler, which dumps its schedule and
+estimate. The kernel is the shipped one with the flag `static`: all rows are full, as known at compile time, and blocks
+are not copied from HBM, because the estimate takes code under a run-time condition as not executed, and a copy as a
+fixed latency. What remains is the core's computation.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Chip:
     gigahertz: float
     """Assumed: Google does not publish clocks. They follow from peak FLOPs and the number and size of matrix units."""
     terabytes_per_second: float
-    """Of HBM, from Google Cloud's system architecture pages; of v4 and TPU7x half a chip's, which is one device."""
+    """HBM bandwidth, from Google Cloud. For v4 and TPU7x that of half a chip, which is one device."""
 
 
 CHIPS = {
@@ -79,16 +79,16 @@ UNITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one kernel, by the compiler."""
+    """The compiler's estimate of one kernel."""
 
     cycles: int
-    """Of each core over the whole call."""
+    """Cycles of each core for the whole call."""
     stalls: bool
-    """Whether `cycles` counts stalls too; if not, it is the number of instruction bundles issued, a lower bound."""
+    """Whether `cycles` includes stalls; if not, it is the number of instruction bundles issued, a lower bound."""
     use: dict[str, tuple[int, float]]
-    """By unit: instructions in the kernel's code, and the share of its slots in the bundles that they fill."""
+    """Use of each unit: instructions in the kernel's code, and the share of its slots that they fill."""
     block: int
-    """Tokens of the kernel's inner loop, which is nearly all of its code."""
+    """Tokens per iteration of the kernel's inner loop, which is nearly all of its code."""
 
     @property
     def binding(self) -> str:
@@ -107,7 +107,7 @@ def case(rows: int, lengths: tuple[int, ...]) -> Case:
 
 
 def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
-    """Compiles one kernel; the compiler writes to where `LIBTPU_INIT_ARGS` say."""
+    """Compiles one kernel; the compiler writes where `LIBTPU_INIT_ARGS` says."""
     mesh = one_device(topology)
     call = abstract_call(case(rows, lengths))
     q_nope, q_rope, kv_latent, k_rope, kv_len, _ = (
@@ -125,7 +125,7 @@ def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
 
 
 def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
-    """Compiles one kernel in a process of its own and reads what the compiler wrote."""
+    """Compiles one kernel in its own process and reads the compiler's output."""
     block = chosen_block(chip, rows, lengths)
     for with_stalls in (True, False):
         with tempfile.TemporaryDirectory() as name:
@@ -149,10 +149,10 @@ def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
 def compile_in_process(
     chip: Chip, rows: int, lengths: tuple[int, ...], folder: pathlib.Path, with_stalls: bool
 ) -> str:
-    """Has the compiler write to a folder; returns what it printed.
+    """Has the compiler write to a folder; returns its standard error.
 
-    The compiler may abort over a check in its own estimate, before it has written it (v4) or after (v5e). So what
-    counts is what was written, and without an estimate the kernel is compiled again, for its schedule alone.
+    The compiler may abort on a check in its own estimate, before writing it (v4) or after (v5e). So only the written
+    files count; without an estimate the kernel is compiled again, for its schedule alone.
     """
     flags = {
         "xla_jf_dump_to": folder,
@@ -172,7 +172,7 @@ def compile_in_process(
 
 
 def chosen_block(chip: Chip, rows: int, lengths: tuple[int, ...]) -> int:
-    """Tokens of the block that the kernel chooses."""
+    """The kernel's block size, in tokens."""
     sizes = case(rows, lengths)
     return mosaic_tpu.heuristic(
         widths=((1, sizes.width), (1, sizes.rope)),
@@ -184,7 +184,7 @@ def chosen_block(chip: Chip, rows: int, lengths: tuple[int, ...]) -> int:
 
 
 def utilization(text: str) -> dict[str, tuple[int, float]]:
-    """Reads the compiler's table of the slots that each bundle uses."""
+    """Reads the compiler's table of the slots used by each bundle."""
     _, names, capacities, _, *lines = text.splitlines()
     bundles = [[int(n) for n in line.split()] for line in lines if line.strip()]
     sums = [sum(column) for column in zip(*bundles, strict=True)]

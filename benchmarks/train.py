@@ -1,4 +1,4 @@
-"""Tokens per second and MFU of the train step on the GPUs at hand, and where its time goes.
+"""Tokens per second and MFU of the train step on the GPUs at hand, and a breakdown of its time.
 
     python -m benchmarks.train                                # mlra_4, mla and gqa
     python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
@@ -64,9 +64,9 @@ PARTS = (
 
 
 def part_of(kernel: str, op: str) -> str:
-    """What a kernel does, by its name and by that of the operation it was made of (empty: unknown)."""
+    """Classifies a kernel by its name and that of its operation (empty: unknown)."""
     if "nccl" in kernel.lower():
-        return "exchanges"  # beside what else runs, where they overlap
+        return "exchanges"  # may overlap with others
     if re.match(r"attention(_mosaic|$)", kernel):
         return "attention forward"
     if re.match(r"attention_d[qk]", kernel):
@@ -76,15 +76,15 @@ def part_of(kernel: str, op: str) -> str:
     if re.search(r"gemm|nvjet|cublas|cutlass|xmma|splitK|wgrad|dgrad", kernel):
         return "products"
     if op and "while" not in op:
-        return "optimizer"  # and what else happens once a step
-    # Those that products do not add up themselves.
+        return "optimizer"  # and anything else that runs once a step
+    # Sums that matmuls do not accumulate themselves.
     if re.search(r"while/body/([^/]*/)?(transpose\(jvp\([^/]*/)?(checkpoint/)?add$", op):
         return "gradient sums"
     return "elementwise"
 
 
 def split_time(events: Sequence[tuple[float, float, str]], hlo: str) -> dict[str, Any]:
-    """Device time of a step in us, by part and by kernel; empty where the profile shows no GPU."""
+    """Device time of a step in us, by part and by kernel; empty if the profile shows no GPU."""
     if not events:
         return {}
     ops = kernel_ops(hlo)
@@ -215,19 +215,19 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def on_mesh(r: Mapping[str, Any]) -> str:
-    """The mesh of a result, as far as it is not of one device."""
+    """The mesh axes of a result that are larger than 1."""
     return " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
 
 
 def title(r: Mapping[str, Any]) -> str:
-    """What was measured."""
+    """Describes what was measured."""
     on = f" on {on_mesh(r)}" if r["mesh"] else ""
     gather = f", gathered each {r['gather']}" if "fsdp" in r["mesh"] else ""
     return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}{gather}"
 
 
 def budget(r: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown: the time of each part, and what it would be at the device's peak; none without a profile."""
+    """Lines of Markdown: the time of each part, and its time at the device's peak; none without a profile."""
     if not (p := r["profile"]):
         return []
     chip = find_accelerator(r["setting"]["device"])
@@ -264,17 +264,17 @@ def budget(r: Mapping[str, Any]) -> list[str]:
 
 
 KEY = "config", "layers", "mesh", "micro_batch", "accumulation", "remat", "gather"
-"""What tells results apart."""
+"""The fields that identify a result."""
 
 
 def merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All results, of what was measured twice the new one, in its old place."""
+    """All results; a repeated measurement replaces the old one in place."""
     key = lambda r: json.dumps([r.get(name) for name in KEY])
     return list({key(r): r for r in (*old, *new)}.values())
 
 
 def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
-    """The results in a file; none where there is none.
+    """The results in a file; none if it does not exist.
 
     Raises:
       ConfigError: it is something else.
@@ -291,7 +291,7 @@ def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
 
 
 def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `out`.md and `out`.json, beside the results that are in them."""
+    """Writes `out`.md and `out`.json, keeping the results already in them."""
     results = merged(stored(out.with_suffix(".json")), results)
     lines = [
         f"# Training on {results[0]['setting']['device']}",

@@ -122,7 +122,7 @@ def section(heading: str, prefix: str, cls: type, remark: str) -> str:
         text = texts[field.name].replace("|", "\\|")
         option, default = f"--{prefix}{field.name}", shown_default(field.default)
         rows.append((f"`{option}`", shown_type(hint), default, text))
-    return "\n".join([*lines, *table(("option", "value", "default", ""), rows)]) + "\n"
+    return "\n".join([*lines, *table(("option", "value", "default", "meaning"), rows)]) + "\n"
 
 
 def page() -> str:

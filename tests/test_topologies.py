@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 
-import jax
 import pytest
 
 from mlra_jax.cli.configs import load_config
@@ -22,16 +21,6 @@ pytestmark = [
 
 TRAIN = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}  # topology: devices
 DECODE = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-
-
-@pytest.fixture
-def as_users_compile():
-    """Without what the other tests set: highest precision, and few optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train_config(name: str, n_devices: int):

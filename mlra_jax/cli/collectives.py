@@ -1,4 +1,4 @@
-"""`python -m mlra_jax.cli.collectives [CONFIG] [--mesh...]`: what the decode step moves between devices.
+"""`python -m mlra_jax.cli.collectives [CONFIG] [--mesh...]`: the collectives of the decode step.
 
 Prints a Markdown table, such as those in docs/decoding.md. Compiles for simulated CPU devices and allocates nothing, so
 that any configuration can be looked at anywhere.
@@ -31,23 +31,23 @@ _FOUR_DEVICES = MeshConfig(data=1, tensor=4)
 
 @dataclasses.dataclass(frozen=True)
 class CollectivesArgs(Validated):
-    """Prints what the decode step of a configuration moves between devices, as a Markdown table."""
+    """Prints the collectives of a configuration's decode step, as a Markdown table."""
 
     at: ClassVar[str] = OPTION
     config: tyro.conf.Positional[str] = "mlra_4"
     """Name or path of a configuration."""
     mesh: MeshConfig = _FOUR_DEVICES
-    """The devices, simulated."""
+    """Simulated devices."""
     split_heads: bool = True
-    """Whether the query heads of W_qb and W_o are split over tensor."""
+    """Split the query heads of W_qb and W_o over tensor."""
     layers: Positive = 4
-    """Layers that are compiled: enough to tell what happens in each from what happens once."""
+    """Layers to compile: enough to tell per-layer collectives from the others."""
     batch: Positive = 1
-    """Rows."""
+    """Sequences decoded at once."""
     max_len: Positive = 4096
-    """Tokens in the cache."""
+    """Cache capacity, in tokens."""
     sample: bool = False
-    """Draw tokens instead of taking the most probable ones."""
+    """Sample instead of decoding greedily."""
 
 
 def step_collectives(args: CollectivesArgs, mesh: Mesh) -> dict[Collective, int]:
@@ -72,7 +72,7 @@ def step_collectives(args: CollectivesArgs, mesh: Mesh) -> dict[Collective, int]
 
 
 def collectives_table(collectives: Mapping[Collective, int], n_layers: int) -> list[str]:
-    """Each collective in the order of the program; what happens `n_layers` times happens in every layer."""
+    """Each collective in program order; one that is executed `n_layers` times is counted as once per layer."""
     rows = []
     for collective, count in collectives.items():
         per_layer, besides = divmod(count, n_layers)

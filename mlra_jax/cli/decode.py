@@ -1,4 +1,4 @@
-"""`mlra-decode --checkpoint DIR --prompt TEXT`: generates text from a training run's checkpoint."""
+"""`mlra-decode --checkpoint DIR --prompt TEXT`: generates text from a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -34,45 +34,45 @@ from mlra_jax.textfiles import decode_text, read_text
 
 @dataclasses.dataclass(frozen=True)
 class DecodeArgs:
-    """Generates text from a training run's checkpoint, on one device or split over several.
+    """Generates text from a run's checkpoint, on one device or several.
 
     Configuration and tokenizer are the checkpoint's. Text goes to standard output, statistics to standard error. On
-    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
+    several hosts, run the same command on each with --distributed.auto (TPU pod, Slurm, Open MPI), or with
     --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; repeat it for several."""
+    """Text to continue; repeat the option for several prompts."""
     prompts_file: str = ""
-    """File with one prompt on each line, `-` for standard input; lines of a .jsonl file are JSON strings, or objects
-    with the field `prompt` and, where options differ for it, `generation`: {"temperature": 0.8, "seed": 1}."""
+    """File with one prompt per line, or `-` for standard input; lines of a .jsonl file are JSON strings, or objects
+    with a field `prompt` and, where options differ for it, `generation`: {"temperature": 0.8, "seed": 1}."""
     step: int | None = None
-    """Checkpoint after so many updates; default: the latest."""
+    """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ONE_DEVICE
-    """The devices: their number is the product of the sizes. tensor splits the weights and the latent heads of the
-    cache, context the tokens of the cache, data the rows."""
+    """Device mesh. tensor splits the weights and the cache's latent heads, context the cached tokens, data the
+    batch."""
     split_heads: SplitHeads = "auto"
-    """Split the query heads of W_qb and W_o over tensor too; if not, they are whole on every device, and MLRA-4
-    exchanges once in an attention layer instead of three times. auto: what should be faster on the devices."""
+    """Also split the query heads of W_qb and W_o over tensor. If not, every device holds them whole, and an MLRA-4
+    attention layer has one collective instead of three. auto: what should be faster on these devices."""
     param_dtype: ParamDtype = "auto"
-    """Type in which weights are held. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
+    """Dtype of the weights. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
     tokenizer: str = ""
-    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    """`byte`, `gpt2`, or a path; default: the model's own."""
     generation: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = DEFAULTS
-    """What to generate."""
+    """Lengths, sampling and stopping."""
     stream: bool = True
-    """Make and print a single completion token by token. Without it, and always for several completions or JSON, tokens
-    are made in compiled loops of many steps, which is faster on accelerators."""
+    """Print a single completion token by token. Otherwise, and always for several completions or JSON, tokens are
+    generated in compiled loops of many steps, which is faster on accelerators."""
     json: bool = False
-    """Print a line of JSON for each completion: text, tokens, finish reason, speed, bytes of the cache."""
+    """Print one line of JSON per completion: text, tokens, finish reason, speed, cache size."""
     compilation_cache: str | None = None
-    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+    """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
 def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple[str, GenerationOptions]]:
-    """The prompts in a file, one a line, and the options of each; `-` is standard input. Empty lines are skipped.
+    """Reads prompts, one per line, and the options of each; `-` is standard input. Empty lines are skipped.
 
     Args:
       file: its path.
@@ -132,7 +132,7 @@ def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
 
 
 class _Printer:
-    """Prints what is generated, and at the end how it went; on the first process only."""
+    """Prints completions, and statistics at the end, on the first process only."""
 
     def __init__(self, single: str | None, as_json: bool):
         self._active = jax.process_index() == 0
@@ -182,7 +182,7 @@ class _Printer:
 @command
 def main(argv: Sequence[str]) -> int:
     """Generates and prints; returns the exit status."""
-    # Weights and cache may fill a GPU; JAX would leave a quarter of it unused. It reads this when it first meets one.
+    # Weights and cache may fill a GPU, of which JAX leaves a quarter unused by default; read when it is initialized.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     distributed, argv = take_args(argv)
     args = tyro.cli(DecodeArgs, args=argv, prog="mlra-decode")

@@ -30,46 +30,45 @@ from mlra_jax.storage import write_whole
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs(Validated):
-    """Measures a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
+    """Evaluates a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
 
-    Without --data and --tasks: perplexity of the held-out shards of the run. A table goes to standard output. On
-    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
-    --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
+    Without --data and --tasks: perplexity of the run's held-out shards. Tables go to standard output. On several hosts,
+    run the same command on each with --distributed.auto (TPU pod, Slurm, Open MPI), or with --distributed.coordinator
+    HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
     at: ClassVar[str] = OPTION
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     data: tuple[str, ...] = ()
-    """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out part of the corpus
-    in the package."""
+    """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out split of the
+    package's corpus."""
     tasks: str = ""
-    """Tasks of lm-evaluation-harness with commas between them; `paper`: the paper's seven. Needs the extra `eval`."""
+    """Comma-separated tasks of lm-evaluation-harness; `paper`: the paper's seven. Needs the extra `eval`."""
     step: NotNegative | None = None
-    """Checkpoint after so many updates; default: the latest."""
+    """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ALL_DEVICES
-    """The devices, as in training; default: all of them, with different sequences."""
+    """Device mesh, as in training; default: data parallelism over all devices."""
     protocol: Protocol = "exact"
-    """exact: every token of a shard but its first is predicted; paper: whole batches of six windows, at most 1e8
-    tokens."""
+    """exact: predict every token of a shard but its first; paper: whole batches of six windows, at most 1e8 tokens."""
     seq_len: NotNegative = 0
-    """Tokens of a window, and most tokens of a task's sequence; 0: as in training."""
+    """Window length, and maximum length of a task's sequences, in tokens; 0: as in training."""
     batch_size: Positive = 8
-    """Sequences that each data-parallel device (data x fsdp) takes at a time."""
+    """Sequences per data-parallel device (data x fsdp)."""
     verify: bool = False
-    """Compare the shards' tokens with their checksums first."""
+    """First check the shards' tokens against their checksums."""
     fewshot: NotNegative = 0
-    """Examples that tasks put before each question."""
+    """Few-shot examples before each question."""
     limit: Positive | None = None
-    """Evaluate so many documents of each task, to try out."""
+    """Evaluate only this many documents of each task, for a trial."""
     task_folder: str = ""
-    """Folder of further tasks, as YAML files."""
+    """Folder with YAML files of further tasks."""
     tokenizer: str = ""
-    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    """`byte`, `gpt2`, or a path; default: the model's own."""
     json: str = ""
-    """File for the results, as JSON."""
+    """JSON file for the results."""
     compilation_cache: str | None = None
-    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+    """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
 def _harness() -> Any:
@@ -83,7 +82,7 @@ def _harness() -> Any:
 
 
 def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
-    """Of the tokenizer; None, with a remark, if it is not here or does not say."""
+    """The tokenizer's byte lengths; None, with a note, if it is not available or has none."""
     name = args.tokenizer or config.data.tokenizer
     try:
         lengths = get_tokenizer(name).byte_lengths()
@@ -108,7 +107,7 @@ def _say(text: str) -> None:
 
 
 def perplexity_table(results: Sequence[Perplexity]) -> list[str]:
-    """A line for each shard, and one for their plain mean."""
+    """One row per shard, and one for their unweighted mean."""
     number = lambda value, digits=4: "" if value is None else f"{value:.{digits}f}"
     shown = lambda r: (number(r["nats_per_token"]), number(r["perplexity"], 3), number(r["bits_per_byte"]))
     rows = [(r.name, f"{r.tokens:,}", *shown(r.as_dict())) for r in results]
@@ -118,7 +117,7 @@ def perplexity_table(results: Sequence[Perplexity]) -> list[str]:
 
 
 def task_table(results: dict[str, dict[str, float]], average: float | None) -> list[str]:
-    """A line for each metric of each task, and the paper's average if there is one."""
+    """One row per metric of each task, and the paper's average if there is one."""
     rows = []
     for task, metrics in results.items():
         for name, value in metrics.items():
@@ -139,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
     args.validate()
     initialize(distributed)
 
-    # Everything that can be refused is refused here, before parameters are read.
+    # Whatever can be refused is refused here, before parameters are read.
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     model = plan_evaluation(
         args.checkpoint, args.mesh, seq_len=args.seq_len, batch_size=args.batch_size, step=args.step
@@ -191,7 +190,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _describe(args: EvaluateArgs, model: Evaluated) -> dict[str, Any]:
-    """What was measured, and how."""
+    """Describes what was measured, and how."""
     return {
         "checkpoint": model.checkpoint,
         "name": model.config.name,

@@ -1,8 +1,8 @@
 """`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: plans training for devices that are not at hand.
 
-Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then, from the
-train step compiled ahead of time by the compiler that would run there, its memory and what it moves between devices.
-With `--estimate` nothing is compiled.
+Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then compiles the
+train step ahead of time with the target's own compiler, and prints its memory and collectives. With `--estimate`
+nothing is compiled.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class PlanArgs:
     """The options of this command; all others are those of `mlra-train`."""
 
     topology: str = ""
-    """Devices to plan for."""
+    """Target devices, such as v5e:16x16 or h100:8."""
     estimate: bool = False
-    """Compile nothing."""
+    """Only estimate; compile nothing."""
 
 
 @contextlib.contextmanager
 def _standard_error() -> Iterator[list[str]]:
-    """Collects what is written to standard error, by XLA too; shows it if the block fails."""
+    """Captures standard error, XLA's included; shows it if the block fails."""
     sys.stderr.flush()
     lines: list[str] = []
     with tempfile.TemporaryFile("w+b") as file:
@@ -55,7 +55,7 @@ def _standard_error() -> Iterator[list[str]]:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Prints the estimate, what the compiler says, and the roofline."""
+    """Prints the estimate, the roofline and what the compiler says."""
     args, rest = tyro.cli(PlanArgs, args=argv, add_help=False, return_unknown_args=True)
     if not args.topology and not {"-h", "--help"} & set(rest):
         raise ConfigError(
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     from mlra_jax.cli.configs import parse_train_args
 
     config = parse_train_args(rest, prog="mlra-plan --topology NAME [--estimate]", afresh=True)
-    # The compilers of devices that are not there, on whatever machine this is.
+    # Ahead-of-time compilation for absent hardware, on whatever machine this is.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     import jax
 

@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from mlra_jax.cli.configs import parse_train_args
     from mlra_jax.distributed import initialize, take_args
 
-    # JAX takes three quarters of a GPU's memory otherwise; the planner counts on what it takes.
+    # JAX takes three quarters of a GPU's memory by default; the planner counts on what JAX takes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     distributed, argv = take_args(argv)
     check, argv = take_check(argv)

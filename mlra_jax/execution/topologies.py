@@ -1,6 +1,7 @@
-"""TPU slices and GPUs that are described but not there: the real compilers run on the CPU and say what a program needs.
+"""Ahead-of-time compilation for absent hardware: TPU slices and GPUs that are only described.
 
-TPUs need `libtpu` (`pip install libtpu`), GPUs JAX's CUDA plugin. Nothing is run and nothing is allocated.
+The real compilers run on the CPU: that for TPUs needs `libtpu` (`pip install libtpu`), that for GPUs JAX's CUDA plugin.
+Nothing is run or allocated.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
-"""Short names of GPUs, and what JAX calls them."""
+"""JAX's names of GPUs, by short name."""
 
 
 def described_devices(name: str) -> list[jax.Device]:
-    """The devices of a topology that is named and need not be there.
+    """The devices of a topology, which need not be present.
 
     Args:
       name: a TPU slice (`v5e:16x16`, `v5p:4x4x4`, `v6e:16x16`, `tpu7x:4x4x4`), several of them (`2*v5e:16x16`), or GPUs
@@ -67,12 +68,12 @@ def topology_mesh(name: str, config: MeshConfig) -> Mesh:
 
 
 def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """NVIDIA GPUs that are described and not there: XLA and kernels compile for them on a CPU.
+    """Describes absent NVIDIA GPUs, for which XLA and kernels can be compiled on a CPU.
 
     Args:
-      kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.device.CHIPS`.
-      n: how many on a host.
-      hosts: how many hosts.
+      kind: JAX's name, such as `NVIDIA H100 80GB HBM3`; one of `mlra_jax.ops.device.CHIPS`.
+      n: GPUs per host.
+      hosts: number of hosts.
 
     Raises:
       UserError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
@@ -131,16 +132,16 @@ def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device that a compiled program takes."""
+    """Memory that a compiled program takes on each device, in bytes."""
 
     arguments: int
     temporaries: int
     outputs: int
-    """Outputs that do not take the place of donated arguments."""
+    """Outputs that do not reuse donated arguments."""
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> Memory:
-        """As the compiler counts them."""
+        """Reads the compiler's own account."""
         m = compiled.memory_analysis()
         assert m is not None
         return cls(
@@ -149,5 +150,5 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Peak bytes, at most."""
+        """Upper bound on the peak."""
         return self.arguments + self.temporaries + self.outputs

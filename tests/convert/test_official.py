@@ -271,7 +271,7 @@ def test_a_model_that_no_official_one_is_like_is_refused_with_every_reason():
 @pytest.mark.parametrize(
     ("attention", "gated", "said"),
     [
-        (GroupedAttentionConfig(2, 4, q_lora_rank=3), False, "q_lora_rank=3 and n_kv_heads=2; MFA has one"),
+        (GroupedAttentionConfig(2, 4, q_lora_rank=3), False, "q_lora_rank=3 and n_kv_heads=2"),
         (GroupedAttentionConfig(1, 4, q_lora_rank=3), True, "gated_attention and MFA"),
         (TiedAttentionConfig(2, 4), True, "gated_attention and GTA"),
         (TensorProductAttentionConfig(), True, "gated_attention and TPA"),

@@ -144,16 +144,6 @@ def test_reasons_to_decline_name_the_limit():
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
-@pytest.fixture
-def as_users_compile():
-    """Without what the other tests set: highest precision, and few optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def compile_for(topology, case, **keywords):
     """The call compiled for one device of a topology; the back end must take it."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
