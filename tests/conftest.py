@@ -1,6 +1,5 @@
 """Set before JAX starts: the CPU, eight simulated devices, and programs that compile quickly, each once a run."""
 
-import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -9,18 +8,22 @@ from collections.abc import Callable
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MLRA_TEST_PLATFORM", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8"
-    # XLA's older emitters compile in a quarter of the time; JAX 0.11 has them no more.
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jaxlib").startswith("0.10."),
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Of this run: its workers find it in the environment.
 os.environ.setdefault("MLRA_TEST_COMPILED", f"{tempfile.gettempdir()}/mlra-tests-compiled-{os.getpid()}")
 
 import jax
+import jaxlib
 import pytest
-from jax._src import xla_bridge
+from jax._src import compilation_cache, xla_bridge
+from jax._src.lib import xla_client
+
+# XLA's older emitters compile in a quarter of the time; JAX 0.11 has them no more.
+QUICK = " --xla_cpu_use_fusion_emitters=false" if jaxlib.__version__.startswith("0.10.") else ""
+with pytest.MonkeyPatch.context() as patch:
+    # Read here, once and for all; libtpu, which reads them too and would end the process, does not know this one.
+    patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + QUICK)
+    _ = xla_client.CompileOptions().executable_build_options.debug_options
 
 COMPILED = pathlib.Path(os.environ["MLRA_TEST_COMPILED"])
 SETTINGS = {
@@ -33,6 +36,11 @@ SETTINGS = {
 }
 for name, value in SETTINGS.items():
     jax.config.update(name, value)
+# Programs for devices that are not here can be kept but not loaded.
+is_cache_used = compilation_cache.is_cache_used
+compilation_cache.is_cache_used = lambda backend: (
+    backend is jax.devices()[0].client and is_cache_used(backend)
+)
 if "tpu" not in os.environ["JAX_PLATFORMS"]:
     # Once libtpu has compiled for a TPU, its profiler would take part in any profile, and crash: there is no TPU.
     xla_bridge._profiler.register_plugin_profiler = lambda c_api: None
@@ -63,6 +71,6 @@ def environment() -> Callable[[int], dict[str, str]]:
         flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
         flags.append(f"--xla_force_host_platform_device_count={devices}")
         settings = {name.upper(): str(value) for name, value in SETTINGS.items()}
-        return os.environ | settings | {"XLA_FLAGS": " ".join(flags)}
+        return os.environ | settings | {"XLA_FLAGS": " ".join(flags) + QUICK}
 
     return of
