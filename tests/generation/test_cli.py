@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -181,21 +180,21 @@ def test_help_names_the_options(capsys):
         assert option in shown
 
 
-def start_decode(repository, checkpoint, *argv, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "decode.py", "--checkpoint", checkpoint, *argv],
-        cwd=repository,
-        env=os.environ
-        | {
-            "XLA_FLAGS": flags,
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start_decode(repository, environment, checkpoint):
+    """`start_decode(*options, devices=n)`: `python decode.py` on the checkpoint in a new process."""
+
+    def start(*argv, devices):
+        return subprocess.Popen(
+            [sys.executable, "decode.py", "--checkpoint", checkpoint, *argv],
+            cwd=repository,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
 
 
 def finish(process):
@@ -207,24 +206,21 @@ def finish(process):
 
 
 @pytest.mark.smoke
-def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(repository, checkpoint, generator):
+def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(start_decode, generator):
     argv = ["--prompt", PROMPTS[0], "--max-new-tokens", "12", "--mesh.tensor", "4", "--stop", "\n\n"]
-    out = finish(start_decode(repository, checkpoint, *argv, devices=4))
+    out = finish(start_decode(*argv, devices=4))
     text = generator.generate(PROMPTS[0], max_new_tokens=12, stop=("\n\n",))
     assert out == f"{PROMPTS[0]}{text}\n"
 
 
-def test_two_processes_decode_as_one_and_the_first_prints(repository, checkpoint, generator):
+def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generator):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12"]
     argv += [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
     argv += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
-    processes = [
-        start_decode(repository, checkpoint, *argv, "--distributed.process_id", str(i), devices=2)
-        for i in range(2)
-    ]
+    processes = [start_decode(*argv, "--distributed.process_id", str(i), devices=2) for i in range(2)]
     try:
         first, second = map(finish, processes)
     finally:
