@@ -45,7 +45,7 @@ from benchmarks.measure import (
     together,
 )
 from mlra_jax.ops.decode import IMPLEMENTATIONS
-from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, SHARES, ArgSpec, Call, abstract_call
 from mlra_jax.ops.hopper import find_processors
 from mlra_jax.ops.tuning import slug
 
@@ -54,14 +54,14 @@ PROGRAM_US = 1500.0
 """About how long a program of many calls takes."""
 K = 1024
 
-CASES: Mapping[str, Case] = {
+CASES: Mapping[str, ArgSpec] = {
     **BENCHMARKS,
     **{f"mlra_4 q_len {t} 1x2M": dataclasses.replace(BENCHMARKS["mlra_4 1x2M"], q_len=t) for t in (2, 4)},
     **{
         f"mlra_4 {rows} rows 1x512K": dataclasses.replace(BENCHMARKS["mlra_4 1x512K"], rows=rows)
         for rows in (16, 24, 32, 64)
     },
-    "tiny 2x256": Case((256, 256), rows=8, width=64, rope=32),
+    "tiny 2x256": ArgSpec((256, 256), rows=8, width=64, rope=32),
 }
 """What can be measured, by name; the last one is small enough for a CPU. `find_case` knows more."""
 
@@ -77,7 +77,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2]) * {"": 1, "K": K, "M": K * K}[match[3]]
 
 
-def find_case(name: str) -> Case:
+def find_case(name: str) -> ArgSpec:
     """The case of `CASES` with this name, or a share of `SHARES` at any size: `VARIANT BATCHxTOKENS`.
 
     Raises:
@@ -186,7 +186,7 @@ def split_arguments(call: Call) -> tuple[list[Any], list[Any], list[Any]]:
     return queries, list(call.args[n : n + 2]), list(call.args[n + 2 :])
 
 
-def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
+def compile_calls(case: ArgSpec, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
     """A program of many calls of `attend(*arguments of the op)`; how many buffers, and how many calls.
 
     The program takes the first query of each call, the other queries, the buffers of the cache, and the rest.
@@ -202,7 +202,7 @@ def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[...,
     return compiled, buffers, calls
 
 
-def prepare(case: Case, implementations: Sequence[str]) -> Program:
+def prepare(case: ArgSpec, implementations: Sequence[str]) -> Program:
     """The program of the first implementation that takes the case.
 
     Raises:
@@ -238,7 +238,7 @@ class Memory:
         draw = lambda: self.rng.standard_normal(shape.shape, np.float32)
         return [jnp.asarray(draw(), shape.dtype) for _ in range(number)]
 
-    def arguments(self, case: Case, buffers: int, calls: int) -> tuple[Any, ...]:
+    def arguments(self, case: ArgSpec, buffers: int, calls: int) -> tuple[Any, ...]:
         """What the program of `compile_calls` takes; free the third, which is large, when done."""
         (first, *others), cache, (kv_len, table) = split_arguments(abstract_call(case))
         earlier = np.arange(case.q_len - 1, -1, -1)
@@ -446,7 +446,7 @@ def run(
     rows: list[Row] = []
     failures: dict[str, str] = {}
     kind = jax.devices()[0].device_kind
-    cases = {name: dataclasses.replace(find_case(name), page=page) for name in names}
+    cases = {name: dataclasses.replace(find_case(name), page_size=page) for name in names}
     memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
     readers = Readers(memory, runs)
 
@@ -480,7 +480,7 @@ def run(
 
 
 def measure_case(
-    name: str, case: Case, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
+    name: str, case: ArgSpec, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
 ) -> Row:
     """Times a program and a read of as many bytes."""
     args = memory.arguments(case, program.buffers, program.calls)

@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.measure import measure
-from mlra_jax.ops.attention import causal_attention_parts, mosaic_gpu
+from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
+from mlra_jax.ops.attention.mosaic_gpu import Config, MosaicGPU
+from mlra_jax.ops.attention.mosaic_gpu.config import Shape
 
 CASES: dict[str, tuple[int, int, Sequence[tuple[int, int, int]], int | None]] = {
     "mlra_4": (4, 24, ((128, 4, 4), (64, 1, 1)), None),
@@ -58,17 +60,11 @@ def forward_flops(case: str, batch: int, tokens: int) -> float:
 
 def parse_cut(text: str) -> dict[str, int]:
     """Fields of a `mosaic_gpu.Config` in the form "block=128,stages=3"."""
-    fields = [field.name for field in dataclasses.fields(mosaic_gpu.Config)]
+    fields = [field.name for field in dataclasses.fields(Config)]
     changes = dict(re.findall(r"(\w+)=(\d+)", text))
     if not changes.keys() <= {*fields} or ",".join(f"{k}={v}" for k, v in changes.items()) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not like block=128,stages=3, of {', '.join(fields)}")
     return {name: int(value) for name, value in changes.items()}
-
-
-def cut_by(changes: Mapping[str, int], parts: Any, v: jax.Array | None) -> mosaic_gpu.Config:
-    """The heuristic's cut with some of its fields changed."""
-    shape = mosaic_gpu._shape(parts, v)
-    return dataclasses.replace(mosaic_gpu._config(None, shape, None), **changes)
 
 
 def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] | None = None) -> str:
@@ -83,8 +79,9 @@ def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] |
 
     try:
         if cut:
-            config = cut_by(cut, parts, v)
-            attend = functools.partial(mosaic_gpu.causal_attention, scale=0.07, q_start=0, config=config)
+            heuristic = MosaicGPU().heuristic(Shape.of(parts, v))
+            kernels = MosaicGPU(config=dataclasses.replace(heuristic, **cut))
+            attend = functools.partial(causal_attention_parts, scale=0.07, implementation=kernels)
         forward = measure(jax.jit(attend).lower(parts, v).compile(), (parts, v), calls=1, runs=args.runs)
         whole = measure(
             jax.jit(both).lower(parts, v, d_out).compile(), (parts, v, d_out), calls=1, runs=args.runs

@@ -19,10 +19,9 @@ from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
-from mlra_jax.ops.product import has_kernel, swiglu
-from mlra_jax.ops.product import product as rows_product
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import Frequencies, frequencies
+from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm, swiglu
 from mlra_jax.sharding import AxisRules, Names, current_mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -194,8 +193,8 @@ def decode_product(
 ) -> jax.Array:
     """Products of the rows x [B, T, *K] with a matrix of the decode layout, w [*F, *K]: [B, T, *F].
 
-    For few rows on a Hopper GPU, and where `choose` names implementations of the op `product`, each device multiplies
-    its own part by that op, and parts of sums are added in float32; elsewhere it is one einsum.
+    For few rows on a Hopper GPU, and where `choose` names implementations of the op `skinny_gemm`, each device
+    multiplies its own part by that op, and parts of sums are added in float32; elsewhere it is one einsum.
 
     Args:
       rules: the decoding table.
@@ -206,7 +205,7 @@ def decode_product(
       summed: logical axes of K.
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
-    if not _runs_op("product", rules, x):
+    if not _runs_op("skinny_gemm", rules, x):
         k = "KL"[:axes]
         return rules.einsum(f"BT{k},...{k}->BT...", x, w, out=out, preferred_element_type=dtype)
     names = [name for name in summed if name is not None]
@@ -214,7 +213,7 @@ def decode_product(
 
     def on_device(x: jax.Array, w: jax.Array) -> jax.Array:
         flat = lambda a: a.reshape(-1, math.prod(a.shape[-axes:]))
-        y = rows_product(flat(x), flat(w), dtype=part)
+        y = skinny_gemm(flat(x), flat(w), dtype=part)
         for name in names:
             y = rules.psum(y, name)
         return y.astype(dtype).reshape(*x.shape[:2], *w.shape[:-axes])

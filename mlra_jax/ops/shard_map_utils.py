@@ -10,6 +10,8 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
+from mlra_jax.ops.device import inside_shard_map
+
 
 def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
     """`x`, said to vary over the mesh axes `axes` too, inside `shard_map`; its gradient is summed over those added."""
@@ -28,7 +30,7 @@ def unchecked(f: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def call(constants: Any, *args: Any) -> Any:
-        if not jax.sharding.get_abstract_mesh().manual_axes:  # not inside `shard_map`
+        if not inside_shard_map():
             return f(constants, *args)
         of = lambda x: jax.typeof(x).manual_axis_type.varying
         axes = frozenset().union(*map(of, args))

@@ -16,7 +16,7 @@ from jaxtyping import TypeCheckError
 from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
-from mlra_jax.ops.attention.qk_parts import joined
+from mlra_jax.ops.attention.qk_parts import Joined
 
 
 def by_hand(q, k, v, scale, q_start):
@@ -128,9 +128,7 @@ def test_shapes_and_types_of_the_public_op_are_checked_in_tests():
 @pytest.fixture
 def interpreted_splash(monkeypatch):
     """Splash attention, interpreted."""
-    monkeypatch.setitem(
-        IMPLEMENTATIONS, "splash", joined(functools.partial(splash.causal_attention, interpret=True))
-    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Joined(splash.Splash(interpret=True)))
 
 
 def value_and_grads(name, q_start=0, wrap=lambda f: f):
@@ -220,9 +218,7 @@ def test_splash_names_why_it_declines(monkeypatch):
     attend = functools.partial(causal_attention, scale=0.1, implementation="splash")
     with pytest.raises(NotImplementedError, match="a TPU"):
         attend(*put(*arrays(0, 1, 128, 128, 2, 1, 64, 64)))
-    monkeypatch.setitem(
-        IMPLEMENTATIONS, "splash", joined(functools.partial(splash.causal_attention, interpret=True))
-    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Joined(splash.Splash(interpret=True)))
     for match, sizes, q_start in (
         ("100 queries", (1, 100, 128, 2, 1, 64, 64), 0),
         ("got 64 and 48", (1, 128, 128, 2, 1, 64, 48), 0),

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from jaxtyping import Array, Float, Int
 
 from mlra_jax.ops.attention import reference, xla
-from mlra_jax.ops.attention.qk_parts import Parts, heads_of, joined
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.attention.qk_parts import Joined, Parts, heads_of
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 
-IMPLEMENTATIONS = {
-    "mosaic_gpu": lazily("mlra_jax.ops.attention.mosaic_gpu", "causal_attention"),
-    "tokamax": joined(lazily("mlra_jax.ops.attention.tokamax", "causal_attention")),
-    "cudnn": joined(lazily("mlra_jax.ops.attention.cudnn", "causal_attention")),
-    "splash": joined(lazily("mlra_jax.ops.attention.splash", "causal_attention")),
-    "xla": joined(xla.causal_attention),
-    "reference": joined(reference.causal_attention),
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.attention.mosaic_gpu", "MosaicGPU"),
+    "tokamax": Joined(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax")),
+    "cudnn": Joined(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN")),
+    "splash": Joined(Lazy("mlra_jax.ops.attention.splash", "Splash")),
+    "xla": Joined(Function(xla.causal_attention)),
+    "reference": Joined(Function(reference.causal_attention)),
 }
-"""Best first; each takes what `causal_attention_parts` hands on, or declines."""
+"""In order of preference; each is called with what `causal_attention_parts` is."""
 
 
 def causal_attention(
@@ -28,7 +29,7 @@ def causal_attention(
     *,
     scale: float,
     q_start: Int[Array, ""] | int = 0,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B T N V"]:
     """Causal grouped-query attention of T queries over S keys and values.
 
@@ -75,7 +76,7 @@ def causal_attention_parts(
     *,
     scale: float,
     q_start: Int[Array, ""] | int = 0,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B T L M V"]:
     """Causal attention whose scores are a sum over parts of the key, each with its own queries.
 

@@ -1,12 +1,15 @@
-"""Keys that are a sum of parts, some shared by several heads."""
+"""Keys in parts, some shared by several heads; scores are the sum over parts."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from mlra_jax.ops.back_end import BackEnd
 
 Parts = Sequence[tuple[jax.Array, jax.Array]]
 """Queries [B, T, heads, M, W] with keys [B, S, heads, W]; scores are their sum.
@@ -30,13 +33,28 @@ def join(parts: Parts, v_BSLV: jax.Array | None) -> tuple[jax.Array, jax.Array, 
     return q_BTLMH.reshape(b, t, heads * m, h), k_BSLH, parts[0][1] if v_BSLV is None else v_BSLV
 
 
-def joined(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """An implementation of whole queries, keys and values as one of parts."""
+@dataclasses.dataclass(frozen=True)
+class Joined(BackEnd):
+    """A back end of joined queries, keys and values as one of parts."""
 
-    @functools.wraps(attend)
-    def call(parts: Parts, v: jax.Array | None, *, scale: float, q_start: jax.Array | int) -> jax.Array:
+    back_end: BackEnd
+
+    def __call__(
+        self, parts: Parts, v: jax.Array | None, *, scale: float, q_start: jax.Array | int
+    ) -> jax.Array:
+        """Joins the parts and calls the back end."""
         q, k, values = join(parts, v)
-        out = attend(q, k, values, scale=scale, q_start=q_start)
+        out = self.back_end(q, k, values, scale=scale, q_start=q_start)
         return out.reshape(*out.shape[:2], k.shape[2], -1, out.shape[-1])
 
-    return call
+
+def check_square(q_BTNH: jax.Array, k_BSKH: jax.Array, q_start: jax.Array | int) -> None:
+    """Declines what GPU libraries do not take: other types than half precision, other queries than keys.
+
+    Raises:
+      NotImplementedError: such arguments.
+    """
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"It takes bfloat16 and float16; got {q_BTNH.dtype}.")
+    if not (isinstance(q_start, int | np.integer) and q_start == 0) or q_BTNH.shape[1] != k_BSKH.shape[1]:
+        raise NotImplementedError("It takes as many queries as keys, from position 0 on.")

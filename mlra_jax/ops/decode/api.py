@@ -3,33 +3,34 @@ factored ones (TPA)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.decode import reference, xla
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.decode.reference import Arguments, FactoredArguments
+from mlra_jax.ops.dispatch import Implementation, dispatch
 
 Layout = Literal["token_major", "feature_major"]
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.decode.mosaic_gpu", "decode_attention"),
-    "triton": lazily("mlra_jax.ops.decode.triton", "decode_attention"),
-    "mosaic_tpu": lazily("mlra_jax.ops.decode.mosaic_tpu", "decode_attention"),
-    "xla": xla.decode_attention,
-    "reference": reference.decode_attention,
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU"),
+    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton"),
+    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU"),
+    "xla": Function(xla.decode_attention),
+    "reference": Function(reference.decode_attention),
 }
-"""Back ends of the latent and the grouped op, best first; each takes what `reference.decode_attention` takes, or
-declines."""
+"""Back ends of the latent and the grouped op, in order of preference; all are called with `reference.Arguments`."""
 
-FACTORED_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": xla.factored_decode_attention,
-    "reference": reference.factored_decode_attention,
+FACTORED_IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "xla": Function(xla.factored_decode_attention),
+    "reference": Function(reference.factored_decode_attention),
 }
-"""Back ends of the factored op, best first."""
+"""Back ends of the factored op, in order of preference; all are called with `reference.FactoredArguments`."""
 
 
 def latent_decode_attention(
@@ -43,7 +44,7 @@ def latent_decode_attention(
     rotary: tuple[Float[Array, "B T _"], Float[Array, "B T _"]] | None = None,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T L M C"], Float[Array, "B T L M"]]:
     """Absorbed attention of each latent head over its cache, which serves as key and as value.
 
@@ -92,12 +93,8 @@ def latent_decode_attention(
     parts = [(q_nope, kv_latent)]
     if r:
         parts.append((q_rope, k_rope[:, None]))
-    keywords: dict[str, Any] = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    if r and rotary is not None:
-        keywords["rotary"] = rotary
-    return dispatch(
-        "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, _int32(kv_len), **keywords
-    )
+    args = Arguments(parts, None, _int32(kv_len), scale, rotary if r else None, _int32(page_table), layout)
+    return dispatch("latent_decode_attention", IMPLEMENTATIONS, implementation, args)
 
 
 def grouped_decode_attention(
@@ -109,7 +106,7 @@ def grouped_decode_attention(
     scale: float,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
     """Attention of M query heads for each of K local KV heads over a cache of keys and values.
 
@@ -133,10 +130,8 @@ def grouped_decode_attention(
     b, t, heads, _, h = q.shape
     width = v.shape[-2 if layout == "feature_major" else -1]
     _check_cache(kv_len, page_table, layout, (b, t), k=(k, (heads,), h), v=(v, (heads,), width))
-    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    return dispatch(
-        "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, _int32(kv_len), **keywords
-    )
+    args = Arguments([(q, k)], v, _int32(kv_len), scale, page_table=_int32(page_table), layout=layout)
+    return dispatch("grouped_decode_attention", IMPLEMENTATIONS, implementation, args)
 
 
 def factored_decode_attention(
@@ -150,7 +145,7 @@ def factored_decode_attention(
     scale: float,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
     """Attention of M query heads for each of K local KV heads over a cache of factors of keys and values.
 
@@ -194,17 +189,9 @@ def factored_decode_attention(
         a_v=(a_v, (heads,), r_v),
         b_v=(b_v, (), v_width),
     )
-    factors = (a_k, b_k[:, None], a_v, b_v[:, None])
-    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    return dispatch(
-        "factored_decode_attention",
-        FACTORED_IMPLEMENTATIONS,
-        implementation,
-        q,
-        factors,
-        _int32(kv_len),
-        **keywords,
-    )
+    cached = (a_k, b_k[:, None], a_v, b_v[:, None])
+    args = FactoredArguments(q, cached, _int32(kv_len), scale, _int32(page_table), layout)
+    return dispatch("factored_decode_attention", FACTORED_IMPLEMENTATIONS, implementation, args)
 
 
 def _int32(x: Any) -> Any:

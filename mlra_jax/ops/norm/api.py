@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import jax
 from jaxtyping import Array, Float
 
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 from mlra_jax.ops.norm import reference
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.norm.mosaic_gpu", "add_rms_norm"),
-    "reference": reference.add_rms_norm,
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.norm.mosaic_gpu", "MosaicGPU"),
+    "reference": Function(reference.add_rms_norm),
 }
-"""Back ends, best first."""
+"""Back ends, in order of preference."""
 
 
 def add_rms_norm(
@@ -23,7 +23,7 @@ def add_rms_norm(
     gain: Float[Array, "D"],
     *,
     eps: float,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
     """x + y, and its root-mean-square norm times a gain.
 

@@ -9,7 +9,6 @@ A row's tokens are whole blocks that every query sees, without a mask, and then 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,54 +19,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from mlra_jax.ops.decode.mosaic_tpu.config import LANES, Program
+
 Index = jax.Array | int
 Ref = Any
 """A `jax.Ref` or a view of one."""
 _UNSEEN = -1e38  # below every score; finite, so that differences are
-_TRANSPOSED = 256  # tokens of values turned at a time: a matrix unit's depth
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """All that is known when the kernel is compiled."""
-
-    widths: tuple[tuple[int, int], ...]
-    """Heads and width of each cached array: the parts of the key, then the values if they are not the first part."""
-    parts: int
-    """How many of the arrays are parts of the key."""
-    heads: int
-    """L."""
-    tiles: int
-    """Tiles of query rows of each head."""
-    rows: int
-    """Query rows of a tile."""
-    page_slots: int
-    """Tokens of a page."""
-    row_pages: int
-    """Pages of a row."""
-    block: int
-    """Tokens of a whole block."""
-    step: int
-    """Tokens of one softmax; divides `block`."""
-    tail: int
-    """Tokens of a masked block; divides `block`."""
-    items: int
-    """Rows of the batch that one core attends."""
-    shares: int
-    """Cores that share the tokens of each row."""
-    scale: float
-    static: bool
-    """For the compiler's estimate: every row is full, which is known when compiling, and no block is copied."""
-
-    @property
-    def value_width(self) -> int:
-        """V."""
-        return self.widths[self.parts % len(self.widths)][1]
+_TRANSPOSED = 256  # tokens of values transposed at a time: a matrix unit's depth
 
 
 def kernel(
-    shape: Shape,
+    program: Program,
     longest_ref: Ref,  # SMEM int32 [B]: tokens that some query of the row sees
     shortest_ref: Ref,  # SMEM int32 [B]: tokens that all of them see
     table_ref: Ref,  # SMEM int32 [B * N]: pages
@@ -77,35 +39,33 @@ def kernel(
 ) -> None:
     """Attends one row of the batch, or a share of its tokens; grid: cores, rows of each core.
 
-    `refs` are the cached arrays in HBM, bf16 [P, heads, width, page_slots]; the outputs in VMEM, [1, 1, heads * tiles,
+    `refs` are the cached arrays in HBM, bf16 [P, heads, width, page_size]; the outputs in VMEM, [1, 1, heads * tiles,
     rows, V] and the log-sum-exp float32 [1, 1, heads * tiles, 1, rows]; and the scratch.
     """
-    n = len(shape.widths)
+    shape, config = program.shape, program.config
+    n = len(shape.cached)
     cache, (out_ref, lse_ref) = refs[:n], refs[n : n + 2]
     *buffers, copied, state_ref, top_ref, sum_ref, acc_ref = refs[n + 2 :]
     core, item = pl.program_id(0), pl.program_id(1)
-    row, share = _row(shape, core, item)
-    slot_of_next, has_begun = (
-        0,
-        1,
-    )  # in `state_ref`: the next unit's buffer, and whether its copies have begun
+    row, share = _row(program, core, item)
+    next_buffer, has_begun = 0, 1  # in `state_ref`: the next unit's buffer, and whether its copies have begun
 
     def units(row: Index) -> tuple[Index, Index]:
         """How many whole blocks and tail blocks of a row are this share's."""
-        if shape.static:
-            return shape.page_slots * shape.row_pages // shape.block // shape.shares, 0
-        whole = shortest_ref[row] // shape.block
-        tail = pl.cdiv(longest_ref[row] - whole * shape.block, shape.tail)
-        mine = lambda n: (n - share + shape.shares - 1) // shape.shares
+        if program.static:
+            return shape.capacity // config.block // config.shares, 0
+        whole = shortest_ref[row] // config.block
+        tail = pl.cdiv(longest_ref[row] - whole * config.block, config.tail)
+        mine = lambda n: (n - share + config.shares - 1) // config.shares
         return mine(whole), mine(tail)
 
     def tail_start(row: Index, i: Index) -> Index:
         """First token of this share's i-th tail block."""
-        return shortest_ref[row] // shape.block * shape.block + (share + i * shape.shares) * shape.tail
+        return shortest_ref[row] // config.block * config.block + (share + i * config.shares) * config.tail
 
-    def copies(do: Callable[..., None], row: Index, unit: Index, slot: Index) -> None:
+    def copies(do: Callable[..., None], row: Index, unit: Index, side: Index) -> None:
         """`do` to each copy of a unit to a buffer. A row's units are its whole blocks, then its tail blocks."""
-        if shape.static:
+        if program.static:
             return
         whole, _ = units(row)
 
@@ -113,28 +73,28 @@ def kernel(
             @pl.loop(0, count)
             def chunk(i: jax.Array) -> None:
                 at = start + i * size
-                page = table_ref[row * shape.row_pages + at // shape.page_slots]
-                source = pl.ds(pl.multiple_of(at % shape.page_slots, LANES), size)
+                page = table_ref[row * program.row_pages + at // shape.page_size]
+                source = pl.ds(pl.multiple_of(at % shape.page_size, LANES), size)
                 target = pl.ds(pl.multiple_of(i * size, LANES), size)
                 for array, buffer in zip(cache, buffers, strict=True):
-                    do(array.at[page, :, :, source], buffer.at[slot, :, :, target], copied.at[slot])
+                    do(array.at[page, :, :, source], buffer.at[side, :, :, target], copied.at[side])
 
         @pl.when(unit < whole)
         def copy_whole() -> None:
-            size = math.gcd(shape.block, shape.page_slots)
-            chunks((share + unit * shape.shares) * shape.block, size, shape.block // size)
+            size = math.gcd(config.block, shape.page_size)
+            chunks((share + unit * config.shares) * config.block, size, config.block // size)
 
         @pl.when(unit >= whole)
         def copy_tail() -> None:
-            size = math.gcd(shape.tail, shape.page_slots)
+            size = math.gcd(config.tail, shape.page_size)
             start = tail_start(row, unit - whole)
-            chunks(start, size, pl.cdiv(jnp.minimum(longest_ref[row] - start, shape.tail), size))
+            chunks(start, size, pl.cdiv(jnp.minimum(longest_ref[row] - start, config.tail), size))
 
     start, wait = functools.partial(copies, _start), functools.partial(copies, _wait)
 
     @pl.when(item == 0)
     def reset() -> None:
-        state_ref[slot_of_next] = 0
+        state_ref[next_buffer] = 0
         state_ref[has_begun] = 0
 
     for ref, value in ((top_ref, _UNSEEN), (sum_ref, 0.0), (acc_ref, 0.0)):
@@ -145,56 +105,60 @@ def kernel(
 
     @pl.when((total > 0) & (state_ref[has_begun] == 0))
     def begin() -> None:
-        start(row, 0, state_ref[slot_of_next])
+        start(row, 0, state_ref[next_buffer])
 
     def attend_unit(i: jax.Array, is_tail: bool) -> None:
-        slot = state_ref[slot_of_next]
-        if not shape.static:
+        side = state_ref[next_buffer]
+        if not program.static:
 
             @pl.when(i + 1 < total)
             def fetch_next_of_row() -> None:
-                start(row, i + 1, 1 - slot)
+                start(row, i + 1, 1 - side)
 
             @pl.when(i + 1 == total)
             def fetch_first_of_next_row() -> None:
-                next_row, _ = _row(shape, core, jnp.minimum(item + 1, shape.items - 1))
-                begins = (item + 1 < shape.items) & (sum(units(next_row)) > 0)
+                next_row, _ = _row(program, core, jnp.minimum(item + 1, program.items - 1))
+                begins = (item + 1 < program.items) & (sum(units(next_row)) > 0)
                 state_ref[has_begun] = begins.astype(jnp.int32)
 
                 @pl.when(begins)
                 def fetch() -> None:
-                    start(next_row, 0, 1 - slot)
+                    start(next_row, 0, 1 - side)
 
-            state_ref[slot_of_next] = 1 - slot
-            wait(row, i, slot)
+            state_ref[next_buffer] = 1 - side
+            wait(row, i, side)
 
-        @_loop(shape.heads * shape.tiles)
+        @_loop(shape.heads * program.tiles)
         def attend_tile(h: Index) -> None:
             if is_tail:
                 at = tail_start(row, i - whole)
-                seen = jnp.broadcast_to(seen_ref[0, h % shape.tiles], (LANES, shape.rows)).T[:, :1] - at
-                limits, tokens, step = (seen, longest_ref[row] - at), shape.tail, max(shape.tail // 2, LANES)
+                seen = jnp.broadcast_to(seen_ref[0, h % program.tiles], (LANES, program.rows)).T[:, :1] - at
+                limits, tokens, step = (
+                    (seen, longest_ref[row] - at),
+                    config.tail,
+                    max(config.tail // 2, LANES),
+                )
             else:
-                limits, tokens, step = None, shape.block, shape.step
-            head = h // shape.tiles
+                limits, tokens, step = None, config.block, config.step
+            head = h // program.tiles
             arrays = [
-                buffer.at[slot, head if heads > 1 else 0]
-                for buffer, (heads, _) in zip(buffers, shape.widths, strict=True)
+                buffer.at[side, head if heads > 1 else 0]
+                for buffer, (heads, _) in zip(buffers, shape.cached, strict=True)
             ]
             running = (top_ref.at[h], sum_ref.at[h], acc_ref.at[h])
-            _attend(shape, q_ref[0, h], arrays, limits, tokens, step, *running)
+            _attend(program, q_ref[0, h], arrays, limits, tokens, step, *running)
 
     pl.loop(0, whole)(functools.partial(attend_unit, is_tail=False))
-    if not shape.static:
+    if not program.static:
         pl.loop(whole, total)(functools.partial(attend_unit, is_tail=True))
 
-    @_loop(shape.heads * shape.tiles)
+    @_loop(shape.heads * program.tiles)
     def write(h: Index) -> None:
         weight = sum_ref[h].sum(axis=-1, keepdims=True)
         some = weight > 0
         weight = jnp.where(some, weight, 1.0)
         out_ref[0, 0, h] = jnp.where(some, acc_ref[h] / weight, 0.0).astype(out_ref.dtype)
-        lse = jnp.where(some, top_ref[h] * shape.scale + jnp.log(weight), -jnp.inf)
+        lse = jnp.where(some, top_ref[h] * program.scale + jnp.log(weight), -jnp.inf)
         lse_ref[0, 0, h] = lse.T[:1]
 
 
@@ -211,13 +175,13 @@ def _loop(n: int) -> Callable[[Callable[[Index], None]], None]:
     return (lambda body: body(0)) if n == 1 else pl.loop(0, n)
 
 
-def _row(shape: Shape, core: Index, item: Index) -> tuple[Index, Index]:
+def _row(program: Program, core: Index, item: Index) -> tuple[Index, Index]:
     """The row of the batch that a core attends as its `item`-th, and which share of its tokens."""
-    return (item, core) if shape.shares > 1 else (core * shape.items + item, 0)
+    return (item, core) if program.config.shares > 1 else (core * program.items + item, 0)
 
 
 def _attend(
-    shape: Shape,
+    program: Program,
     q: jax.Array,  # [rows, key width]
     arrays: Sequence[Ref],  # of one head, [width, tokens] each
     limits: tuple[jax.Array, Index] | None,
@@ -234,8 +198,8 @@ def _attend(
 
     `limits`: how many tokens of the block each row sees, [rows, 1], and how many were copied; None: all.
     """
-    keys, values_ref = arrays[: shape.parts], arrays[shape.parts % len(arrays)]
-    factor = shape.scale * math.log2(math.e)
+    keys, values_ref = arrays[: len(program.shape.widths)], arrays[len(program.shape.widths) % len(arrays)]
+    factor = program.scale * math.log2(math.e)
     # Whatever `jax_default_matmul_precision` says: there is but one for bfloat16.
     precision = jax.lax.Precision.DEFAULT
     product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
@@ -251,14 +215,14 @@ def _attend(
 
     def values(at: int) -> jax.Array:
         """[step, V]."""
-        turned = []
+        transposed = []
         for i in range(at, at + step, _TRANSPOSED):
             v = values_ref[:, i : min(i + _TRANSPOSED, at + step)]
             if limits is not None:  # 0 * NaN is NaN: what was never written must not be multiplied
                 token = i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
                 v = jnp.where(token < limits[1], v.astype(jnp.float32), 0.0).astype(v.dtype)
-            turned.append(v.T)
-        return jnp.concatenate(turned, axis=0)
+            transposed.append(v.T)
+        return jnp.concatenate(transposed, axis=0)
 
     top, total, acc = top_ref[...], sum_ref[...], acc_ref[...]
     ahead = scores(0)

@@ -1,4 +1,4 @@
-"""Calls of decode attention that tests, benchmarks and tuning share."""
+"""Argument specifications: calls of decode attention that tests, benchmarks and tuning share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
 from mlra_jax.ops.decode.api import Layout, grouped_decode_attention, latent_decode_attention
-from mlra_jax.ops.rotary import apply_rope
+from mlra_jax.ops.decode.shape import Shape
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class ArgSpec:
     """Sizes of one call of `latent_decode_attention`, or, with a `value` width, of `grouped_decode_attention`."""
 
     lengths: tuple[int, ...]
@@ -35,17 +35,36 @@ class Case:
     """Width of the rotary key that latent heads share (R); 0: none, as in the grouped op."""
     value: int | None = None
     """Width of a value (V); None: the latents are the values."""
-    slots: int | None = None
+    max_len: int | None = None
     """Tokens that the cache has room for in each row; None: those of the longest."""
-    page: int | None = None
-    """Slots of a page; None: a contiguous cache."""
+    page_size: int | None = None
+    """Tokens of a page; None: a contiguous cache."""
     layout: Layout = "token_major"
 
     @property
     def capacity(self) -> int:
-        """Slots of each row, whole pages."""
-        slots = self.slots or max(*self.lengths, 1)
-        return slots if self.page is None else -(-slots // self.page) * self.page
+        """Tokens that a row has room for, whole pages."""
+        max_len = self.max_len or max(*self.lengths, 1)
+        return max_len if self.page_size is None else -(-max_len // self.page_size) * self.page_size
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes by which kernels know the call."""
+        parts = 2 if self.rope and self.value is None else 1
+        pages = 1 if self.page_size is None else self.capacity // self.page_size
+        return Shape(
+            batch=len(self.lengths),
+            q_len=self.q_len,
+            heads=self.heads,
+            heads_per_kv=self.rows,
+            widths=(self.width, self.rope)[:parts],
+            shared=(False, self.heads > 1)[:parts],
+            v_width=self.value or self.width,
+            latent=self.value is None,
+            page_size=self.page_size or self.capacity,
+            pages=len(self.lengths) * pages,
+            row_pages=None if self.page_size is None else pages,
+        )
 
     @property
     def cache_bytes(self) -> int:
@@ -77,124 +96,101 @@ class Call:
         return dataclasses.replace(self, args=jax.tree.map(widen, self.args))
 
 
-def abstract_call(case: Case, dtype: DTypeLike = jnp.bfloat16, *, scale: float | None = None) -> Call:
+def abstract_call(spec: ArgSpec, dtype: DTypeLike = jnp.bfloat16, *, scale: float | None = None) -> Call:
     """The call with shapes for arrays: to compile, to explain, or to fill on the device.
 
     Args:
-      case: sizes.
+      spec: sizes.
       dtype: of queries and cache.
       scale: of the scores; None: 1 / sqrt(width + rope).
     """
-    b, t, heads, m = len(case.lengths), case.q_len, case.heads, case.rows
-    n = 1 if case.page is None else case.capacity // case.page
-    pages, slots = b * n, case.capacity // n
+    b, t, heads, m = len(spec.lengths), spec.q_len, spec.heads, spec.rows
+    n = 1 if spec.page_size is None else spec.capacity // spec.page_size
+    pages, page_size = b * n, spec.capacity // n
 
     def cache(*heads: int, width: int) -> jax.ShapeDtypeStruct:
-        tokens = (slots, width) if case.layout == "token_major" else (width, slots)
+        tokens = (page_size, width) if spec.layout == "token_major" else (width, page_size)
         return jax.ShapeDtypeStruct((pages, *heads, *tokens), dtype)
 
     query = lambda width: jax.ShapeDtypeStruct((b, t, heads, m, width), dtype)
     kv_len = jax.ShapeDtypeStruct((b, t), jnp.int32)
-    page_table = None if case.page is None else jax.ShapeDtypeStruct((b, n), jnp.int32)
-    static = {"scale": (case.width + case.rope) ** -0.5 if scale is None else scale, "layout": case.layout}
+    page_table = None if spec.page_size is None else jax.ShapeDtypeStruct((b, n), jnp.int32)
+    static = {"scale": (spec.width + spec.rope) ** -0.5 if scale is None else scale, "layout": spec.layout}
     arrays: tuple[jax.ShapeDtypeStruct, ...]
-    if case.value is None:
-        arrays = query(case.width), query(case.rope), cache(heads, width=case.width), cache(width=case.rope)
+    if spec.value is None:
+        arrays = query(spec.width), query(spec.rope), cache(heads, width=spec.width), cache(width=spec.rope)
         return Call(latent_decode_attention, (*arrays, kv_len, page_table), static)
-    arrays = query(case.width), cache(heads, width=case.width), cache(heads, width=case.value)
+    arrays = query(spec.width), cache(heads, width=spec.width), cache(heads, width=spec.value)
     return Call(grouped_decode_attention, (*arrays, kv_len, page_table), static)
 
 
-def make_case(
-    case: Case,
+def make_call(
+    spec: ArgSpec,
     seed: int = 0,
     dtype: DTypeLike = jnp.bfloat16,
     *,
     scale: float | None = None,
     kv_len: ArrayLike | None = None,
 ) -> Call:
-    """The call with normally distributed queries and cache, NaN in each slot that no query sees.
+    """The call with normally distributed queries and cache, NaN for every token that no query sees.
 
     The pages of a paged cache are in random order; the entries of the table past a row's end are out of range.
 
     Args:
-      case: sizes.
+      spec: sizes.
       seed: of the random numbers.
       dtype: see `abstract_call`.
       scale: see `abstract_call`.
-      kv_len: what each query sees, any integers [B, T], in place of what the case's lengths say.
+      kv_len: what each query sees, any integers [B, T], in place of what the spec's lengths say.
     """
-    call = abstract_call(case, dtype, scale=scale)
+    call = abstract_call(spec, dtype, scale=scale)
     *arrays, _, page_table = call.args
     rng = np.random.default_rng(seed)
     if kv_len is None:
-        earlier = np.arange(case.q_len - 1, -1, -1)
-        kv_len = np.maximum(np.array(case.lengths)[:, None] - earlier, 0)
+        earlier = np.arange(spec.q_len - 1, -1, -1)
+        kv_len = np.maximum(np.array(spec.lengths)[:, None] - earlier, 0)
     kv_len = np.asarray(kv_len, np.int32)
-    lengths = np.clip(kv_len.max(axis=1), 0, case.capacity)
+    lengths = np.clip(kv_len.max(axis=1), 0, spec.capacity)
     table = np.arange(len(lengths), dtype=np.int32)[:, None]  # a contiguous cache has one page for each row
-    seen = np.arange(case.capacity) < lengths[:, None]
+    seen = np.arange(spec.capacity) < lengths[:, None]
     if page_table is not None:
         table = rng.permutation(page_table.size).astype(np.int32).reshape(page_table.shape)
-    pages, slots = table.size, case.capacity // table.shape[1]
-    seen_in_page = np.empty((pages, slots), bool)
-    seen_in_page[table.reshape(-1)] = seen.reshape(pages, slots)
+    pages, page_size = table.size, spec.capacity // table.shape[1]
+    seen_in_page = np.empty((pages, page_size), bool)
+    seen_in_page[table.reshape(-1)] = seen.reshape(pages, page_size)
 
     filled = []
     for x in arrays:
         values = rng.standard_normal(x.shape, np.float32)
         if x.ndim < 5:  # the cache
-            last_two = (slots, 1) if case.layout == "token_major" else (1, slots)
+            last_two = (page_size, 1) if spec.layout == "token_major" else (1, page_size)
             visible = seen_in_page.reshape(pages, *(1,) * (x.ndim - 3), *last_two)
             values = np.where(visible, values, np.nan)
         filled.append(jnp.asarray(values, x.dtype))
     filled.append(jnp.asarray(kv_len))
     if page_table is not None:
-        past_the_end = np.arange(table.shape[1]) * slots >= lengths[:, None]
+        past_the_end = np.arange(table.shape[1]) * page_size >= lengths[:, None]
         table[past_the_end] = rng.choice([-1, pages, 2**30], past_the_end.sum())
     return Call(call.op, (*filled, None if page_table is None else jnp.asarray(table)), call.static)
 
 
-def abridge(call: Call, branches: int) -> tuple[Call, Call]:
-    """A latent call whose rotary queries are shared by so many heads, wider than the keys and not yet rotated.
-
-    Args:
-      call: made by `make_case`; its number of heads is a multiple of `branches`.
-      branches: heads that share rotary queries.
-
-    Returns:
-      The call, and the same with those queries rotated and written out for every head.
-    """
-    q_nope, q_rope, *rest = call.args
-    b, t, heads, _, r = q_rope.shape
-    shared = q_rope[:, :, : heads // branches]
-    angles = jnp.arange(b * t * (r // 2), dtype=jnp.float32).reshape(b, t, r // 2)
-    rotary = jnp.cos(angles), jnp.sin(angles)
-    wide = jnp.concatenate([jnp.full((*shared.shape[:-1], 8), jnp.nan, shared.dtype), shared], axis=-1)
-    turned = jnp.tile(apply_rope(shared, *(x[:, :, None, None] for x in rotary)), (1, 1, branches, 1, 1))
-    return (
-        Call(call.op, (q_nope, wide, *rest), {**call.static, "rotary": rotary}),
-        dataclasses.replace(call, args=(q_nope, turned, *rest)),
-    )
-
-
 _K = 1024
 
-SHARES: Mapping[str, Case] = MappingProxyType(
+SHARES: Mapping[str, ArgSpec] = MappingProxyType(
     {
-        "mlra_4": Case(()),  # one latent head: what one of four devices holds
-        "mlra_4 all heads": Case((), heads=4),
-        "mla": Case((), width=512),
-        "gla_2": Case((), rows=32, width=256),  # one of two devices
-        "gqa": Case((), rows=8, rope=0, value=128),  # one KV head
+        "mlra_4": ArgSpec(()),  # one latent head: what one of four devices holds
+        "mlra_4 all heads": ArgSpec((), heads=4),
+        "mla": ArgSpec((), width=512),
+        "gla_2": ArgSpec((), rows=32, width=256),  # one of two devices
+        "gqa": ArgSpec((), rows=8, rope=0, value=128),  # one KV head
     }
 )
 """What one device holds in the 2.9 B models of the paper with 64 query heads, for rows of no length yet."""
 
-BENCHMARKS: Mapping[str, Case] = MappingProxyType(
+BENCHMARKS: Mapping[str, ArgSpec] = MappingProxyType(
     {
-        f"{variant} {batch}x{size}": dataclasses.replace(case, lengths=(tokens,) * batch)
-        for variant, case in SHARES.items()
+        f"{variant} {batch}x{size}": dataclasses.replace(spec, lengths=(tokens,) * batch)
+        for variant, spec in SHARES.items()
         for batch, size, tokens in (
             (1, "128K", 128 * _K),
             (1, "256K", 256 * _K),
@@ -211,27 +207,29 @@ BENCHMARKS: Mapping[str, Case] = MappingProxyType(
 )
 """`SHARES` at the sizes that are measured and tuned: `VARIANT BATCHxTOKENS`."""
 
-EDGES: Mapping[str, Case] = MappingProxyType(
+EDGES: Mapping[str, ArgSpec] = MappingProxyType(
     {
-        "nothing": Case((0, 0), slots=70, rows=16),
-        "tiny": Case((1, 2, 0, 17), rows=16),
-        "ragged": Case((300, 1, 0, 129), rows=16, slots=320),
-        "off by one": Case((63, 64, 65, 127, 128, 129), rows=16, slots=192),
-        "several latents": Case((100, 257), heads=4, rows=16, width=64, rope=32),
-        "no rope": Case((70, 200), heads=2, rows=32, rope=0),
-        "wide": Case((65, 130), rows=16, width=512),
-        "half wide": Case((130, 64), rows=32, width=256),
-        "odd rows": Case((65, 130), heads=2, rows=3),
-        "one row": Case((65, 130), rows=1, width=64),
-        "many rows": Case((130, 200), rows=96),
-        "causal": Case((1, 3, 0, 129), q_len=4, rows=8),
-        "eight causal queries": Case((5, 64, 200), q_len=8, heads=2, rows=16, width=64),
-        "pages": Case((63, 64, 0, 300), rows=16, page=64),
-        "long pages": Case((127, 257, 1), q_len=2, heads=2, rows=16, page=128),
-        "one page": Case((100,), rows=16, width=64, page=128),
-        "grouped": Case((129, 0, 300), heads=2, rows=8, rope=0, value=128),
-        "grouped, other value width": Case((64, 100), q_len=3, heads=3, rows=4, width=64, rope=0, value=128),
-        "grouped, pages": Case((64, 200, 1), heads=2, rows=8, rope=0, value=64, page=64),
+        "nothing": ArgSpec((0, 0), max_len=70, rows=16),
+        "tiny": ArgSpec((1, 2, 0, 17), rows=16),
+        "ragged": ArgSpec((300, 1, 0, 129), rows=16, max_len=320),
+        "off by one": ArgSpec((63, 64, 65, 127, 128, 129), rows=16, max_len=192),
+        "several latents": ArgSpec((100, 257), heads=4, rows=16, width=64, rope=32),
+        "no rope": ArgSpec((70, 200), heads=2, rows=32, rope=0),
+        "wide": ArgSpec((65, 130), rows=16, width=512),
+        "half wide": ArgSpec((130, 64), rows=32, width=256),
+        "odd rows": ArgSpec((65, 130), heads=2, rows=3),
+        "one row": ArgSpec((65, 130), rows=1, width=64),
+        "many rows": ArgSpec((130, 200), rows=96),
+        "causal": ArgSpec((1, 3, 0, 129), q_len=4, rows=8),
+        "eight causal queries": ArgSpec((5, 64, 200), q_len=8, heads=2, rows=16, width=64),
+        "pages": ArgSpec((63, 64, 0, 300), rows=16, page_size=64),
+        "long pages": ArgSpec((127, 257, 1), q_len=2, heads=2, rows=16, page_size=128),
+        "one page": ArgSpec((100,), rows=16, width=64, page_size=128),
+        "grouped": ArgSpec((129, 0, 300), heads=2, rows=8, rope=0, value=128),
+        "grouped, other value width": ArgSpec(
+            (64, 100), q_len=3, heads=3, rows=4, width=64, rope=0, value=128
+        ),
+        "grouped, pages": ArgSpec((64, 200, 1), heads=2, rows=8, rope=0, value=64, page_size=64),
     }
 )
 """Small calls at the limits of blocks, pages, tiles and lengths, for tests."""
