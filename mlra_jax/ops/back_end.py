@@ -119,7 +119,7 @@ class Kernel(BackEnd, Generic[S, C]):
 
     def tuned(self, shape: S) -> C | None:
         """The tiling that was measured to be fastest on this kind of device; None: the tables hold none."""
-        if self.tuned_tables is None or self.interpret:
+        if self.tuned_tables is None or self.config_type is None or self.interpret:
             return None
         return tuning.find(
             self.tuned_tables,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
@@ -111,7 +112,7 @@ def run_roles(producer: Callable[[], None], consumer: Callable[[int], None], con
     wg = lax.axis_index("wg")
     pl.when(wg == consumers)(producer)
     for me in range(consumers):
-        pl.when(wg == me)(lambda me=me: consumer(me))
+        pl.when(wg == me)(functools.partial(consumer, me))
 
 
 def wait_until_free(n: jax.Array, stages: int, free: Any) -> jax.Array:

@@ -40,8 +40,8 @@ def append(
       cache_position: where in the row each token goes. A token whose position is less than 0, or S or more, is dropped;
         no two others of a row may go to the same position.
       layout: of the array.
-      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
-        several of `TOKENS`.
+      implementation: a name in `TOKENS`, or a back end, or several to be tried in order; None: the first that takes
+        the call.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
@@ -88,7 +88,7 @@ def normalize_and_append(
       kv_scale: multiplies the normalised latents.
       frequencies: of the rotation.
       layout: of the cache, see `append`.
-      implementation: see `append`; of `LATENTS`.
+      implementation: see `append`; the names are those in `LATENTS`.
 
     Returns:
       The normalised, scaled queries in the type of `a`, and the two caches.

@@ -1,4 +1,4 @@
-"""The public ops: causal attention of whole sequences, grouped heads, keys in parts, values narrower than keys."""
+"""The public ops: causal attention over whole sequences, with grouped heads, or with keys in parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMPLEMENTATIONS: Mapping[str, BackEnd] = {
     "xla": Joined(Function(xla.causal_attention)),
     "reference": Joined(Function(reference.causal_attention)),
 }
-"""In order of preference; each is called with what `causal_attention_parts` is."""
+"""Back ends, in order of preference; each takes the arguments of `causal_attention_parts`."""
 
 
 def causal_attention(
@@ -43,7 +43,8 @@ def causal_attention(
       v: values.
       scale: multiplies the scores (the paper: 1/sqrt(H) of the expanded form).
       q_start: position of the first query, not negative; q_start + T less than 2**31.
-      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call.
 
     Returns:
       The attention output in the type of `q`.
@@ -80,8 +81,8 @@ def causal_attention_parts(
 ) -> Float[Array, "B T L M V"]:
     """Causal attention whose scores are a sum over parts of the key, each with its own queries.
 
-    So a rotary key that all heads share, or queries that all latent heads share, are given once; and values that are
-    part of the key, as latents are, not again.
+    A rotary key that all heads share, or queries that all latent heads share, are passed only once, and values that
+    are a part of the key, as latents are, not again.
 
     Args:
       parts: pairs of queries [B, T, heads, M, W] and keys [B, S, heads, W]. Of L heads, head l reads entry l mod

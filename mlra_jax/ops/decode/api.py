@@ -51,25 +51,25 @@ def latent_decode_attention(
     Scores are `scale * (q_nope . kv_latent + q_rope . k_rope)`; the output is the weighted sum of the latents
     (docs/architecture.md; paper, section 3, with W_UK moved to the query).
 
-    A cache is P pages of S tokens. Without a `page_table`, page b holds row b's tokens (P = B): a contiguous cache.
+    A cache is P pages of S tokens. Without a `page_table` it is contiguous: page b holds row b's tokens (P = B).
 
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
-      q_rope: rotary queries of the same rows, for G = L heads or, where heads share them, a divisor of that: head l
-        reads entry l mod G. E = R, which may be 0, or with `rotary` any more: the last R features count.
-      kv_latent: cached latents [P, L, S, C]. Slots that no query of the row sees may hold anything, NaN too.
+      q_rope: rotary queries of the same rows. G is L, or a divisor of L if heads share queries: head l reads entry
+        l mod G. E is R, which may be 0; with `rotary` E may be larger, and the last R features are read.
+      kv_latent: cached latents [P, L, S, C]. Positions that no query of the row sees may hold anything, even NaN.
       k_rope: cached rotary keys [P, S, R], shared by all latent heads.
-      kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. Any
-        integers, in any order: a query of 0 or less sees none, one of more than its row has room for (S, or N * S in
-        pages) sees all.
+      kv_len: how many of the leading tokens each query sees, which expresses causal masks and ragged batches. Any
+        integers in any order: with 0 or less a query sees nothing, with more than its row has room for (S tokens, or
+        N * S with pages) it sees everything.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
-      rotary: cosines and sines [B, T, R/2] by which `q_rope` is rotated first (`mlra_jax.ops.rotary.apply_rope`);
-        None: it has been.
-      page_table: token i of row b lies in slot i % S of page `page_table[b, i // S]`; entries past the last token that
-        a query of the row sees may hold anything.
+      rotary: cosines and sines [B, T, R/2] with which to rotate `q_rope` (`mlra_jax.ops.rotary.apply_rope`); None:
+        it is rotated already.
+      page_table: token i of row b is at position i % S of page `page_table[b, i // S]`; entries past the last token
+        that a query of the row sees may hold anything.
       layout: `token_major`, as above, or `feature_major`: kv_latent [P, L, C, S] and k_rope [P, R, S].
-      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
-        several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call (`mlra_jax.explain` says which, and why).
 
     Returns:
       Output in the type of `q_nope`, zeros where nothing is seen, and the float32 log-sum-exp, -inf there.
@@ -112,7 +112,7 @@ def grouped_decode_attention(
 
     Args:
       q: queries.
-      k: cached keys [P, K, S, H]. Slots that no query of the row sees may hold anything, NaN too.
+      k: cached keys [P, K, S, H]. Positions that no query of the row sees may hold anything, even NaN.
       v: cached values [P, K, S, V].
       kv_len: how many of the leading tokens each query sees; see `latent_decode_attention`.
       scale: multiplies the scores.
@@ -155,7 +155,7 @@ def factored_decode_attention(
 
     Args:
       q: queries.
-      a_k: cached factors of the keys by head [P, K, S, r]. Slots that no query of the row sees may hold anything.
+      a_k: cached factors of the keys by head [P, K, S, r]. Positions that no query of the row sees may hold anything.
       b_k: cached factors of the keys that all heads share, [P, S, r * H], product by product.
       a_v: the same of the values [P, K, S, r'].
       b_v: [P, S, r' * V].
@@ -195,7 +195,7 @@ def factored_decode_attention(
 
 
 def _int32(x: Any) -> Any:
-    """The type that kernels read and can limit: 300 tokens are no number of 8 bits."""
+    """The type that kernels read, and in which lengths can be clipped: 300 does not fit int8."""
     return None if x is None else jnp.asarray(x, jnp.int32)
 
 
@@ -221,6 +221,6 @@ def _check_cache(
     first = next(iter(arrays.values()))[0].shape
     pages = rows[0] if page_table is None else first[0]
     feature_major = layout == "feature_major"
-    slots = first[-1] if feature_major else first[-2]
+    page_size = first[-1] if feature_major else first[-2]
     for name, (x, heads, width) in arrays.items():
-        _check(x, name, (pages, *heads, *((width, slots) if feature_major else (slots, width))))
+        _check(x, name, (pages, *heads, *((width, page_size) if feature_major else (page_size, width))))

@@ -19,10 +19,10 @@ from mlra_jax.ops.decode.shape import Shape
 
 @dataclasses.dataclass(frozen=True)
 class ArgSpec:
-    """Sizes of one call of `latent_decode_attention`, or, with a `value` width, of `grouped_decode_attention`."""
+    """Sizes of a call of `latent_decode_attention` or, if a `value` width is given, of `grouped_decode_attention`."""
 
     lengths: tuple[int, ...]
-    """Tokens of each row. Its last query sees them all and each earlier query one less; none when there are none."""
+    """Cached tokens of each row. The last query sees them all, each earlier query one less."""
     q_len: int = 1
     """Queries of each row (T)."""
     heads: int = 1
@@ -68,7 +68,7 @@ class ArgSpec:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of bfloat16 cache that the queries see, each once: the least that a call must read."""
+        """Bytes of bfloat16 cache that the queries see, the least that a call must read."""
         width = self.heads * self.width + self.rope
         if self.value is not None:
             width = self.heads * (self.width + self.value)
@@ -77,13 +77,13 @@ class ArgSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """An op and its arguments; calling it, with more keywords or not, runs the op."""
+    """An op and its arguments; calling it runs the op."""
 
     op: Callable[..., tuple[jax.Array, jax.Array]]
     args: tuple[Any, ...]
     """Arrays, or their `jax.ShapeDtypeStruct`s, in the op's order; last the page table, or None."""
     static: Mapping[str, Any]
-    """Keywords that are no arrays."""
+    """Keywords that are not arrays."""
 
     def __call__(self, *args: Any, **keywords: Any) -> tuple[jax.Array, jax.Array]:
         """Runs the op on its own arguments, or on `args` in their place."""
@@ -91,7 +91,7 @@ class Call:
         return self.op(*arrays, page_table=page_table, **self.static, **keywords)
 
     def in_float32(self) -> Call:
-        """The same call, its queries and cache widened: what the reference takes to say what is exact."""
+        """The same call in float32, for exact results of the reference."""
         widen = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
         return dataclasses.replace(self, args=jax.tree.map(widen, self.args))
 
@@ -185,7 +185,7 @@ SHARES: Mapping[str, ArgSpec] = MappingProxyType(
         "gqa": ArgSpec((), rows=8, rope=0, value=128),  # one KV head
     }
 )
-"""What one device holds in the 2.9 B models of the paper with 64 query heads, for rows of no length yet."""
+"""What one device holds of the paper's 2.9 B models with 64 query heads; lengths are to be filled in."""
 
 BENCHMARKS: Mapping[str, ArgSpec] = MappingProxyType(
     {

@@ -1,4 +1,4 @@
-"""The public op."""
+"""The public op: add to the residual stream and normalise the sum."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def add_rms_norm(
 
     Args:
       x: float32, the residual stream.
-      y: what is added.
+      y: the output of a block, to be added.
       gain: of the norm.
       eps: added to the mean square.
-      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call.
 
     Returns:
       The sum in float32, and its norm in the type of `y`; statistics and the product with the gain are float32.

@@ -1,4 +1,4 @@
-"""The residual sum with its norm on Hopper GPUs, and their gradients: a Pallas Mosaic GPU kernel each."""
+"""The residual sum with its norm on Hopper GPUs, and their gradients: one Pallas Mosaic GPU kernel for each."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from mlra_jax.ops.remat import RESIDUAL
 from mlra_jax.ops.shard_map_utils import unchecked
 
 MAX_WIDTH = 8192
-"""A thread has its elements of a row in registers."""
+"""Longest row: a thread keeps its elements of a row in registers."""
 FORWARD, BACKWARD = 6, 3
-"""Programs that a processor has room for, by their registers; they divide the rows."""
+"""Programs that a processor has registers for; the rows are divided among all programs."""
 
 
 def _read(ref: Any) -> jax.Array:
@@ -28,7 +28,7 @@ def _read(ref: Any) -> jax.Array:
 
 
 def _rows(n: int, programs: int, one: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """Carries what `one` of a row's number and a carry returns over this program's rows of n."""
+    """Folds `one(row, carry)` over those of n rows that are this program's."""
     program = lax.axis_index("program")
     step = lambda i, carry: one(program + i * programs, carry)
     return lax.fori_loop(0, lax.div(n - 1 - program, programs) + 1, step, carry)

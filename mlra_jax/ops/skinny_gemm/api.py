@@ -47,8 +47,8 @@ def skinny_gemm(
       x: rows.
       w: in the type of `x`; K is the last axis, so that each row of `w` is contiguous.
       dtype: of the result; None: that of `x`.
-      implementation: None (as `choose` says, or the first that takes the arguments), or one name or several of
-        `SKINNY_GEMM`.
+      implementation: a name in `SKINNY_GEMM`, or a back end, or several to be tried in order; None: as `choose` says,
+        or the first that takes the call.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
@@ -68,8 +68,7 @@ def swiglu(
     Args:
       x: rows.
       w: matrices of gate and up, in the type of `x`; see `skinny_gemm`.
-      implementation: None (as `choose` says, or the first that takes the arguments), or one name or several of
-        `SWIGLU`.
+      implementation: see `skinny_gemm`; the names are those in `SWIGLU`.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.

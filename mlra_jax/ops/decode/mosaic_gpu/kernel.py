@@ -458,7 +458,7 @@ def attend(
     inputs = _inputs(parts, v, kv_len, page_table, rotary, shape, config, q_rows)
     part_width = max(shape.v_width, 128)  # a merging warpgroup has an element for each of its threads
     results = b if whole else config.n_splits + b  # shares leave partial ones, see `make_table`
-    out_shape = (b, groups, q_rows if staged else all_rows, branches, shape.v_width)
+    out_shape: tuple[int, ...] = (b, groups, q_rows if staged else all_rows, branches, shape.v_width)
     if not whole:
         out_shape = (results, heads, all_rows, part_width)
     row_groups, consumers = config.row_groups, config.row_groups * value_groups(shape)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mlra_jax.ops import device
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.mosaic_tpu.config import LANES, Config, Program
-from mlra_jax.ops.decode.mosaic_tpu.kernel import Ref, kernel
+from mlra_jax.ops.decode.mosaic_tpu.kernel import kernel
 from mlra_jax.ops.decode.reference import Arguments
 from mlra_jax.ops.decode.shape import Shape
 from mlra_jax.ops.decode.xla import merge
@@ -119,7 +119,7 @@ def _call(
     def of_row(*block: int, outputs: bool = False) -> pl.BlockSpec:
         zeros = (0,) * len(block)
 
-        def index(core: jax.Array, item: jax.Array, *_: Ref) -> tuple[jax.Array | int, ...]:
+        def index(core: jax.Array, item: jax.Array, *_: Any) -> tuple[jax.Array | int, ...]:
             row = item if shares > 1 else core * program.items + item
             share = core if shares > 1 else 0
             return (share, row, *zeros) if outputs else (row, *zeros)
