@@ -26,7 +26,7 @@ import numpy as np
 from benchmarks.decode_attention import Setting
 from benchmarks.measure import measure, rotation, together
 from mlra_jax.ops.skinny_gemm import skinny_gemm, swiglu
-from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU, MosaicGPUSwiGLU
+from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU
 from mlra_jax.ops.skinny_gemm.mosaic_gpu.config import Shape
 from mlra_jax.ops.tuning import slug
 
@@ -67,7 +67,7 @@ def by_kernel(
 ) -> jax.Array:
     """The kernel with a given tiling."""
     if gated:
-        return swiglu(x, w, implementation=MosaicGPUSwiGLU(config, interpret))
+        return swiglu(x, w, implementation=MosaicGPU(config, interpret))
     return skinny_gemm(x, w, dtype=dtype, implementation=MosaicGPU(config, interpret))
 
 

@@ -36,7 +36,7 @@ from benchmarks.decode_attention import (
     select,
 )
 from benchmarks.measure import measure
-from mlra_jax.ops import device, hopper
+from mlra_jax.ops import hopper
 from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, triton
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
@@ -89,7 +89,7 @@ class MosaicGPUSpace(Space):
 
     def changes(self, config: mosaic_gpu.Config) -> list[list[mosaic_gpu.Config]]:
         """See `Space.changes`."""
-        shape, processors = self.shape, self.kernel().processors()
+        shape, processors = self.shape, self.kernel().target()
         change = functools.partial(dataclasses.replace, config)
         tiles = lambda row_groups: shape.heads * -(-shape.rows // (hopper.ROWS * row_groups))
         one_each = lambda row_groups: max(1, processors // tiles(row_groups))
@@ -113,7 +113,7 @@ class TritonSpace(Space):
 
     def fits(self, config: triton.Config) -> bool:
         """See `Space.fits`."""
-        return config.fits(self.shape, device.require_ampere()[1])
+        return config.fits(self.shape, self.kernel().target())
 
     def changes(self, config: triton.Config) -> list[list[triton.Config]]:
         """See `Space.changes`."""
@@ -140,7 +140,7 @@ class MosaicTPUSpace(Space):
 
     def fits(self, config: mosaic_tpu.Config) -> bool:
         """See `Space.fits`."""
-        return config.fits(self.shape, device.tpu_info())
+        return config.fits(self.shape, self.kernel().target())
 
     def changes(self, config: mosaic_tpu.Config) -> list[list[mosaic_tpu.Config]]:
         """See `Space.changes`."""

@@ -92,8 +92,8 @@ class Kernel(BackEnd, Generic[S, C]):
 
     name: ClassVar[str]
     """What `implementation` and tuned tables call it."""
-    config_type: ClassVar[Callable[..., Any] | None] = None
-    """Its tiling, a frozen dataclass of integers; None: there is nothing to choose."""
+    config_type: ClassVar[Any] = None
+    """The class of its tiling, a frozen dataclass of integers with `heuristic` and `fits`; None: there is no choice."""
     tuned_tables: ClassVar[pathlib.Path | None] = None
     """The folder of tuned tables (`mlra_jax.ops.tuning`); None: it has none."""
 
@@ -105,17 +105,25 @@ class Kernel(BackEnd, Generic[S, C]):
         """
         raise NotImplementedError
 
-    def heuristic(self, shape: S) -> C | None:
-        """A tiling that fits the device."""
+    def target(self) -> Any:
+        """What tilings must know of the device that is compiled for.
+
+        Raises:
+          NotImplementedError: it is none that the kernel runs on.
+        """
         return None
+
+    def heuristic(self, shape: S) -> Any:
+        """A tiling that fits the device: what `heuristic` of the tiling's class says."""
+        return None if self.config_type is None else self.config_type.heuristic(shape, self.target())
 
     def tuning_key(self, shape: S) -> Mapping[str, Any]:
         """The sizes by which tuned tables know a call."""
         raise NotImplementedError
 
-    def adapt(self, config: C, measured: Mapping[str, Any], shape: S) -> C | None:
+    def adapt(self, config: Any, measured: Mapping[str, Any], shape: S) -> C | None:
         """What this call can run of a tiling that was measured with other sizes; None: nothing."""
-        return config
+        return config if config.fits(shape, self.target()) else None
 
     def tuned(self, shape: S) -> C | None:
         """The tiling that was measured to be fastest on this kind of device; None: the tables hold none."""
@@ -130,11 +138,11 @@ class Kernel(BackEnd, Generic[S, C]):
             adapt=lambda config, measured: self.adapt(config, measured, shape),
         )
 
-    def tiling(self, shape: S) -> C | None:
+    def tiling(self, shape: S) -> Any:
         """The tiling of a call: the one given, or else the tuned one, or else the heuristic's."""
         return self.config or self.tuned(shape) or self.heuristic(shape)
 
-    def run(self, shape: S, config: C | None, *args: Any, **kwargs: Any) -> Any:
+    def run(self, shape: S, config: C, *args: Any, **kwargs: Any) -> Any:
         """Computes the op for a call that `check` has passed."""
         raise NotImplementedError
 

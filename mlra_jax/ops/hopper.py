@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class HopperKernel(Kernel[S, C]):
 
     name: ClassVar[str] = "mosaic_gpu"
 
-    def processors(self) -> int:
+    def target(self) -> int:
         """Streaming multiprocessors of the GPU that is compiled for; an H100's where a kernel is interpreted.
 
         Raises:
@@ -58,6 +59,16 @@ class HopperKernel(Kernel[S, C]):
                 f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
             )
         return processors
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Generic[S, C]):
+    """What an attention kernel is compiled for."""
+
+    shape: S
+    config: C
+    scale: float
+    interpret: Any
 
 
 def find_processors(kind: str) -> int | None:

@@ -30,9 +30,10 @@ from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops import device
 from mlra_jax.ops.back_end import Kernel
 from mlra_jax.ops.decode import mosaic_gpu, xla
-from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call, make_call
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
 from mlra_jax.ops.decode.shape import Shape
 from mlra_jax.ops.tuning import read_table
+from tests.ops.common import make_call
 
 TINY = "tiny 2x256"
 H100 = "NVIDIA H100 80GB HBM3"

@@ -17,8 +17,8 @@ from mlra_jax.ops.decode import (
     latent_decode_attention,
     xla,
 )
-from mlra_jax.ops.decode.arg_specs import BENCHMARKS, EDGES, ArgSpec, abstract_call, make_call
-from tests.ops.common import kv_lens, share_queries
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
+from tests.ops.common import EDGES, kv_lens, make_call, share_queries
 
 EVERYWHERE = ("reference", "xla")
 

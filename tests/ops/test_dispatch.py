@@ -16,10 +16,11 @@ import pytest
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.back_end import Function, Kernel
 from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
-from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call, make_call
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
 from mlra_jax.ops.dispatch import choose, dispatch, explain
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm
+from tests.ops.common import make_call
 
 
 def declines(x, *, limit):

@@ -20,17 +20,20 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops import hopper
-from mlra_jax.ops.decode.arg_specs import BENCHMARKS, EDGES, ArgSpec, abstract_call, make_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_gpu import Config, MosaicGPU, kernel, merge
 from mlra_jax.ops.decode.mosaic_gpu.schedule import make_table
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES, decode_rules
 from tests.ops.common import (
+    EDGES,
     H100,
     assert_no_races,
     compiles,
+    in_float32,
     interpreter,
     kv_lens,
+    make_call,
     newer_jax,
     on_hopper,
     share_queries,
@@ -129,7 +132,7 @@ def test_shares_cover_every_block_once_and_hold_no_more_than_equal_ones_would(le
 
 
 def as_exact_as_bfloat16(call, out, lse, atol=1e-4):
-    wide = call.in_float32()
+    wide = in_float32(call)
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     assert not np.isnan(np.asarray(out, np.float32)).any()

@@ -17,9 +17,9 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.ops.decode.arg_specs import BENCHMARKS, EDGES, ArgSpec, abstract_call, make_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_tpu import Config, MosaicTPU, kernel
-from tests.ops.common import kv_lens
+from tests.ops.common import EDGES, kv_lens, make_call
 
 ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)

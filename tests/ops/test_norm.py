@@ -33,7 +33,7 @@ def test_the_reference_adds_and_normalises_in_float32():
 @newer_jax
 @pytest.mark.parametrize("rows", [(2, 1), (2, 5)])
 def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
-    monkeypatch.setattr(MosaicGPU, "processors", lambda _: 1)  # programs have several rows
+    monkeypatch.setattr(MosaicGPU, "target", lambda _: 1)  # programs have several rows
     kernels = MosaicGPU(interpret=None if jax.default_backend() == "gpu" else interpreter())
     args = arguments(rows)
     keys = jax.random.split(jax.random.key(1), 2)

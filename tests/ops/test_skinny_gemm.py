@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.ops.skinny_gemm import api, skinny_gemm, swiglu
-from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU, MosaicGPUSwiGLU, back_end, kernel
+from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU, back_end, kernel
 from mlra_jax.ops.skinny_gemm.mosaic_gpu.config import Shape
 from tests.ops.common import (
     H100,
@@ -146,7 +146,7 @@ def interpreted(config, races=False, dtype=jnp.bfloat16):
 
     def run(x, w):
         if w.ndim == 3:
-            return swiglu(x, w, implementation=MosaicGPUSwiGLU(**options))
+            return swiglu(x, w, implementation=MosaicGPU(**options))
         return skinny_gemm(x, w, dtype=dtype, implementation=MosaicGPU(**options))
 
     return run

@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.execution.topologies import gpu_devices
-from mlra_jax.ops.decode.arg_specs import BENCHMARKS, EDGES, ArgSpec, abstract_call, make_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.triton import Config, Triton
 from mlra_jax.ops.dispatch import explain
-from tests.ops.common import A100, H100, L4, T4
+from tests.ops.common import A100, EDGES, H100, L4, T4, in_float32, make_call
 
 installed = lambda *names: all(importlib.util.find_spec(name) for name in names)
 
@@ -312,7 +312,7 @@ def check(call, config=None):
     """As close to float32 as rounding to bfloat16 allows; the same bits again."""
     run = jax.jit(functools.partial(call, implementation=Triton(config=config)))
     out, lse = run(*call.args)
-    wide = call.in_float32()
+    wide = in_float32(call)
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     np.testing.assert_allclose(

@@ -10,10 +10,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, triton
-from mlra_jax.ops.decode.arg_specs import ArgSpec, make_call
+from mlra_jax.ops.decode.arg_specs import ArgSpec
 from mlra_jax.ops.decode.back_end import TUNED, DecodeKernel
 from mlra_jax.ops.tuning import Entry, find, read_table, table_path, update, write_table
-from tests.ops.common import H100, newer_jax
+from tests.ops.common import H100, make_call, newer_jax
 
 SPEC = ArgSpec((4096,) * 16)
 SIZES = SPEC.shape.tuning_key
@@ -222,8 +222,8 @@ def test_mosaic_runs_what_the_table_says_unless_its_caller_names_a_configuration
     table(entry(dataclasses.asdict(tuned), **SMALL))
     configs = []
 
-    def attend(parts, v, kv_len, *_, config, **__):
-        configs.append(config)
+    def attend(static, parts, *_):
+        configs.append(static.config)
         q = parts[0][0]
         return q, q[..., 0].astype(jnp.float32)
 

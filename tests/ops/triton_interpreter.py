@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.ops import device
-from mlra_jax.ops.decode.arg_specs import EDGES, ArgSpec, make_call
+from mlra_jax.ops.decode.arg_specs import ArgSpec
 from mlra_jax.ops.decode.triton import Config, Triton, back_end, kernels
-from tests.ops.common import kv_lens
+from tests.ops.common import EDGES, in_float32, kv_lens, make_call
 
 
 class HostArray:
@@ -49,7 +49,7 @@ def check(case, config, seed=0, kv_len=None):
         case, seed, jnp.float16, kv_len=kv_len
     )  # the interpreter multiplies bfloat16 as if it were integers
     out, lse = call(implementation=Triton(config=config))
-    wide = call.in_float32()
+    wide = in_float32(call)
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     np.testing.assert_allclose(

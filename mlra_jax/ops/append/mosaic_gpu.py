@@ -82,7 +82,7 @@ class MosaicGPU(HopperKernel[None, None]):
 
     def check(self, args: LatentTokens) -> None:
         """Whether it takes a call."""
-        self.processors()
+        self.target()
         if args.layout != "token_major":
             raise NotImplementedError(
                 f"the kernel that appends latents writes token-major caches, not {args.layout}."

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from jaxtyping import Array, Float, Int
 
 from mlra_jax.ops.attention import reference, xla
-from mlra_jax.ops.attention.qk_parts import Joined, Parts, heads_of
+from mlra_jax.ops.attention.qk_parts import Joins, Parts, heads_of
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.dispatch import Implementation, dispatch
 
 IMPLEMENTATIONS: Mapping[str, BackEnd] = {
     "mosaic_gpu": Lazy("mlra_jax.ops.attention.mosaic_gpu", "MosaicGPU"),
-    "tokamax": Joined(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax")),
-    "cudnn": Joined(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN")),
-    "splash": Joined(Lazy("mlra_jax.ops.attention.splash", "Splash")),
-    "xla": Joined(Function(xla.causal_attention)),
-    "reference": Joined(Function(reference.causal_attention)),
+    "tokamax": Joins(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax")),
+    "cudnn": Joins(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN")),
+    "splash": Joins(Lazy("mlra_jax.ops.attention.splash", "Splash")),
+    "xla": Joins(Function(xla.causal_attention)),
+    "reference": Joins(Function(reference.causal_attention)),
 }
 """Back ends, in order of preference; each takes the arguments of `causal_attention_parts`."""
 

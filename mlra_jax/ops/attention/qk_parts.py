@@ -34,8 +34,31 @@ def join(parts: Parts, v_BSLV: jax.Array | None) -> tuple[jax.Array, jax.Array, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Joined(BackEnd):
-    """A back end of joined queries, keys and values as one of parts."""
+class Joined:
+    """Arguments of `causal_attention`: queries [B, T, N, H], keys [B, S, K, H] and values [B, S, K, V], all whole."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    scale: float
+    q_start: jax.Array | int
+
+    def require_gpu_library(self) -> None:
+        """Declines what GPU libraries do not take: other types than half precision, other queries than keys.
+
+        Raises:
+          NotImplementedError: such arguments.
+        """
+        if self.q.dtype not in (jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(f"It takes bfloat16 and float16; got {self.q.dtype}.")
+        first = isinstance(self.q_start, int | np.integer) and self.q_start == 0
+        if not first or self.q.shape[1] != self.k.shape[1]:
+            raise NotImplementedError("It takes as many queries as keys, from position 0 on.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Joins(BackEnd):
+    """A back end of `Joined` arguments as one of parts."""
 
     back_end: BackEnd
 
@@ -43,18 +66,6 @@ class Joined(BackEnd):
         self, parts: Parts, v: jax.Array | None, *, scale: float, q_start: jax.Array | int
     ) -> jax.Array:
         """Joins the parts and calls the back end."""
-        q, k, values = join(parts, v)
-        out = self.back_end(q, k, values, scale=scale, q_start=q_start)
-        return out.reshape(*out.shape[:2], k.shape[2], -1, out.shape[-1])
-
-
-def check_square(q_BTNH: jax.Array, k_BSKH: jax.Array, q_start: jax.Array | int) -> None:
-    """Declines what GPU libraries do not take: other types than half precision, other queries than keys.
-
-    Raises:
-      NotImplementedError: such arguments.
-    """
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"It takes bfloat16 and float16; got {q_BTNH.dtype}.")
-    if not (isinstance(q_start, int | np.integer) and q_start == 0) or q_BTNH.shape[1] != k_BSKH.shape[1]:
-        raise NotImplementedError("It takes as many queries as keys, from position 0 on.")
+        args = Joined(*join(parts, v), scale, q_start)
+        out = self.back_end(args)
+        return out.reshape(*out.shape[:2], args.k.shape[2], -1, out.shape[-1])

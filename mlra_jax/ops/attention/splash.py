@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from mlra_jax.ops import device
+from mlra_jax.ops.attention.qk_parts import Joined
 from mlra_jax.ops.back_end import Kernel
 from mlra_jax.ops.remat import ATTENTION
 from mlra_jax.ops.shard_map_utils import unchecked
@@ -31,6 +32,12 @@ class Config:
     block_kv: int
     fused: bool
     """Whether one kernel computes all gradients."""
+
+    @classmethod
+    def heuristic(cls, shape: tuple[int, int], target: None) -> Config:
+        """The largest blocks that divide queries and keys."""
+        block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in shape)
+        return cls(block_q, block_kv, shape[1] <= FUSED_BLOCKS * block_kv)
 
     def block_sizes(self) -> splash.BlockSizes:
         """The same as Splash attention wants it."""
@@ -53,48 +60,24 @@ class Splash(Kernel[tuple[int, int], Config]):
     name: ClassVar[str] = "splash"
     config_type = Config
 
-    def check(
-        self,
-        q_BTNH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKV: jax.Array,
-        *,
-        scale: float,
-        q_start: jax.Array | int,
-    ) -> tuple[int, int]:
+    def check(self, args: Joined) -> tuple[int, int]:
         """Numbers of queries and keys."""
         if not self.interpret and device.current_device()[0] != "tpu":
             raise NotImplementedError("It needs a TPU.")
-        t, s = q_BTNH.shape[1], k_BSKH.shape[1]
+        t, s = args.q.shape[1], args.k.shape[1]
         if t % BLOCKS[-1] or s % BLOCKS[-1]:
             raise NotImplementedError(
                 f"It needs lengths that are multiples of {BLOCKS[-1]}; got {t} queries, {s} keys."
             )
-        if any(width % 64 for width in (k_BSKH.shape[-1], v_BSKV.shape[-1])):
+        if any(width % 64 for width in (args.k.shape[-1], args.v.shape[-1])):
             raise NotImplementedError(
-                f"It needs widths that are multiples of 64; got {k_BSKH.shape[-1]} and {v_BSKV.shape[-1]}."
+                f"It needs widths that are multiples of 64; got {args.k.shape[-1]} and {args.v.shape[-1]}."
             )
         return t, s
 
-    def heuristic(self, shape: tuple[int, int]) -> Config:
-        """The largest blocks that divide queries and keys."""
-        block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in shape)
-        return Config(block_q, block_kv, shape[1] <= FUSED_BLOCKS * block_kv)
-
-    def run(
-        self,
-        shape: tuple[int, int],
-        config: Config | None,
-        q_BTNH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKV: jax.Array,
-        *,
-        scale: float,
-        q_start: jax.Array | int,
-    ) -> jax.Array:
+    def run(self, shape: tuple[int, int], config: Config, args: Joined) -> jax.Array:
         """Calls Splash attention."""
-        assert config is not None
-        (t, s), n = shape, q_BTNH.shape[2]
+        (t, s), n, q_start = shape, args.q.shape[2], args.q_start
         known = isinstance(q_start, int | np.integer)
         offset = int(q_start) if known else s - t  # the one that sees every block of keys
         mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=offset)] * n)
@@ -106,8 +89,8 @@ class Splash(Kernel[tuple[int, int], Config]):
         )
         if not known:
             kernel = _shifted(kernel, q_start, offset, (t, config.block_q), (s, config.block_kv))
-        q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # Splash attention takes no scale
-        by_head = (x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))
+        q = (args.q.astype(jnp.float32) * args.scale).astype(args.q.dtype)  # Splash attention takes no scale
+        by_head = (x.swapaxes(1, 2) for x in (q, args.k, args.v))
         return unchecked(_attend)(kernel, *by_head).swapaxes(1, 2)
 
 

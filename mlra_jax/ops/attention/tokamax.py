@@ -7,7 +7,7 @@ from typing import ClassVar
 import jax
 
 from mlra_jax.ops import device
-from mlra_jax.ops.attention.qk_parts import check_square
+from mlra_jax.ops.attention.qk_parts import Joined
 from mlra_jax.ops.back_end import Kernel
 from mlra_jax.ops.libraries import declining, name, version
 from mlra_jax.ops.shard_map_utils import unchecked
@@ -22,15 +22,7 @@ class Tokamax(Kernel[str, None]):
 
     name: ClassVar[str] = "tokamax"
 
-    def check(
-        self,
-        q_BTNH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKV: jax.Array,
-        *,
-        scale: float,
-        q_start: jax.Array | int,
-    ) -> str:
+    def check(self, args: Joined) -> str:
         """Which of Tokamax's kernels take a call."""
         kind, chip = device.require_ampere()
         if (installed := version("tokamax")) is None:
@@ -39,32 +31,21 @@ class Tokamax(Kernel[str, None]):
             raise NotImplementedError(
                 f"It needs Tokamax 0.0.17 and JAX 0.11.1 or later; these are {name('tokamax', 'jax')}: {REMEDY}."
             )
-        check_square(q_BTNH, k_BSKH, q_start)
+        args.require_gpu_library()
         if (default := device.default_device()[1]) != kind:
             raise NotImplementedError(
                 f"Tokamax compiles for the default device, a {default}; for a {kind} set `jax.default_device`."
             )
         return "mosaic" if chip.capability >= 90 else "triton"
 
-    def run(
-        self,
-        shape: str,
-        config: None,
-        q_BTNH: jax.Array,
-        k_BSKH: jax.Array,
-        v_BSKV: jax.Array,
-        *,
-        scale: float,
-        q_start: jax.Array | int,
-    ) -> jax.Array:
+    def run(self, shape: str, config: None, args: Joined) -> jax.Array:
         """Calls Tokamax."""
 
-        def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def attend(_: None, *qkv: jax.Array) -> jax.Array:
+            options = {"scale": args.scale, "is_causal": True, "implementation": shape}
             with declining("tokamax", "jax", remedy=REMEDY):
                 import tokamax
 
-                return tokamax.dot_product_attention(
-                    q, k, v, scale=scale, is_causal=True, implementation=shape
-                )
+                return tokamax.dot_product_attention(*qkv, **options)
 
-        return unchecked(attend)(None, q_BTNH, k_BSKH, v_BSKV)
+        return unchecked(attend)(None, args.q, args.k, args.v)

@@ -148,7 +148,7 @@ class MosaicGPU(HopperKernel[None, None]):
 
     def check(self, x: jax.Array, y: jax.Array, gain: jax.Array, *, eps: float) -> None:
         """Whether it takes a call."""
-        self.processors()
+        self.target()
         width = x.shape[-1]
         if (x.dtype, y.dtype) != (jnp.float32, jnp.bfloat16):
             raise NotImplementedError(
@@ -165,6 +165,6 @@ class MosaicGPU(HopperKernel[None, None]):
     ) -> tuple[jax.Array, jax.Array]:
         """Runs the kernels."""
         rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-        run = unchecked(lambda _, *args: _add(eps, self.processors(), self.interpret, *args))
+        run = unchecked(lambda _, *args: _add(eps, self.target(), self.interpret, *args))
         total, h = run(None, x.reshape(rows, width), y.reshape(rows, width), gain)
         return total.reshape(x.shape), h.reshape(x.shape)

@@ -19,7 +19,7 @@ SKINNY_GEMM: Mapping[str, BackEnd] = {
 }
 """Back ends of `skinny_gemm`, in order of preference."""
 SWIGLU: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.skinny_gemm.mosaic_gpu", "MosaicGPUSwiGLU"),
+    "mosaic_gpu": _KERNEL,
     "reference": Function(reference.swiglu),
 }
 """Back ends of `swiglu`, in order of preference."""

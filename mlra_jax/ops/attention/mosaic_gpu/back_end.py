@@ -11,7 +11,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from mlra_jax.ops.attention.mosaic_gpu.config import Config, Shape
-from mlra_jax.ops.attention.mosaic_gpu.kernel import Tensors, attend, gradients
+from mlra_jax.ops.attention.mosaic_gpu.kernel import Static, Tensors, attend, gradients
 from mlra_jax.ops.attention.qk_parts import Parts
 from mlra_jax.ops.hopper import HopperKernel, require_bfloat16
 from mlra_jax.ops.remat import ATTENTION
@@ -25,7 +25,7 @@ class MosaicGPU(HopperKernel[Shape, Config]):
 
     def check(self, parts: Parts, v: jax.Array | None, *, scale: float, q_start: jax.Array | int) -> Shape:
         """The sizes of a call."""
-        self.processors()
+        self.target()
         arrays = [x for pair in parts for x in pair] + ([] if v is None else [v])
         require_bfloat16(arrays, "the Mosaic GPU kernels take")
         shape = Shape.of(parts, v)
@@ -40,39 +40,19 @@ class MosaicGPU(HopperKernel[Shape, Config]):
             )
         return shape
 
-    def heuristic(self, shape: Shape) -> Config:
-        """See `Config.heuristic`."""
-        return Config.heuristic(shape, self.processors())
-
     def run(
-        self,
-        shape: Shape,
-        config: Config | None,
-        parts: Parts,
-        v: jax.Array | None,
-        *,
-        scale: float,
-        q_start: jax.Array | int,
+        self, shape: Shape, config: Config, parts: Parts, v: Any, *, scale: float, q_start: Any
     ) -> jax.Array:
         """Runs the kernels."""
-        assert config is not None
-        static = functools.partial(_attend, scale, shape, config, self.interpret)
+        static = Static(shape, config, scale, self.interpret)
         arrays, tree = jax.tree.flatten((list(map(tuple, parts)), v))
-        call = lambda _, start, *arrays: static(start, *jax.tree.unflatten(tree, arrays))
+        call = lambda _, start, *arrays: _attend(static, start, *jax.tree.unflatten(tree, arrays))
         return unchecked(call)(None, jnp.full((1,), q_start, jnp.int32), *arrays)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attend(
-    scale: float,
-    shape: Shape,
-    config: Config,
-    interpret: Any,
-    start: jax.Array,
-    parts: Parts,
-    v: jax.Array | None,
-) -> jax.Array:
-    return _forward(scale, shape, config, interpret, start, parts, v)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(static: Static, start: jax.Array, parts: Parts, v: jax.Array | None) -> jax.Array:
+    return _forward(static, start, parts, v)[0]
 
 
 def _pad(x: jax.Array, axis: int, n: int) -> jax.Array:
@@ -94,36 +74,18 @@ def _tensors(start: jax.Array, parts: Parts, v: jax.Array | None, shape: Shape) 
     )
 
 
-def _forward(
-    scale: float,
-    shape: Shape,
-    config: Config,
-    interpret: Any,
-    start: jax.Array,
-    parts: Parts,
-    v: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    tensors = _tensors(start, parts, v, shape)
-    outputs = attend(tensors, shape=shape, config=config, scale=scale, interpret=interpret)
+def _forward(static: Static, start: jax.Array, parts: Parts, v: jax.Array | None) -> tuple[jax.Array, Any]:
+    outputs = attend(static, _tensors(start, parts, v, static.shape))
     out_MBTLV, lse = (checkpoint_name(x, ATTENTION) for x in outputs)
     out = out_MBTLV[:, :, : parts[0][0].shape[1]].transpose(1, 2, 3, 0, 4)
     return out, (start, parts, v, out_MBTLV, lse)
 
 
 def _backward(
-    scale: float, shape: Shape, config: Config, interpret: Any, saved: Any, d_out: jax.Array
+    static: Static, saved: Any, d_out: jax.Array
 ) -> tuple[Any, list[tuple[jax.Array, jax.Array]], jax.Array | None]:
-    start, parts, v, out_MBTLV, lse = saved
-    dq, dk = gradients(
-        _tensors(start, parts, v, shape),
-        out_MBTLV,
-        lse,
-        _by_head(d_out, shape),
-        shape=shape,
-        config=config,
-        scale=scale,
-        interpret=interpret,
-    )
+    (start, parts, v, *outputs), shape = saved, static.shape
+    dq, dk = gradients(static, _tensors(start, parts, v, shape), *outputs, _by_head(d_out, shape))
 
     def shared(x: jax.Array, axis: int, heads: int, n: int) -> jax.Array:
         """Sums over the heads that share one, along `axis`, and leaves the first n tokens, along the axis before."""

@@ -10,7 +10,6 @@ with weights leave them: nothing is transposed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,27 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mlra_jax.ops import hopper
 from mlra_jax.ops.attention.mosaic_gpu.config import Config, Shape
-from mlra_jax.ops.hopper import (
-    LOG2E,
-    LOWEST,
-    MATRIX,
-    MAX_REGISTERS,
-    PARAMS,
-    PRODUCER_REGISTERS,
-    ROW,
-    ROWS,
-    consumer_registers,
-    matrix_smem,
-    plgpu,
-    row_vector,
-    run_kernel,
-    run_roles,
-    spread,
-    stream,
-    zeros,
-)
+from mlra_jax.ops.hopper import LOG2E, MATRIX, ROWS, plgpu, spread
+from mlra_jax.ops.hopper import matrix_smem as smem
 
+Static = hopper.Static[Shape, Config]
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
 KEY_GROUPS = 2
 """Consumers of a program for the gradients of keys, each with 64 keys."""
@@ -142,14 +126,14 @@ def add_products(
 class Program:
     """What the warpgroups of a program share: its references, and the head and row of the batch that it has."""
 
-    def __init__(
-        self, inputs: Inputs, outputs: Any, scratch: Any, *, shape: Shape, scale: float, interpret: bool
-    ):
+    def __init__(self, static: Static, inputs: Inputs, outputs: Any, scratch: Any):
         self.inputs, self.outputs, self.scratch = inputs, outputs, scratch
-        self.shape, self.scale, self.interpret = shape, scale, interpret
+        self.shape, self.config, self.scale = static.shape, static.config, static.scale
+        self.interpret = static.interpret is not None
         self.head, self.b = lax.axis_index("head"), lax.axis_index("batch")
         self.start = inputs.tensors.start[0]
-        self.values = scratch.keys[0] if shape.latent else scratch.values
+        self.values = scratch.keys[0] if self.shape.latent else scratch.values
+        self.key_smem = [*scratch.keys, *([] if self.shape.latent else [scratch.values])]
 
     def row_tile(self, r: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Query head and first token of tile r: the heads' tiles of the same tokens follow each other."""
@@ -170,10 +154,6 @@ class Program:
         keys = [k.at[self.b, tokens, h] for k, h in zip(tensors.keys, heads, strict=True)]
         return keys if tensors.values is None else [*keys, tensors.values.at[self.b, tokens, self.head]]
 
-    def key_smem(self) -> list[Any]:
-        """Where `keys` go."""
-        return [*self.scratch.keys, *([] if self.shape.latent else [self.scratch.values])]
-
     def like_out(self, ref: Any, r: jax.Array) -> Any:
         """Tile r of an array like the output."""
         m, t = self.row_tile(r)
@@ -184,17 +164,12 @@ class Program:
         m, t = self.row_tile(r)
         return ref.at[m, self.b, self.head, pl.ds(t, ROWS)]
 
-    def load_own(self, me: int, copies: Iterator[tuple[Any, Any]] | list[tuple[Any, Any]]) -> None:
-        """Begins the copies of what a consumer keeps."""
-        for source, target in copies:
-            plgpu.copy_gmem_to_smem(source, target, self.scratch.own_full.at[me])
-
 
 class RowProgram(Program):
     """A program with a tile of query rows for each consumer, past which blocks of keys stream."""
 
-    def __init__(self, *args: Any, consumers: int, block: int, stages: int, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any, consumers: int, block: int, stages: int):
+        super().__init__(*args)
         self.consumers, self.block, self.stages = consumers, block, stages
         self.tile = lax.axis_size("tile") - 1 - lax.axis_index("tile")  # long ones first
         last_token = self.row_tile(self.tile * consumers + (consumers - 1))[1] + (ROWS - 1)
@@ -203,61 +178,88 @@ class RowProgram(Program):
 
     def produce(self) -> None:
         """The producer: streams the blocks of keys, and of values."""
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(hopper.PRODUCER_REGISTERS, action="decrease")
 
         def copies(j: jax.Array, stage: jax.Array) -> Any:
-            targets = [smem.at[stage] for smem in self.key_smem()]
+            targets = [x.at[stage] for x in self.key_smem]
             return zip(self.keys(j * self.block, self.block), targets, strict=True)
 
-        stream(self.n_blocks, self.stages, self.scratch.full, self.scratch.free, copies)
+        hopper.stream(self.n_blocks, self.stages, self.scratch.full, self.scratch.free, copies)
 
 
 class RowConsumer:
-    """A warpgroup with a tile of 64 query rows."""
+    """A warpgroup that makes the output of 64 query rows; or, given the output's gradient, that of their queries."""
 
     def __init__(self, program: RowProgram, me: int):
         self.program, self.me, self.size = program, me, (ROWS, program.block)
-        plgpu.set_max_registers(consumer_registers(program.consumers), action="increase")
+        self.gradients = program.inputs.d_out is not None
         self.r = program.tile * program.consumers + me
         self.t0 = program.row_tile(self.r)[1] + program.start
-        own = [smem.at[me] for smem in program.scratch.queries]
-        program.load_own(me, zip(program.queries(self.r), own, strict=True))
 
     def run(self) -> None:
         """Attends to all blocks of keys that a row sees."""
-        program, carry = self.program, self.start()
-        clear = lax.div(
-            jnp.minimum(self.t0 + 1, program.shape.keys), program.block
-        )  # seen by every row, whole
+        program, shape = self.program, self.program.shape
+        plgpu.set_max_registers(hopper.consumer_registers(program.consumers), action="increase")
+        self.load()
+        vector = hopper.row_vector
+        carry: Any = [hopper.zeros(ROWS, w) for w in shape.widths]
+        if not self.gradients:
+            carry = hopper.zeros(ROWS, shape.v_width), vector(hopper.LOWEST), vector(0.0)
+        clear = lax.div(jnp.minimum(self.t0 + 1, shape.keys), program.block)  # seen by every row, whole
         carry = lax.fori_loop(0, clear, functools.partial(self.step, masked=False), carry)
         carry = lax.fori_loop(clear, program.n_blocks, functools.partial(self.step, masked=True), carry)
         self.write(carry)
 
-    def start(self) -> Any:
-        """The first carry, when the tile's own arrays have arrived."""
-        raise NotImplementedError
-
-    def add_block(self, j: jax.Array, stage: jax.Array, carry: Any, masked: bool) -> Any:
-        """The carry with block j of the keys."""
-        raise NotImplementedError
-
-    def write(self, carry: Any) -> None:
-        """The epilogue."""
-        raise NotImplementedError
+    def load(self) -> None:
+        """Loads the queries and, for gradients, what else belongs to the rows."""
+        program, inputs, scratch = self.program, self.program.inputs, self.program.scratch
+        copies = list(zip(program.queries(self.r), scratch.queries, strict=True))
+        if self.gradients:
+            copies.append((program.like_out(inputs.d_out, self.r), scratch.d_out))
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target.at[self.me], scratch.own_full.at[self.me])
+        if self.gradients:
+            self.lse, self.delta = (
+                plgpu.load(program.like_lse(ref, self.r), layout=hopper.ROW, optimized=False)
+                for ref in (inputs.lse, inputs.delta)
+            )
+        plgpu.barrier_wait(scratch.own_full.at[self.me])
 
     def step(self, j: jax.Array, carry: Any, masked: bool) -> Any:
-        """`add_block`, when the block has arrived."""
+        """Adds block j of the keys to the carry."""
         scratch, stage = self.program.scratch, lax.rem(j, self.program.stages)
         plgpu.barrier_wait(scratch.full.at[stage])
-        carry = self.add_block(j, stage, carry, masked)
+        transposed = lambda x: x.at[stage].transpose((1, 0))
+        operands = zip(scratch.queries, scratch.keys, strict=True)
+        products = [(self.size, [(q.at[self.me], transposed(k)) for q, k in operands])]
+        if self.gradients:
+            products.append((self.size, [(scratch.d_out.at[self.me], transposed(self.program.values))]))
+        add = self.add_gradients if self.gradients else self.add_output
+        carry = add(j, stage, carry, multiply(self.program.interpret, *products), masked)
         plgpu.barrier_arrive(scratch.free.at[stage])
         return carry
 
-    def scores(self, stage: jax.Array) -> Any:
-        """What to multiply for the scores of a block."""
-        scratch = self.program.scratch
-        operands = zip(scratch.queries, scratch.keys, strict=True)
-        return self.size, [(q.at[self.me], k.at[stage].transpose((1, 0))) for q, k in operands]
+    def add_output(self, j: jax.Array, stage: jax.Array, carry: Any, products: Any, masked: bool) -> Any:
+        """The sum of weighted values, the running maximum and the running sum of weights, with block j."""
+        (acc, m, norm), (s,), scale = carry, products, self.program.scale * LOG2E
+        s = jnp.where(self.visible(j), s, -jnp.inf) if masked else s
+        m_new = jnp.maximum(m, s.max(axis=1) * scale)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(s * scale - spread(m_new, self.size))
+        norm = norm * alpha + p.sum(axis=1)
+        acc = acc * spread(alpha, acc.shape)
+        values = self.program.values.at[stage]
+        (acc,) = add_products(self.program.interpret, [acc], [(0, self.operand(p), values)])
+        return acc, m_new, norm
+
+    def add_gradients(self, j: jax.Array, stage: jax.Array, carry: Any, products: Any, masked: bool) -> Any:
+        """The gradients of the queries' parts, with block j."""
+        (s, dp), scale, keys = products, self.program.scale, self.program.scratch.keys
+        p = jnp.exp2(s * (scale * LOG2E) - spread(self.lse, self.size))
+        p = jnp.where(self.visible(j), p, 0.0) if masked else p
+        ds = self.operand(p * (dp * scale - spread(self.delta, self.size)))
+        pairs = [(n, ds, k.at[stage]) for n, k in enumerate(keys)]
+        return add_products(self.program.interpret, carry, pairs)
 
     def visible(self, j: jax.Array) -> jax.Array:
         """Which keys of block j each row sees."""
@@ -273,130 +275,71 @@ class RowConsumer:
         x = x.astype(jnp.bfloat16)
         if not self.program.interpret:
             return x
-        smem = self.program.scratch.weights[self.me]
-        smem[...] = x
+        weights = self.program.scratch.weights[self.me]
+        weights[...] = x
         plgpu.commit_smem()
-        return smem
+        return weights
 
-    def write_staged(self, results: list[tuple[jax.Array, Any, Any]]) -> None:
-        """Writes each array through shared memory to its place in global memory."""
-        for x, smem, _ in results:
-            smem[self.me] = x.astype(jnp.bfloat16)
+    def write(self, carry: Any) -> None:
+        """The epilogue: writes the output and its log-sum-exp, or the gradients, through shared memory."""
+        program, outputs, scratch = self.program, self.program.outputs, self.program.scratch
+        if self.gradients:
+            results = list(zip(carry, scratch.queries, outputs.parts, strict=True))
+        else:
+            acc, m, norm = carry
+            program.like_lse(outputs.lse, self.r)[...] = (m + jnp.log2(norm)) * (1 / LOG2E)
+            staged = scratch.queries[0] if scratch.out is None else scratch.out
+            results = [(acc * spread(1.0 / norm, acc.shape), staged, outputs.out)]
+        for x, own, _ in results:
+            own[self.me] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        for _, smem, ref in results:
-            plgpu.copy_smem_to_gmem(smem.at[self.me], self.program.like_out(ref, self.r))
+        for _, own, ref in results:
+            plgpu.copy_smem_to_gmem(own.at[self.me], program.like_out(ref, self.r))
         plgpu.wait_smem_to_gmem(0)
-
-
-class ForwardConsumer(RowConsumer):
-    """Makes the output of its rows; carries it with the running maximum and sum."""
-
-    def start(self) -> Any:
-        """See `RowConsumer.start`."""
-        plgpu.barrier_wait(self.program.scratch.own_full.at[self.me])
-        return zeros(ROWS, self.program.shape.v_width), row_vector(LOWEST), row_vector(0.0)
-
-    def add_block(self, j: jax.Array, stage: jax.Array, carry: Any, masked: bool) -> Any:
-        """See `RowConsumer.add_block`."""
-        (acc, m, norm), program = carry, self.program
-        scale = program.scale * LOG2E
-        (s,) = multiply(program.interpret, self.scores(stage))
-        s = jnp.where(self.visible(j), s, -jnp.inf) if masked else s
-        m_new = jnp.maximum(m, s.max(axis=1) * scale)
-        alpha = jnp.exp2(m - m_new)
-        p = jnp.exp2(s * scale - spread(m_new, self.size))
-        norm = norm * alpha + p.sum(axis=1)
-        acc = acc * spread(alpha, acc.shape)
-        (acc,) = add_products(program.interpret, [acc], [(0, self.operand(p), program.values.at[stage])])
-        return acc, m_new, norm
-
-    def write(self, carry: Any) -> None:
-        """See `RowConsumer.write`."""
-        (acc, m, norm), program = carry, self.program
-        out, lse = program.outputs
-        program.like_lse(lse, self.r)[...] = (m + jnp.log2(norm)) * (1 / LOG2E)
-        staged = program.scratch.queries[0] if program.scratch.out is None else program.scratch.out
-        self.write_staged([(acc * spread(1.0 / norm, acc.shape), staged, out)])
-
-
-class QueryGradientConsumer(RowConsumer):
-    """Makes the gradients of its rows' queries; carries those of each part."""
-
-    def start(self) -> Any:
-        """See `RowConsumer.start`."""
-        program, scratch, inputs = self.program, self.program.scratch, self.program.inputs
-        program.load_own(self.me, [(program.like_out(inputs.d_out, self.r), scratch.d_out.at[self.me])])
-        self.lse, self.delta = (
-            plgpu.load(program.like_lse(ref, self.r), layout=ROW, optimized=False)
-            for ref in (inputs.lse, inputs.delta)
-        )
-        plgpu.barrier_wait(scratch.own_full.at[self.me])
-        return [zeros(ROWS, w) for w in program.shape.widths]
-
-    def add_block(self, j: jax.Array, stage: jax.Array, carry: Any, masked: bool) -> Any:
-        """See `RowConsumer.add_block`."""
-        program, scratch = self.program, self.program.scratch
-        d_weights = self.size, [(scratch.d_out.at[self.me], program.values.at[stage].transpose((1, 0)))]
-        s, dp = multiply(program.interpret, self.scores(stage), d_weights)
-        p = jnp.exp2(s * (program.scale * LOG2E) - spread(self.lse, self.size))
-        p = jnp.where(self.visible(j), p, 0.0) if masked else p
-        ds = self.operand(p * (dp * program.scale - spread(self.delta, self.size)))
-        return add_products(
-            program.interpret, carry, [(n, ds, k.at[stage]) for n, k in enumerate(scratch.keys)]
-        )
-
-    def write(self, carry: Any) -> None:
-        """See `RowConsumer.write`."""
-        program = self.program
-        self.write_staged(list(zip(carry, program.scratch.queries, program.outputs.parts, strict=True)))
-
-
-def _row_kernel(*refs: Any, consumer: Callable[..., RowConsumer], consumers: int, **options: Any) -> None:
-    program = RowProgram(*refs, consumers=consumers, **options)
-    run_roles(program.produce, lambda me: consumer(program, me).run(), consumers)
 
 
 class KeyProgram(Program):
     """A program with 64 keys for each consumer, past which a share of the query rows that see them streams."""
 
-    def __init__(self, *args: Any, config: Config, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(self, *args: Any):
+        super().__init__(*args)
         block, self.share = lax.axis_index("block"), lax.axis_index("share")
-        self.stages, m = config.dk_stages, self.shape.heads_per_kv
-        self.first_token = block * (ROWS * KEY_GROUPS)
+        shares, m = self.config.dk_shares, self.shape.heads_per_kv
+        self.stages, self.first_token = self.config.dk_stages, block * (ROWS * KEY_GROUPS)
         n_tiles = self.shape.queries // ROWS * m
         # The first tile with a token that sees the first key, and with only tokens that see the last.
         first = lax.div(jnp.maximum(self.first_token - self.start, 0), ROWS) * m
         whole = self.first_token + (ROWS * KEY_GROUPS - 1) - self.start
         whole = lax.div(jnp.maximum(whole, 0) + (ROWS - 1), ROWS) * m
         first = jnp.minimum(first, n_tiles)
-        per = lax.div(n_tiles - first + (config.dk_shares - 1), config.dk_shares)
+        per = lax.div(n_tiles - first + (shares - 1), shares)
         self.low = jnp.minimum(first + self.share * per, n_tiles)
         self.high = jnp.minimum(self.low + per, n_tiles)
         self.clear = jnp.clip(whole, self.low, self.high)
 
     def produce(self) -> None:
         """The producer: streams tiles of queries and what belongs to them."""
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(hopper.PRODUCER_REGISTERS, action="decrease")
         inputs, scratch = self.inputs, self.scratch
 
         def copies(i: jax.Array, stage: jax.Array) -> Any:
             r = self.low + i
-            yield from zip(self.queries(r), [smem.at[stage] for smem in scratch.queries], strict=True)
+            yield from zip(self.queries(r), [x.at[stage] for x in scratch.queries], strict=True)
             yield self.like_out(inputs.d_out, r), scratch.d_out.at[stage]
             yield self.like_lse(inputs.lse, r), scratch.lse.at[stage]
             yield self.like_lse(inputs.delta, r), scratch.delta.at[stage]
 
-        stream(self.high - self.low, self.stages, scratch.full, scratch.free, copies)
+        hopper.stream(self.high - self.low, self.stages, scratch.full, scratch.free, copies)
 
     def consume(self, me: int) -> None:
         """A consumer: the gradients of 64 keys and of their values."""
-        plgpu.set_max_registers(MAX_REGISTERS, action="increase")
-        token0 = self.first_token + me * ROWS
-        self.load_own(me, zip(self.keys(token0, ROWS), [s.at[me] for s in self.key_smem()], strict=True))
-        plgpu.barrier_wait(self.scratch.own_full.at[me])
+        plgpu.set_max_registers(hopper.MAX_REGISTERS, action="increase")
+        token0, own_full = self.first_token + me * ROWS, self.scratch.own_full.at[me]
+        for source, target in zip(self.keys(token0, ROWS), self.key_smem, strict=True):
+            plgpu.copy_gmem_to_smem(source, target.at[me], own_full)
+        plgpu.barrier_wait(own_full)
         step = functools.partial(self.add_tile, me=me, token0=token0)
-        dk = [zeros(ROWS, w) for w in self.shape.key_widths]
+        dk = [hopper.zeros(ROWS, w) for w in self.shape.key_widths]
         dk = lax.fori_loop(self.low, self.clear, functools.partial(step, masked=True), dk)
         dk = lax.fori_loop(self.clear, self.high, functools.partial(step, masked=False), dk)
         for x, ref in zip(dk, self.outputs.parts, strict=True):
@@ -426,10 +369,10 @@ class KeyProgram(Program):
         ds: Any = (p * (dp * self.scale - spread(delta, size, 1))).astype(jnp.bfloat16)
         weights: Any = p.astype(jnp.bfloat16)
         if self.interpret:
-            smem = scratch.weights[me]
-            smem[0], smem[1] = weights, ds
+            both = scratch.weights[me]
+            both[0], both[1] = weights, ds
             plgpu.commit_smem()
-            weights, ds = smem.at[0], smem.at[1]
+            weights, ds = both.at[0], both.at[1]
         value = 0 if self.shape.latent else len(self.shape.widths)
         of_queries = [(n, ds, q.at[stage]) for n, q in enumerate(scratch.queries)]
         dk = add_products(self.interpret, dk, [(value, weights, scratch.d_out.at[stage]), *of_queries])
@@ -437,48 +380,27 @@ class KeyProgram(Program):
         return dk
 
 
-def _key_kernel(*refs: Any, **options: Any) -> None:
-    program = KeyProgram(*refs, **options)
-    run_roles(program.produce, program.consume, KEY_GROUPS)
-
-
-def _run_rows(
-    consumer: Callable[..., RowConsumer],
-    inputs: Inputs,
-    outputs: Any,
-    *,
-    shape: Shape,
-    consumers: int,
-    block: int,
-    stages: int,
-    scale: float,
-    interpret: Any,
-    kernel_name: str,
-) -> Any:
+def _run_rows(static: Static, inputs: Inputs, outputs: Any, consumers: int, block: int, stages: int) -> Any:
+    shape, interpret, gradients = static.shape, static.interpret, inputs.d_out is not None
     tiles = shape.queries // ROWS * shape.heads_per_kv
     assert tiles % consumers == 0
-    gradients = inputs.d_out is not None
     staged = not gradients and shape.v_width != shape.widths[0]
-    return run_kernel(
-        functools.partial(
-            _row_kernel,
-            consumer=consumer,
-            consumers=consumers,
-            shape=shape,
-            block=block,
-            stages=stages,
-            scale=scale,
-            interpret=interpret is not None,
-        ),
+
+    def kernel(*refs: Any) -> None:
+        program = RowProgram(static, *refs, consumers=consumers, block=block, stages=stages)
+        hopper.run_roles(program.produce, lambda me: RowConsumer(program, me).run(), consumers)
+
+    return hopper.run_kernel(
+        kernel,
         inputs,
         outputs,
         RowScratch(
-            queries=[matrix_smem(consumers, ROWS, w) for w in shape.widths],
-            d_out=matrix_smem(consumers, ROWS, shape.v_width) if gradients else None,
-            keys=[matrix_smem(stages, block, w) for w in shape.widths],
-            values=None if shape.latent else matrix_smem(stages, block, shape.v_width),
-            out=matrix_smem(consumers, ROWS, shape.v_width) if staged else None,
-            weights=None if interpret is None else [matrix_smem(ROWS, block)] * consumers,
+            queries=[smem(consumers, ROWS, w) for w in shape.widths],
+            d_out=smem(consumers, ROWS, shape.v_width) if gradients else None,
+            keys=[smem(stages, block, w) for w in shape.widths],
+            values=None if shape.latent else smem(stages, block, shape.v_width),
+            out=smem(consumers, ROWS, shape.v_width) if staged else None,
+            weights=None if interpret is None else [smem(ROWS, block)] * consumers,
             full=plgpu.Barrier(num_arrivals=len(shape.key_widths), num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             own_full=plgpu.Barrier(num_arrivals=len(shape.widths) + gradients, num_barriers=consumers),
@@ -486,9 +408,9 @@ def _run_rows(
         grid=(tiles // consumers, shape.heads, shape.batch),
         grid_names=("tile", "head", "batch"),
         num_threads=consumers + 1,
-        compiler_params=PARAMS,
+        compiler_params=hopper.PARAMS,
         interpret=interpret,
-        kernel_name=kernel_name,
+        kernel_name="attention_dq" if gradients else "attention",
     )
 
 
@@ -498,45 +420,18 @@ def _like_out(shape: Shape, width: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(size, jnp.bfloat16)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("shape", "config", "scale", "interpret")
-)  # compiled once for all layers
-def attend(tensors: Tensors, *, shape: Shape, config: Config, scale: float, interpret: Any) -> Forward:
-    """Output and log-sum-exp of the scaled scores.
-
-    Args:
-      tensors: queries, keys and values, padded as `shape` says.
-      shape: sizes.
-      config: tiling.
-      scale: of the scores.
-      interpret: runs on the CPU.
-    """
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all layers
+def attend(static: Static, tensors: Tensors) -> Forward:
+    """Output and log-sum-exp of the scaled scores."""
+    shape, config = static.shape, static.config
     lse = shape.heads_per_kv, shape.batch, shape.heads, shape.queries
-    return _run_rows(
-        ForwardConsumer,
-        Inputs(tensors),
-        Forward(out=_like_out(shape, shape.v_width), lse=jax.ShapeDtypeStruct(lse, jnp.float32)),
-        shape=shape,
-        consumers=config.row_groups,
-        block=config.block,
-        stages=config.stages,
-        scale=scale,
-        interpret=interpret,
-        kernel_name="attention",
-    )
+    outputs = Forward(_like_out(shape, shape.v_width), jax.ShapeDtypeStruct(lse, jnp.float32))
+    return _run_rows(static, Inputs(tensors), outputs, config.row_groups, config.block, config.stages)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "config", "scale", "interpret"))
+@functools.partial(jax.jit, static_argnums=0)
 def gradients(
-    tensors: Tensors,
-    out: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    *,
-    shape: Shape,
-    config: Config,
-    scale: float,
-    interpret: Any,
+    static: Static, tensors: Tensors, out: jax.Array, lse: jax.Array, d_out: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Gradients for each head of the parts of its queries [M, B, T, L, W], and of its keys [B, S, L, W].
 
@@ -544,47 +439,40 @@ def gradients(
     theirs.
 
     Args:
-      tensors: see `attend`.
+      static: what the kernels are compiled for.
+      tensors: as for `attend`.
       out: as `attend` gave it.
       lse: as `attend` gave it.
       d_out: gradient of the output, like it.
-      shape: sizes.
-      config: tiling.
-      scale: of the scores.
-      interpret: runs on the CPU.
     """
-    delta = scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(2, 3)
-    inputs = Inputs(tensors, d_out, lse * LOG2E, delta)
-    dq = _run_rows(
-        QueryGradientConsumer,
-        inputs,
-        Gradients([_like_out(shape, w) for w in shape.widths]),
-        shape=shape,
-        consumers=2,
-        block=config.dq_block,
-        stages=config.dq_stages,
-        scale=scale,
-        interpret=interpret,
-        kernel_name="attention_dq",
+    shape, config, interpret = static.shape, static.config, static.interpret
+    delta = static.scale * jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1).swapaxes(
+        2, 3
     )
+    inputs = Inputs(tensors, d_out, lse * LOG2E, delta)
+    like_queries = Gradients([_like_out(shape, w) for w in shape.widths])
+    dq = _run_rows(static, inputs, like_queries, 2, config.dq_block, config.dq_stages)
     stages, shares = config.dk_stages, config.dk_shares
     dtype = jnp.float32 if shares > 1 else jnp.bfloat16
     vector = plgpu.SMEM((stages, ROWS), jnp.float32)
     like_keys = lambda w: jax.ShapeDtypeStruct((shares, shape.batch, shape.tokens, shape.heads, w), dtype)
-    dk = run_kernel(
-        functools.partial(
-            _key_kernel, shape=shape, config=config, scale=scale, interpret=interpret is not None
-        ),
+
+    def kernel(*refs: Any) -> None:
+        program = KeyProgram(static, *refs)
+        hopper.run_roles(program.produce, program.consume, KEY_GROUPS)
+
+    dk = hopper.run_kernel(
+        kernel,
         inputs,
         Gradients([like_keys(w) for w in shape.key_widths]),
         KeyScratch(
-            keys=[matrix_smem(KEY_GROUPS, ROWS, w) for w in shape.widths],
-            values=None if shape.latent else matrix_smem(KEY_GROUPS, ROWS, shape.v_width),
-            queries=[matrix_smem(stages, ROWS, w) for w in shape.widths],
-            d_out=matrix_smem(stages, ROWS, shape.v_width),
+            keys=[smem(KEY_GROUPS, ROWS, w) for w in shape.widths],
+            values=None if shape.latent else smem(KEY_GROUPS, ROWS, shape.v_width),
+            queries=[smem(stages, ROWS, w) for w in shape.widths],
+            d_out=smem(stages, ROWS, shape.v_width),
             lse=vector,
             delta=vector,
-            weights=None if interpret is None else [matrix_smem(2, ROWS, ROWS)] * KEY_GROUPS,
+            weights=None if interpret is None else [smem(2, ROWS, ROWS)] * KEY_GROUPS,
             full=plgpu.Barrier(num_arrivals=len(shape.widths) + 3, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=KEY_GROUPS, num_barriers=stages),
             own_full=plgpu.Barrier(num_arrivals=len(shape.key_widths), num_barriers=KEY_GROUPS),
@@ -593,7 +481,7 @@ def gradients(
         grid=(shape.batch, shape.heads, shares, shape.tokens // (ROWS * KEY_GROUPS)),
         grid_names=("batch", "head", "share", "block"),
         num_threads=KEY_GROUPS + 1,
-        compiler_params=PARAMS,
+        compiler_params=hopper.PARAMS,
         interpret=interpret,
         kernel_name="attention_dk",
     )

@@ -10,7 +10,7 @@ import jax
 
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.mosaic_gpu.config import Config
-from mlra_jax.ops.decode.mosaic_gpu.kernel import attend
+from mlra_jax.ops.decode.mosaic_gpu.kernel import Static, attend
 from mlra_jax.ops.decode.reference import Arguments
 from mlra_jax.ops.decode.shape import Shape
 from mlra_jax.ops.hopper import SHARED_MEMORY, HopperKernel, require_bfloat16
@@ -24,7 +24,7 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
 
     def check(self, args: Arguments) -> Shape:
         """The sizes of a call; it rotates the queries of a single token, if shared memory has room for that."""
-        self.processors()
+        self.target()
         if args.layout != "token_major":
             raise NotImplementedError(
                 f"the Mosaic GPU kernel reads token-major caches; this one is {args.layout}."
@@ -45,22 +45,17 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
             )
         return shape
 
-    def heuristic(self, shape: Shape) -> Config:
-        """See `Config.heuristic`."""
-        return Config.heuristic(shape, self.processors())
-
     def adapt(self, config: Config, measured: Mapping[str, Any], shape: Shape) -> Config | None:
         """The configuration, if it fits; one program for each sequence suits only the batch that was measured."""
         balanced = config.n_splits > 1 or measured["batch"] == shape.batch
         return config if balanced and config.fits(shape) else None
 
-    def run(self, shape: Shape, config: Config | None, args: Arguments) -> tuple[jax.Array, jax.Array]:
+    def run(self, shape: Shape, config: Config, args: Arguments) -> tuple[jax.Array, jax.Array]:
         """Runs the kernels.
 
         Raises:
           NotImplementedError: the configuration takes too much shared memory.
         """
-        assert config is not None
         if (needed := config.shared_bytes(shape)) > SHARED_MEMORY:
             raise NotImplementedError(
                 f"the Mosaic GPU kernel needs {needed} bytes of shared memory for these widths; there are "
@@ -71,8 +66,6 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
             (tuple(map(tuple, args.parts)), args.v, args.kv_len, args.page_table, args.rotary)
         )
 
-        def call(_: None, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-            options = {"shape": shape, "scale": args.scale, "config": config, "interpret": self.interpret}
-            return attend(*jax.tree.unflatten(tree, arrays), **options)
-
+        static = Static(shape, config, args.scale, self.interpret)
+        call = lambda _, *arrays: attend(static, *jax.tree.unflatten(tree, arrays))
         return unchecked(call)(None, *arrays)

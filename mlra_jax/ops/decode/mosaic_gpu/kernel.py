@@ -19,30 +19,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from mlra_jax.ops import hopper
 from mlra_jax.ops.decode.mosaic_gpu.config import Config, value_groups
 from mlra_jax.ops.decode.mosaic_gpu.merge import merge
 from mlra_jax.ops.decode.mosaic_gpu.schedule import Schedule, blocks_of, limit, make_table
 from mlra_jax.ops.decode.reference import Parts, Rotary
 from mlra_jax.ops.decode.shape import Shape
-from mlra_jax.ops.hopper import (
-    LOG2E,
-    LOWEST,
-    MATRIX,
-    PARAMS,
-    PRODUCER_REGISTERS,
-    ROW,
-    ROWS,
-    consumer_registers,
-    drain,
-    matrix_smem,
-    plgpu,
-    row_vector,
-    run_kernel,
-    run_roles,
-    spread,
-    wait_until_free,
-    zeros,
-)
+from mlra_jax.ops.hopper import LOG2E, MATRIX, ROW, ROWS, plgpu, spread
+from mlra_jax.ops.hopper import matrix_smem as smem
+
+Static = hopper.Static[Shape, Config]
 
 
 class Inputs(NamedTuple):
@@ -109,19 +95,10 @@ def accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
 class Program:
     """What the warpgroups of a program share: its references, its place in the grid, and the blocks that it has."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        outputs: Outputs,
-        scratch: Scratch,
-        *,
-        shape: Shape,
-        config: Config,
-        scale: float,
-        interpret: bool,
-    ):
+    def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
         self.inputs, self.outputs, self.scratch = inputs, outputs, scratch
-        self.shape, self.config, self.scale, self.interpret = shape, config, scale, interpret
+        self.shape, self.config, self.scale = static.shape, static.config, static.scale
+        self.interpret, shape, config = static.interpret is not None, static.shape, static.config
         self.values = scratch.keys[0] if shape.latent else scratch.values
         self.staged_out = scratch.queries[0] if scratch.out is None else scratch.out
         self.whole = config.n_splits == 1
@@ -167,11 +144,11 @@ class Program:
 def produce(program: Program) -> None:
     """The producer: copies each block of this program into the ring."""
     inputs, scratch, shape, config = program.inputs, program.scratch, program.shape, program.config
-    plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+    plgpu.set_max_registers(hopper.PRODUCER_REGISTERS, action="decrease")
 
     def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
         def one(j: jax.Array, _: None) -> None:
-            stage = wait_until_free(n0 + j - j0, config.stages, scratch.free)
+            stage = hopper.wait_until_free(n0 + j - j0, config.stages, scratch.free)
             page, at = b, j * config.block
             if inputs.page_table is not None:
                 index = lax.div(at, shape.page_size)
@@ -179,9 +156,9 @@ def produce(program: Program) -> None:
                 page = jnp.clip(inputs.page_table[b, index], 0, shape.pages - 1)
                 at = at - index * shape.page_size
             tokens = pl.ds(at, config.block)
-            for keys, smem, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
+            for keys, target, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
                 source = keys.at[page, 0 if shared else program.head, tokens]
-                plgpu.copy_gmem_to_smem(source, smem.at[stage], scratch.full.at[stage])
+                plgpu.copy_gmem_to_smem(source, target.at[stage], scratch.full.at[stage])
             if inputs.values is not None:
                 source = inputs.values.at[page, program.head, tokens]
                 plgpu.copy_gmem_to_smem(source, scratch.values.at[stage], scratch.full.at[stage])
@@ -189,7 +166,7 @@ def produce(program: Program) -> None:
         lax.fori_loop(j0, j1, one, None)
 
     program.for_sequences(sequence)
-    drain(program.n_blocks, config.stages, scratch.free)
+    hopper.drain(program.n_blocks, config.stages, scratch.free)
 
 
 class Consumer:
@@ -213,7 +190,7 @@ class Consumer:
     def run(self) -> None:
         """Attends to all sequences of the program."""
         config, scratch = self.program.config, self.program.scratch
-        registers = consumer_registers(config.row_groups * self.value_groups)
+        registers = hopper.consumer_registers(config.row_groups * self.value_groups)
         plgpu.set_max_registers(registers, action="increase")
         if not self.leads:
             plgpu.barrier_arrive(scratch.weights_free)
@@ -227,7 +204,7 @@ class Consumer:
         longest = program.seen_by_longest(b)
         seen = self.load_queries(b, longest) if self.leads else None
         step = functools.partial(self.step, j0=j0, n0=n0, seen=seen, longest=longest)
-        carry = zeros(ROWS, self.width), row_vector(LOWEST), row_vector(0.0)
+        carry = hopper.zeros(ROWS, self.width), hopper.row_vector(hopper.LOWEST), hopper.row_vector(0.0)
         clear = jnp.clip(lax.div(program.fewest(b), block), j0, j1)  # up to here every row sees every token
         carry = lax.fori_loop(j0, clear, functools.partial(step, masked=False), carry)
         acc, m, norm = lax.fori_loop(clear, j1, functools.partial(step, masked=True), carry)
@@ -237,10 +214,10 @@ class Consumer:
         """Copies the queries of sequence b, rotates them if need be, and returns how many tokens they see."""
         program, scratch, shape = self.program, self.program.scratch, self.program.shape
         inputs, full = program.inputs, self.program.scratch.queries_full.at[self.row_group]
-        for queries, smem, width in zip(inputs.queries, scratch.queries, shape.widths, strict=True):
+        for queries, target, width in zip(inputs.queries, scratch.queries, shape.widths, strict=True):
             own, last = lax.rem(program.branch, queries.shape[3]), pl.ds(queries.shape[4] - width, width)
             source = queries.at[b, program.group, pl.ds(self.row0, self.n_rows), own, last]
-            plgpu.copy_gmem_to_smem(source, smem.at[self.row_group, pl.ds(0, self.n_rows)], full)
+            plgpu.copy_gmem_to_smem(source, target.at[self.row_group, pl.ds(0, self.n_rows)], full)
         if inputs.rotations is not None:
             rotation = scratch.rotations.at[self.row_group]
             plgpu.copy_gmem_to_smem(inputs.rotations.at[b], rotation, full)
@@ -387,22 +364,16 @@ class Consumer:
             plgpu.wait_smem_to_gmem(0)
 
 
-def _kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch, **options: Any) -> None:
-    program = Program(inputs, outputs, scratch, **options)
-    consumers = program.config.row_groups * value_groups(program.shape)
-    run_roles(lambda: produce(program), lambda me: Consumer(program, me).run(), consumers)
-
-
 def _inputs(
+    static: Static,
+    q_rows: int,
     parts: Parts,
     v: jax.Array | None,
     kv_len: jax.Array,
     page_table: jax.Array | None,
     rotary: Rotary | None,
-    shape: Shape,
-    config: Config,
-    q_rows: int,
 ) -> Inputs:
+    shape, config = static.shape, static.config
     b, t, m, r = shape.batch, shape.q_len, shape.heads_per_kv, shape.rows
     tiles, tile_rows = config.tiles(shape), ROWS * config.row_groups
     limited = lambda n: jnp.clip(n, 0, shape.capacity)
@@ -434,57 +405,54 @@ def _inputs(
     )
 
 
-@functools.partial(
-    jax.jit, static_argnames=("shape", "scale", "config", "interpret")
-)  # compiled once for all layers
-def attend(
-    parts: Parts,
-    v: jax.Array | None,
-    kv_len: jax.Array,
-    page_table: jax.Array | None,
-    rotary: Rotary | None,
-    *,
-    shape: Shape,
-    scale: float,
-    config: Config,
-    interpret: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the kernels: see `mlra_jax.ops.decode.reference.decode_attention`."""
+@functools.partial(jax.jit, static_argnums=0)  # compiled once for all layers
+def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernels.
+
+    Args:
+      static: what they are compiled for.
+      parts: see `mlra_jax.ops.decode.reference.Arguments`.
+      *arrays: v, kv_len, page_table and rotary, see there.
+    """
+    shape, config, interpret = static.shape, static.config, static.interpret
     b, t, heads, m, r = shape.batch, shape.q_len, shape.heads, shape.heads_per_kv, shape.rows
-    whole, staged, interpreted = config.n_splits == 1, config.stages_output(shape), interpret is not None
+    whole, staged = config.n_splits == 1, config.stages_output(shape)
     all_rows = config.tiles(shape) * ROWS * config.row_groups
     q_rows = -(-r // 8) * 8 if r < ROWS else all_rows  # what a copy of a tile of queries needs
     groups, branches = heads // shape.branches, shape.branches
-    inputs = _inputs(parts, v, kv_len, page_table, rotary, shape, config, q_rows)
+    inputs = _inputs(static, q_rows, parts, *arrays)
     part_width = max(shape.v_width, 128)  # a merging warpgroup has an element for each of its threads
     results = b if whole else config.n_splits + b  # shares leave partial ones, see `make_table`
     out_shape: tuple[int, ...] = (b, groups, q_rows if staged else all_rows, branches, shape.v_width)
     if not whole:
         out_shape = (results, heads, all_rows, part_width)
-    row_groups, consumers = config.row_groups, config.row_groups * value_groups(shape)
-    shares_weights = value_groups(shape) > 1 or interpreted
-    outputs = run_kernel(
-        functools.partial(_kernel, shape=shape, config=config, scale=scale, interpret=interpreted),
+    stages, block, row_groups = config.stages, config.block, config.row_groups
+    consumers = row_groups * value_groups(shape)
+    shares_weights = value_groups(shape) > 1 or interpret is not None
+    own_out = staged and shape.v_width != shape.widths[0]
+
+    def kernel(*refs: Any) -> None:
+        program = Program(static, *refs)
+        hopper.run_roles(lambda: produce(program), lambda me: Consumer(program, me).run(), consumers)
+
+    out, lse = hopper.run_kernel(
+        kernel,
         inputs,
         Outputs(
             out=jax.ShapeDtypeStruct(out_shape, jnp.bfloat16 if whole else jnp.float32),
             lse=jax.ShapeDtypeStruct((results, heads, all_rows), jnp.float32),
         ),
         Scratch(
-            queries=[matrix_smem(row_groups, ROWS, w) for w in shape.widths],
-            rotations=matrix_smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
-            keys=[matrix_smem(config.stages, config.block, w) for w in shape.widths],
-            values=None if shape.latent else matrix_smem(config.stages, config.block, shape.v_width),
-            out=matrix_smem(row_groups, ROWS, shape.v_width)
-            if staged and shape.v_width != shape.widths[0]
-            else None,
-            weights=[matrix_smem(ROWS, config.block)] * row_groups if shares_weights else None,
+            queries=[smem(row_groups, ROWS, w) for w in shape.widths],
+            rotations=smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
+            keys=[smem(stages, block, w) for w in shape.widths],
+            values=None if shape.latent else smem(stages, block, shape.v_width),
+            out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
+            weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
             row_factor=plgpu.SMEM((ROWS,), jnp.float32),
-            full=plgpu.Barrier(
-                num_arrivals=len(inputs.keys) + (not shape.latent), num_barriers=config.stages
-            ),
-            free=plgpu.Barrier(num_arrivals=consumers, num_barriers=config.stages),
-            queries_full=plgpu.Barrier(num_arrivals=len(inputs.keys) + shape.rotary, num_barriers=row_groups),
+            full=plgpu.Barrier(num_arrivals=len(shape.cached), num_barriers=stages),
+            free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+            queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
             weights_full=plgpu.Barrier(num_arrivals=1),
             weights_free=plgpu.Barrier(num_arrivals=max(1, value_groups(shape) - 1)),
             blanked=plgpu.Barrier(num_arrivals=1),
@@ -492,15 +460,12 @@ def attend(
         grid=(heads * config.tiles(shape), b if whole else config.n_splits),
         grid_names=("tile", "share"),
         num_threads=consumers + 1,
-        compiler_params=PARAMS,
+        compiler_params=hopper.PARAMS,
         interpret=interpret,
         kernel_name="decode_attention",
     )
-    out, lse = outputs
     if not whole:
-        out, lse = merge(
-            inputs.longest, inputs.table, out, lse, q_rows, shape=shape, config=config, interpret=interpret
-        )
+        out, lse = merge(static, q_rows, inputs.longest, inputs.table, out, lse)
     out_BGTMJV = out[:, :, :r, :, : shape.v_width].reshape(b, groups, t, m, branches, -1)
     out = out_BGTMJV.transpose(0, 2, 4, 1, 3, 5).reshape(b, t, heads, m, -1)
     return out, lse[:, :, :r].reshape(b, heads, t, m).transpose(0, 2, 1, 3)

@@ -11,23 +11,22 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from mlra_jax.ops.decode.mosaic_gpu.config import Config
 from mlra_jax.ops.decode.mosaic_gpu.schedule import Schedule, limit
 from mlra_jax.ops.decode.shape import Shape
-from mlra_jax.ops.hopper import LOG2E, LOWEST, PARAMS, plgpu, run_kernel
+from mlra_jax.ops.hopper import LOG2E, LOWEST, PARAMS, Static, plgpu, run_kernel
 
 MANY_ROWS = 8 * 132
-"""To merge: more rows than an H100's processors hold programs of the merge at a time."""
+"""More rows than an H100's processors hold programs of the merge at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MergePlan:
-    """How parts are merged.
+    """How partial results are merged.
 
     Attributes:
-      warpgroups: of a program; they take equal shares of a row's parts.
-      at_once: parts of a row that a warpgroup has in flight.
-      rows: rows of a program, whose parts are in flight together; one if there are several warpgroups.
+      warpgroups: of a program; they take equal shares of a row's partial results.
+      at_once: partial results of a row that a warpgroup has in flight.
+      rows: rows of a program, whose loads are in flight together; one if there are several warpgroups.
     """
 
     warpgroups: int
@@ -36,7 +35,7 @@ class MergePlan:
 
     @classmethod
     def of(cls, shape: Shape, rows: int, n_splits: int) -> MergePlan:
-        """Enough programs to fill the GPU, and all parts of a row of an even batch in flight together."""
+        """Enough programs to fill the GPU, and all loads for a row of an even batch in flight together."""
         parts = n_splits if shape.batch == 1 else n_splits // shape.batch + 2
         warpgroups = min(4, -(-parts // 33))
         at_once = min(33, -(-parts // warpgroups))
@@ -68,12 +67,11 @@ class Scratch(NamedTuple):
     done: Any  # all have written theirs
 
 
-def _kernel(
-    inputs: Inputs, outputs: Outputs, scratch: Scratch, *, shape: Shape, config: Config, plan: MergePlan
-) -> None:
+def _kernel(inputs: Inputs, outputs: Outputs, scratch: Scratch, *, static: Static, plan: MergePlan) -> None:
     """Merges the partial results of some rows."""
     program, head, b, wg = (lax.axis_index(name) for name in ("rows", "head", "batch", "wg"))
-    schedule = Schedule(limit(inputs.longest, shape), inputs.table, config)
+    shape = static.shape
+    schedule = Schedule(limit(inputs.longest, shape), inputs.table, static.config)
     first, end = schedule.results(b, shape.batch)
     share = lax.div(end - first + (plan.warpgroups - 1), plan.warpgroups)
     start = jnp.minimum(first + wg * share, end)
@@ -139,32 +137,22 @@ def _kernel(
 
 
 def merge(
-    longest: jax.Array,
-    table: jax.Array | None,
-    out: jax.Array,
-    lse: jax.Array,
-    rows: int,
-    *,
-    shape: Shape,
-    config: Config,
-    interpret: Any,
+    static: Static, rows: int, longest: jax.Array, table: jax.Array | None, out: jax.Array, lse: jax.Array
 ) -> Outputs:
     """Merges what the shares have left.
 
     Args:
+      static: what the shares were compiled for.
+      rows: of a head, to merge.
       longest: tokens of each sequence that its longest query sees, int32 [B].
       table: see `make_table`; None: there is one sequence.
       out: float32 [partial results, L, rows or more, V].
       lse: float32 [partial results, L, rows or more].
-      rows: to merge.
-      shape: of the call.
-      config: that the shares were made by.
-      interpret: runs on the CPU.
     """
-    plan = MergePlan.of(shape, rows, config.n_splits)
+    shape, plan = static.shape, MergePlan.of(static.shape, rows, static.config.n_splits)
     width, groups = out.shape[-1], shape.heads // shape.branches
     return run_kernel(
-        functools.partial(_kernel, shape=shape, config=config, plan=plan),
+        functools.partial(_kernel, static=static, plan=plan),
         Inputs(longest, table, out, lse),
         Outputs(
             out=jax.ShapeDtypeStruct((shape.batch, groups, rows, shape.branches, width), jnp.bfloat16),
@@ -179,6 +167,6 @@ def merge(
         grid_names=("rows", "head", "batch"),
         num_threads=plan.warpgroups,
         compiler_params=PARAMS,
-        interpret=interpret,
+        interpret=static.interpret,
         kernel_name="merge_attention",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -34,12 +34,8 @@ class MosaicTPU(DecodeKernel[Config]):
     name: ClassVar[str] = "mosaic_tpu"
     config_type = Config
 
-    def tpu(self) -> pltpu.TpuInfo:
-        """The TPU that is compiled for.
-
-        Raises:
-          NotImplementedError: it is no TPU.
-        """
+    def target(self) -> pltpu.TpuInfo:
+        """The TPU that is compiled for."""
         return self.info or device.tpu_info()
 
     def check(self, args: Arguments) -> Shape:
@@ -60,22 +56,13 @@ class MosaicTPU(DecodeKernel[Config]):
             raise NotImplementedError(
                 f"It needs pages of a multiple of {LANES} tokens; got {shape.page_size}."
             )
-        if (size := 4 * shape.batch * (shape.row_pages or 1)) > self.tpu().smem_capacity_bytes // 2:
+        if (size := 4 * shape.batch * (shape.row_pages or 1)) > self.target().smem_capacity_bytes // 2:
             raise NotImplementedError(f"A page table of {size} bytes does not fit the core's scalar memory.")
         return shape
 
-    def heuristic(self, shape: Shape) -> Config:
-        """See `Config.heuristic`."""
-        return Config.heuristic(shape, self.tpu())
-
-    def adapt(self, config: Config, measured: Mapping[str, Any], shape: Shape) -> Config | None:
-        """The configuration, if it fits."""
-        return config if config.fits(shape, self.tpu()) else None
-
-    def run(self, shape: Shape, config: Config | None, args: Arguments) -> tuple[jax.Array, jax.Array]:
+    def run(self, shape: Shape, config: Config, args: Arguments) -> tuple[jax.Array, jax.Array]:
         """Runs the kernel."""
-        assert config is not None
-        info, args = self.tpu(), args.expanded()
+        info, args = self.target(), args.expanded()
         b, t, heads, m = args.score_shape
         cores = info.num_cores if config.shares == 1 and b % info.num_cores == 0 else config.shares
         program = Program(shape, config, cores, args.scale, self.static)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.execution.accelerators import Accelerator
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.reference import Arguments
 from mlra_jax.ops.decode.shape import Shape
@@ -29,7 +30,7 @@ class Triton(DecodeKernel[Config]):
 
     def check(self, args: Arguments) -> Shape:
         """The sizes of a call."""
-        require_ampere()
+        self.target()
         if args.layout != "token_major":
             raise NotImplementedError(f"It reads token_major caches, not {args.layout}.")
         types = {x.dtype for x in (*(q for q, _ in args.parts), *args.cached)}
@@ -46,9 +47,9 @@ class Triton(DecodeKernel[Config]):
             raise NotImplementedError(f"Its pages hold a multiple of 16 tokens; got {shape.page_size}.")
         return shape
 
-    def heuristic(self, shape: Shape) -> Config:
-        """See `Config.heuristic`."""
-        return Config.heuristic(shape, require_ampere()[1])
+    def target(self) -> Accelerator:
+        """The GPU that is compiled for."""
+        return require_ampere()[1]
 
     def adapt(self, config: Config, measured: Mapping[str, Any], shape: Shape) -> Config | None:
         """The configuration, if its blocks fit the pages, with as many programs as were measured, or a few less.
@@ -60,20 +61,19 @@ class Triton(DecodeKernel[Config]):
         splits = min(MAX_SPLITS, max(1, config.splits * measured["batch"] // shape.batch))
         return dataclasses.replace(config, splits=splits)
 
-    def run(self, shape: Shape, config: Config | None, args: Arguments) -> tuple[jax.Array, jax.Array]:
+    def run(self, shape: Shape, config: Config, args: Arguments) -> tuple[jax.Array, jax.Array]:
         """Launches the kernels.
 
         Raises:
           NotImplementedError: libraries do not fit each other, or blocks do not fit the pages.
         """
-        assert config is not None
         if not Config.holds_whole_blocks(shape, config.block_tokens):
             raise NotImplementedError(
                 f"Its blocks of {config.block_tokens} tokens do not fit whole into pages of {shape.page_size}; use "
                 "pages of a multiple of 16 tokens and a block that divides them."
             )
         kernels = _import_kernels()
-        args, capability = args.expanded(), require_ampere()[1].capability
+        args, capability = args.expanded(), self.target().capability
         (q, k), *rest = args.parts
         q_rope, k_rope = rest[0] if rest else (q, k)
         b, t, heads, m, c = q.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -20,34 +19,31 @@ MAX_BYTES = 256 * 1024**2
 
 
 class MosaicGPU(HopperKernel[Shape, Config]):
-    """bfloat16 in, float32 sums."""
+    """`skinny_gemm` or, with two matrices, `swiglu`: bfloat16 in, float32 sums."""
 
     config_type = Config
 
-    def check(self, x: jax.Array, w: jax.Array, *, dtype: jnp.dtype) -> Shape:
+    def check(self, x: jax.Array, w: jax.Array, *, dtype: jnp.dtype | None = None) -> Shape:
         """The sizes of a call."""
-        return self._check(x, w[None], dtype)
-
-    def _check(self, x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> Shape:
-        rows, depth = x.shape
-        self.processors()
+        (rows, depth), features, gated = x.shape, w.shape[-2], w.ndim == 3
+        self.target()
         if (x.dtype, w.dtype) != (jnp.bfloat16, jnp.bfloat16):
             raise NotImplementedError(
                 f"the Mosaic GPU kernel multiplies bfloat16 with bfloat16; got {x.dtype} and {w.dtype}."
             )
         if not self.takes_rows(rows, x.dtype):
             raise NotImplementedError(f"the Mosaic GPU kernel multiplies 2 to {ROWS} rows; got {rows}.")
-        if depth % 64 or w.shape[1] % UNIT:
+        if depth % 64 or features % UNIT:
             raise NotImplementedError(
                 "the Mosaic GPU kernel takes matrices of a multiple of 8 rows of a multiple of 64 elements; "
-                f"got {w.shape[1]} of {depth}."
+                f"got {features} of {depth}."
             )
         size = 2 * math.prod(w.shape)
         if self.config is None and self.interpret is None and not MIN_BYTES <= size <= MAX_BYTES:
             raise NotImplementedError(
                 f"the Mosaic GPU kernel is for matrices of 4 to 256 MiB; got {size} bytes."
             )
-        return Shape(-(-rows // UNIT) * UNIT, w.shape[1], depth, len(w) == 2, dtype.itemsize)
+        return Shape(-(-rows // UNIT) * UNIT, features, depth, gated, (dtype or x.dtype).itemsize)
 
     def takes_rows(self, rows: int, dtype: jnp.dtype) -> bool:
         """Whether the kernel multiplies so many rows of this type with a large matrix.
@@ -55,35 +51,21 @@ class MosaicGPU(HopperKernel[Shape, Config]):
         Raises:
           NotImplementedError: the current device is no Hopper GPU.
         """
-        self.processors()
+        self.target()
         return 2 <= rows <= ROWS and dtype == jnp.bfloat16
 
-    def heuristic(self, shape: Shape) -> Config | None:
-        """See `Config.heuristic`."""
-        return Config.heuristic(shape, self.processors())
-
     def run(
-        self, shape: Shape, config: Config | None, x: jax.Array, w: jax.Array, *, dtype: jnp.dtype
+        self,
+        shape: Shape,
+        config: Config | None,
+        x: jax.Array,
+        w: jax.Array,
+        *,
+        dtype: jnp.dtype | None = None,
     ) -> jax.Array:
         """Runs the kernel."""
-        return self._run(shape, config, x, w[None], dtype)
-
-    def _run(
-        self, shape: Shape, config: Config | None, x: jax.Array, w: jax.Array, dtype: jnp.dtype
-    ) -> jax.Array:
         if config is None or not config.fits(shape):
             raise NotImplementedError(f"the Mosaic GPU kernel has no tiling for {shape}; got {config}.")
-        run = functools.partial(multiply, shape=shape, config=config, dtype=dtype, interpret=self.interpret)
-        return unchecked(lambda _, x, w: run(x, w))(None, x, w)
-
-
-class MosaicGPUSwiGLU(MosaicGPU):
-    """The same kernel with two matrices, whose products it gates."""
-
-    def check(self, x: jax.Array, w: jax.Array) -> Shape:  # type: ignore[override]
-        """The sizes of a call."""
-        return self._check(x, w, x.dtype)
-
-    def run(self, shape: Shape, config: Config | None, x: jax.Array, w: jax.Array) -> jax.Array:  # type: ignore[override]
-        """Runs the kernel."""
-        return self._run(shape, config, x, w, x.dtype)
+        options = {"shape": shape, "config": config, "dtype": dtype or x.dtype, "interpret": self.interpret}
+        w = w.reshape(shape.matrices, *w.shape[-2:])
+        return unchecked(lambda _, x, w: multiply(x, w, **options))(None, x, w)
