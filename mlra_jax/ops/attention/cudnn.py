@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class CuDNN(Kernel[None, None]):
 
         def attend(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, padding)))
-            options = {"scale": args.scale, "is_causal": True, "implementation": "cudnn"}
+            options: dict[str, Any] = {"scale": args.scale, "is_causal": True, "implementation": "cudnn"}
             with declining("jax", remedy="pip install --upgrade 'mlra_jax[cuda]'"):
                 return jax.nn.dot_product_attention(q, k, padded, **options)[..., : v.shape[-1]]
 
