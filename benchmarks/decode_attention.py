@@ -3,10 +3,10 @@
     python -m benchmarks.decode_attention                       # the table of docs/kernels.md
     python -m benchmarks.decode_attention --cases 'mla *' 'gqa 1x*' 'mlra_4 3x20000' --implementation triton
 
-What is timed is all from queries and cache to the output and its log-sum-exp: from the first kernel's start to the last
-one's end in a profile, of a program that makes many calls, each with queries of its own, over caches in turn that do
-not fit the GPU's second-level cache together. Lengths are the same in all calls, as in the layers of a model, so what
-depends on them alone is worked out once. A reader times the same bytes in the same way.
+A call is timed from queries and cache to the output and its log-sum-exp: in a profile, from the first kernel's start to
+the last one's end, of a program that makes many calls. Each call has its own queries; caches are rotated so that they
+do not fit the GPU's L2 cache together. Lengths are the same in all calls, as in the layers of a model, so what depends
+on them alone is computed once. A plain read of the same bytes is timed in the same way.
 
 Results go to `benchmarks/results/decode_attention_DEVICE.md` and `.json`.
 """
@@ -63,7 +63,7 @@ CASES: Mapping[str, ArgSpec] = {
     },
     "tiny 2x256": ArgSpec((256, 256), rows=8, width=64, rope=32),
 }
-"""What can be measured, by name; the last one is small enough for a CPU. `find_case` knows more."""
+"""What can be measured, by name; the last one is small enough for a CPU. `find_case` takes more names."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -97,7 +97,7 @@ def find_case(name: str) -> ArgSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What others take for a case on an H100 80GB HBM3, and what we want to, in us."""
+    """What other kernels take for a case on an H100 80GB HBM3, and what ours should take, in us."""
 
     theirs: float | None = None
     """FlashMLA for MLA, else FlashAttention-3, as measured for this project on such a card."""
@@ -139,7 +139,7 @@ TARGETS: Mapping[str, Target] = {
 }
 """The rows of the table."""
 SPREAD_OF_ROWS = 1.03
-"""The slowest of 16 to 64 rows takes at most so many times what the fastest takes."""
+"""Goal for the slowest of 16 to 64 rows over the fastest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +149,13 @@ class Row:
     case: str
     implementation: str
     bytes: int
-    """Of cache that a call must read."""
+    """Bytes of cache that a call must read."""
     timing: Timing
     read: Timing
     reader: str
     target: Target
     verdict: str
-    """Goal, floor or miss; empty where nothing is asked, or of another device."""
+    """Goal, floor or miss; empty if there is no target for the case or the device."""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -501,13 +501,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.decode_attention", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--cases", nargs="+", metavar="GLOB", help="names of cases; all of the table if left out"
+        "--cases", nargs="+", metavar="GLOB", help="names of cases (default: all of the table)"
     )
     parser.add_argument(
-        "--implementation", choices=list(IMPLEMENTATIONS), help="the dispatcher's choice if left out"
+        "--implementation",
+        choices=list(IMPLEMENTATIONS),
+        help="back end (default: the first that takes the call)",
     )
-    parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
-    parser.add_argument("--quick", action="store_true", help="three runs of the cases under 300 MB")
+    parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
+    parser.add_argument("--quick", action="store_true", help="only cases under 300 MB, three runs each")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(argv)
     try:

@@ -170,10 +170,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--only", nargs="+", choices=MATRICES, default=list(MATRICES), help="matrices")
-    parser.add_argument("--cuts", type=parse_cut, nargs="+", default=[], help="besides the heuristic's")
-    parser.add_argument("--runs", type=int, default=5, help="timed, of each program")
-    parser.add_argument("--interpret", action="store_true", help="tiny matrices, on a CPU")
+    parser.add_argument(
+        "--only", nargs="+", choices=MATRICES, default=list(MATRICES), help="matrices to multiply"
+    )
+    parser.add_argument(
+        "--cuts", type=parse_cut, nargs="+", default=[], help="tilings to time besides the heuristic's"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each program")
+    parser.add_argument(
+        "--interpret", action="store_true", help="run the kernel's interpreter on a CPU, with tiny matrices"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     setting = Setting.here("benchmarks.skinny_gemm", argv)

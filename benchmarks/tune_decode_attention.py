@@ -1,12 +1,12 @@
 """Measures configurations of the decode attention kernels on the GPU at hand and writes the fastest into its table.
 
-    python -m benchmarks.tune_decode_attention                   # the cases of the benchmark, those measured left out
+    python -m benchmarks.tune_decode_attention                   # the benchmark's cases that the table does not hold
     python -m benchmarks.tune_decode_attention --cases 'mla *' --again --limit-seconds 300
 
-From the heuristic's configuration on, one property after the other is set to the value that is fastest, twice around.
-What is faster than the heuristic by more than 1 % in a second measurement, and agrees with plain XLA, is entered into
-`mlra_jax/ops/decode/tuned/DEVICE.json`, from where the back ends take it (`mlra_jax.ops.tuning`); else the table says
-that the heuristic is best. It is written after each case, and entries for others stay.
+Starting from the heuristic's configuration, one property after the other is set to its fastest value, in two rounds. If
+the result is more than 1 % faster than the heuristic in a second measurement, and agrees with plain XLA, it is entered
+into `mlra_jax/ops/decode/tuned/DEVICE.json`, where the back ends find it (`mlra_jax.ops.tuning`); otherwise the table
+says that the heuristic is best. The table is written after each case; its other entries stay.
 """
 
 from __future__ import annotations
@@ -338,13 +338,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--cases",
         nargs="+",
         metavar="GLOB",
-        help=f"names of cases; if left out, the benchmark's {len(TARGETS)}",
+        help=f"names of cases (default: the benchmark's {len(TARGETS)})",
     )
-    parser.add_argument("--implementation", choices=list(SPACES), default=default, help=f"here {default}")
-    parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
-    parser.add_argument("--again", action="store_true", help="also what the table holds already")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--out", type=pathlib.Path, default=TUNED, help="folder of the tables")
+    parser.add_argument(
+        "--implementation", choices=list(SPACES), default=default, help="back end (default: %(default)s)"
+    )
+    parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
+    parser.add_argument("--again", action="store_true", help="measure also what the table holds already")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=float("inf"), help="stop after this many seconds"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=TUNED, help="folder of the tables (default: that of the package)"
+    )
     options = parser.parse_args(argv)
     try:
         names = select(options.cases, quick=False)
