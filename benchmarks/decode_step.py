@@ -49,7 +49,7 @@ from mlra_jax.generation.sampling import GREEDY, RowSampling
 from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
-from mlra_jax.ops.product.api import PRODUCT
+from mlra_jax.ops.skinny_gemm.api import SKINNY_GEMM
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K", "64x128K")
@@ -305,8 +305,8 @@ def main() -> int:
         "--products",
         nargs="*",
         default=[],
-        choices=PRODUCT,
-        help="back ends of skinny GEMMs, in order of preference; default: the first that takes the call",
+        choices=SKINNY_GEMM,
+        help="back ends of skinny GEMM, in the order in which they are tried; default: the first that takes the call",
     )
     parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
     args = parser.parse_args()
@@ -354,7 +354,7 @@ def main() -> int:
     for batch, context in args.cases:
         batches.setdefault(batch, []).append(context)
     names = tuple(dict.fromkeys((*args.products, "reference")))
-    with choose(product=names, swiglu=names) if args.products else contextlib.nullcontext():
+    with choose(skinny_gemm=names, swiglu=names) if args.products else contextlib.nullcontext():
         for batch, contexts in batches.items():
             fitting = []
             for context in sorted(contexts):

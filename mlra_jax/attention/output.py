@@ -118,7 +118,8 @@ class Output(WithLayout):
           gate_BTNH: from `shard_inputs`.
           w_DNH: from `shard_inputs`.
           scale: multiplies y after it is summed over shards.
-          reduce: whether the devices' products with W_o are summed; if not, each returns its own, [1, B, T, D] in float32.
+          reduce: whether the devices' products with W_o are summed; if not, each returns its own, [1, B, T, D] in
+            float32.
         """
         y_BTNH = shards.scatter(y_BTUMH)
         if not shards.projected:

@@ -21,10 +21,9 @@ from mlra_jax.ops.device import current_device
 from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
-from mlra_jax.ops.product import has_kernel, swiglu
-from mlra_jax.ops.product import product as rows_product
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
 from mlra_jax.ops.rotary import Frequencies, frequencies
+from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm, swiglu
 from mlra_jax.sharding import AxisRules, Names, current_mesh
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -201,8 +200,8 @@ def decode_product(
 ) -> jax.Array:
     """Products of the rows x [B, T, *I] with a matrix of the decode layout, w [*O, *I]: [B, T, *O].
 
-    For few rows on a Hopper GPU, and where `choose` names implementations of the op `product`, each device multiplies
-    its own part with that op, and partial sums are added in float32; otherwise it is one einsum.
+    For few rows on a Hopper GPU, and where `choose` names implementations of the op `skinny_gemm`, each device
+    multiplies its own part with that op, and partial sums are added in float32; otherwise it is one einsum.
 
     Args:
       rules: the decoding table.
@@ -217,7 +216,7 @@ def decode_product(
     """
     dtype, axes = jnp.dtype(dtype or x.dtype), len(summed)
     names = [name for name in summed if name is not None]
-    runs_op = not elementwise and _runs_op("product", rules, x)
+    runs_op = not elementwise and _runs_op("skinny_gemm", rules, x)
     i = "I" if axes == 1 else "NH"
 
     def multiply(x: jax.Array, w: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -226,7 +225,7 @@ def decode_product(
             return (x * w.astype(jnp.float32)).sum(axis=tuple(range(-axes, 0))).astype(dtype)
         if runs_op:
             flat = lambda a: a.reshape(-1, math.prod(a.shape[-axes:]))
-            return rows_product(flat(x), flat(w), dtype=dtype).reshape(*x.shape[:2], *w.shape[:-axes])
+            return skinny_gemm(flat(x), flat(w), dtype=dtype).reshape(*x.shape[:2], *w.shape[:-axes])
         return jnp.einsum(f"BT{i},...{i}->BT...", x, w, preferred_element_type=dtype)
 
     if reduce and elementwise:

@@ -17,9 +17,8 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.convert import main as convert
 from mlra_jax.config import ModelConfig
 from mlra_jax.model import layers
-from mlra_jax.ops import hopper
-from mlra_jax.ops.attention import xla
-from mlra_jax.ops.attention.qk_parts import joined
+from mlra_jax.ops import device
+from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def test_every_option_of_every_command_is_used_in_a_test(repository):
 def test_attention_of_whole_sequences_by_back_end_and_cut(call, monkeypatch, capsys):
     tried = []
 
-    def attend(parts, v, *, scale, q_start, config):
+    def run(kernels, shape, config, parts, v, **keywords):
         tried.append(config)
-        return joined(xla.causal_attention)(parts, v, scale=scale, q_start=q_start)
+        return IMPLEMENTATIONS["xla"](parts, v, **keywords)
 
     sizes = ["--cases", "tiny", "--batch", "1", "--tokens", "64", "--runs", "1"]
     argv = [*sizes, "--implementations", "xla", "cudnn", "--cuts", "block=128,stages=3"]
@@ -62,9 +61,9 @@ def test_attention_of_whole_sequences_by_back_end_and_cut(call, monkeypatch, cap
     assert "| tiny | cudnn | It needs an NVIDIA GPU" in said
     assert "| tiny | block=128,stages=3 | the Mosaic GPU kernel runs on Hopper GPUs" in said
 
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(device, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11)))
-    monkeypatch.setattr(train_attention.mosaic_gpu, "causal_attention", attend)
+    monkeypatch.setattr(train_attention.MosaicGPU, "run", run)
     assert call(train_attention, *sizes, "--implementations", "xla", "--cuts", "block=128,stages=3") == 0
     assert {(config.block, config.stages) for config in tried} == {(128, 3)}
     assert re.search(r"\| tiny \| block=128,stages=3 \| \d+ ", capsys.readouterr().out)

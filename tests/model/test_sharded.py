@@ -168,7 +168,7 @@ def test_decoding_in_ragged_chunks_on_a_mesh_gives_the_logits_of_the_full_forwar
 
 @pytest.mark.parametrize(("sizes", "split_heads"), [((1, 1, 4, 1), False), ((2, 1, 2, 2), True)], ids=str)
 def test_decoding_with_products_made_on_each_device_gives_the_same(whole, on_mesh, sizes, split_heads):
-    with choose(product="reference", swiglu="reference"):
+    with choose(skinny_gemm="reference", swiglu="reference"):
         check_decoding(*whole("mlra_4"), on_mesh, MODELS["mlra_4"], sizes, split_heads)
 
 

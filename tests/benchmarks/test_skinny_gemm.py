@@ -1,25 +1,25 @@
-"""The benchmark of products of few rows, in tiny sizes."""
+"""The benchmark of skinny GEMM, in tiny sizes."""
 
 import json
 
 import jax
 import pytest
 
-from benchmarks import product
-from mlra_jax.ops.product.mosaic_gpu import Config
+from benchmarks import skinny_gemm
+from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config
 
 
 def test_cuts_are_read_and_others_refused_with_an_example(capsys):
-    assert product.parse_cut("48x1x2x128x2") == Config(48, 1, 2, 128, 0, 2)
+    assert skinny_gemm.parse_cut("48x1x2x128") == Config(48, 1, 2, 128, 0)
     with pytest.raises(SystemExit):
-        product.main(["--cuts", "48x1"])
-    assert "such as 48x1x2x128x2" in capsys.readouterr().err
+        skinny_gemm.main(["--cuts", "48x1"])
+    assert "such as 48x1x2x128" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of GPU kernels needs JAX 0.11")
 def test_it_measures_both_and_their_errors(tmp_path):
-    argv = ["--interpret", "--rows", "8", "--only", "down", "--runs", "1", "--cuts", "16x1x1x64x2"]
-    assert product.main([*argv, "--out", str(tmp_path)]) == 0
+    argv = ["--interpret", "--rows", "8", "--only", "down", "--runs", "1", "--cuts", "16x1x1x64"]
+    assert skinny_gemm.main([*argv, "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
     results = json.loads(path.read_text())["results"]
     assert [r["cut"].split("=")[0] for r in results] == ["xla", "tile", "tile"]

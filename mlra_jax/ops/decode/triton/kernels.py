@@ -1,4 +1,4 @@
-"""The two kernels of `triton.py`. Imports Triton, so it is itself imported where a kernel is launched, and only there.
+"""The two kernels. This module imports Triton, so it is imported only where a kernel is launched.
 
 A tile's rows are the query rows of one (batch row, head): row r is query r // M, head row r % M.
 """

@@ -1,11 +1,10 @@
-"""Products of few rows: the kernel for Hopper GPUs, what it declines, its cuts, its numbers, and what compiles of it.
+"""Skinny GEMM: the kernel for Hopper GPUs, what it declines, its tilings, its numbers, and what compiles of it.
 
 Numbers come from the interpreter, on the CPU and with JAX 0.11 or later, and from the GPU where there is one
-(`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_product.py`).
+(`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_skinny_gemm.py`).
 """
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -17,12 +16,20 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from mlra_jax.execution.topologies import gpu_devices
-from mlra_jax.ops import hopper
 from mlra_jax.ops.dispatch import explain
-from mlra_jax.ops.product import api, mosaic_gpu, product, swiglu
-from mlra_jax.ops.product.mosaic_gpu import Config, Shape
+from mlra_jax.ops.skinny_gemm import api, skinny_gemm, swiglu
+from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU, back_end, kernel
+from mlra_jax.ops.skinny_gemm.mosaic_gpu.config import Shape
+from tests.ops.common import (
+    H100,
+    assert_no_races,
+    compiles,
+    interpreter,
+    newer_jax,
+    on_hopper,
+    waits_left_out,
+)
 
-H100 = "NVIDIA H100 80GB HBM3"
 MATRICES = {  # of the 2.9 B MLRA-4: F, K, whether gated
     "gate and up": (9984, 3072, True),
     "down": (3072, 9984, False),
@@ -30,11 +37,6 @@ MATRICES = {  # of the 2.9 B MLRA-4: F, K, whether gated
     "latents": (1600, 3072, False),
     "queries": (4608, 1024, False),
 }
-newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
-compiles = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason="needs JAX 0.11 or later and its CUDA 13 plugin",
-)
 
 
 def draw(rows, f, k, gated, seed=0):
@@ -47,7 +49,7 @@ def check(run, x, w, *, dtype=jnp.bfloat16):
     """As close to float32 as the type of the result allows."""
     y = run(x, w)
     assert (y.dtype, y.shape) == (dtype, (len(x), w.shape[-2]))
-    op = swiglu if w.ndim == 3 else product
+    op = swiglu if w.ndim == 3 else skinny_gemm
     exact = np.asarray(op(x.astype(jnp.float32), w.astype(jnp.float32), implementation="reference"))
     difference = np.asarray(y, np.float32) - exact
     assert np.linalg.norm(difference) < {4: 1e-5, 2: 3e-3}[y.dtype.itemsize] * np.linalg.norm(exact)
@@ -58,7 +60,7 @@ def test_the_reference_multiplies_and_gates():
     x, w = (np.float64(a) for a in draw(3, 16, 24, True))
     gate, up = x @ w[0].T, x @ w[1].T
     as_float = lambda a: jnp.asarray(a, jnp.float32)
-    np.testing.assert_allclose(product(as_float(x), as_float(w[0])), gate, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(skinny_gemm(as_float(x), as_float(w[0])), gate, rtol=1e-4, atol=1e-5)
     gated = swiglu(as_float(x), as_float(w))
     np.testing.assert_allclose(gated, gate / (1 + np.exp(-gate)) * up, rtol=1e-4, atol=1e-5)
 
@@ -80,25 +82,25 @@ def test_the_reference_multiplies_and_gates():
     ],
 )
 @newer_jax
-def test_it_says_why_it_declines_a_call(monkeypatch, rows, f, k, dtype, message):
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
-    monkeypatch.setattr(mosaic_gpu, "_run", lambda x, w, **_: jnp.zeros((len(x), w.shape[1]), x.dtype))
+def test_it_says_why_it_declines_a_call(monkeypatch, compiled_for, rows, f, k, dtype, message):
+    compiled_for(H100)
+    monkeypatch.setattr(back_end, "multiply", lambda x, w, **_: jnp.zeros((len(x), w.shape[1]), x.dtype))
     x, w = jax.ShapeDtypeStruct((rows, k), dtype), jax.ShapeDtypeStruct((f, k), dtype)
-    reason = explain(product, x, w)["product"]["mosaic_gpu"]
+    reason = explain(skinny_gemm, x, w)["skinny_gemm"]["mosaic_gpu"]
     assert reason is None if message is None else re.search(message, reason)
 
 
 def test_it_is_for_hopper_alone():
     x, w = draw(8, 2048, 2048, False)
     with pytest.raises(NotImplementedError, match="runs on Hopper GPUs; this is a cpu"):
-        product(x, w, implementation="mosaic_gpu")
-    assert list(api.PRODUCT) == list(api.SWIGLU) == ["mosaic_gpu", "reference"]
+        skinny_gemm(x, w, implementation="mosaic_gpu")
+    assert list(api.SKINNY_GEMM) == list(api.SWIGLU) == ["mosaic_gpu", "reference"]
     assert not api.has_kernel(8, jnp.dtype("bfloat16"))
 
 
 @newer_jax
-def test_few_rows_of_bfloat16_are_for_it(monkeypatch):
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
+def test_few_rows_of_bfloat16_are_for_it(compiled_for):
+    compiled_for(H100)
     taken = [api.has_kernel(rows, jnp.dtype("bfloat16")) for rows in (1, 2, 64, 65)]
     assert taken == [False, True, True, False]
     assert not api.has_kernel(8, jnp.dtype("float32"))
@@ -140,14 +142,12 @@ def test_matrices_of_the_2_9b_model_go_to_nearly_all_processors(name, rows):
 
 def interpreted(config, races=False, dtype=jnp.bfloat16):
     """The kernel on the CPU."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    options = {"config": config, "interpret": plgpu.InterpretGPUParams(detect_races=races)}
+    options = {"config": config, "interpret": interpreter(races)}
 
     def run(x, w):
         if w.ndim == 3:
-            return mosaic_gpu.swiglu(x, w, **options)
-        return mosaic_gpu.product(x, w, dtype=jnp.dtype(dtype), **options)
+            return swiglu(x, w, implementation=MosaicGPU(**options))
+        return skinny_gemm(x, w, dtype=dtype, implementation=MosaicGPU(**options))
 
     return run
 
@@ -156,16 +156,14 @@ INTERPRETED = {
     "a matrix": (8, 48, 192, False, Config(24, 1, 1, 64, 2)),
     "gated, several tiles": (16, 64, 128, True, Config(16, 2, 1, 64, 3)),
     "split": (64, 48, 320, False, Config(48, 1, 2, 64, 2)),
-    "rows copied together": (16, 48, 256, False, Config(24, 1, 1, 128, 2, cluster=2)),
+    "wide blocks": (16, 48, 256, False, Config(24, 1, 1, 128, 2)),
 }
 
 
 def check_interpreted(config, sizes):
     """Checks the numbers, and that threads wait for each other's memory."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
     check(interpreted(config, races=True), *draw(*sizes))
-    assert not interpret_pallas_call.get_races().races_found
+    assert_no_races()
 
 
 @newer_jax
@@ -187,7 +185,7 @@ def test_interpreted_numbers_without_races(name):
     splits=st.integers(1, 3),
     stages=st.integers(2, 4),
 )
-def test_interpreted_numbers_of_any_sizes_and_cuts(rows, f, blocks, gated, tile, tiles, splits, stages):
+def test_interpreted_numbers_of_any_sizes_and_tilings(rows, f, blocks, gated, tile, tiles, splits, stages):
     config = Config(tile, tiles, 1 if gated else splits, 64, stages)
     dtype = jnp.bfloat16 if gated else jnp.float32
     check(interpreted(config, dtype=dtype), *draw(rows, 8 * f, 64 * blocks, gated, rows), dtype=dtype)
@@ -195,36 +193,17 @@ def test_interpreted_numbers_of_any_sizes_and_cuts(rows, f, blocks, gated, tile,
 
 @newer_jax
 def test_the_interpreter_sees_a_wait_that_is_left_out(monkeypatch):
-    class Hasty:
-        """The library, but for waits on the ring."""
-
-        def __getattr__(self, name):
-            return getattr(library, name)
-
-        def barrier_wait(self, barrier):
-            pass
-
-    library = mosaic_gpu.plgpu
-    monkeypatch.setattr(mosaic_gpu, "plgpu", Hasty())
-    mosaic_gpu._run.clear_cache()
-    try:
-        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-            check_interpreted(Config(24, 1, 1, 64, 3), (8, 72, 384, False))
-    finally:
-        mosaic_gpu._run.clear_cache()
+    with waits_left_out(monkeypatch, kernel, [kernel.multiply]):
+        check_interpreted(Config(24, 1, 1, 64, 3), (8, 72, 384, False))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(
-    jax.default_backend() != "gpu" or not hopper.find_processors(jax.devices()[0].device_kind),
-    reason="needs a Hopper GPU",
-)
+@on_hopper
 @pytest.mark.parametrize("rows", [2, 8, 13, 32, 64])
 @pytest.mark.parametrize("name", MATRICES)
 def test_numbers_on_the_gpu(name, rows):
     f, k, gated = MATRICES[name]
     x, w = draw(rows, f, k, gated)
-    run = jax.jit(functools.partial(swiglu if gated else product, implementation="mosaic_gpu"))
+    run = jax.jit(functools.partial(swiglu if gated else skinny_gemm, implementation="mosaic_gpu"))
     y = check(run, x, w)
     np.testing.assert_array_equal(run(x, w), y)  # the same bits from run to run
 
@@ -239,7 +218,7 @@ def compile_all():
     with jax.set_mesh(mesh):
         for rows in (8, 64):
             for f, k, gated in MATRICES.values():
-                run = functools.partial(swiglu if gated else product, implementation="mosaic_gpu")
+                run = functools.partial(swiglu if gated else skinny_gemm, implementation="mosaic_gpu")
                 jax.jit(run).lower(new(rows, k), new(2, f, k) if gated else new(f, k)).compile()
 
 
