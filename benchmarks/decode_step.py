@@ -44,12 +44,12 @@ from benchmarks.measure import kernel_ops, trace
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.generation.sampling import GREEDY
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, State, round_up
+from mlra_jax.generation.sampling import GREEDY, RowSampling
 from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
-from mlra_jax.ops.product.api import PRODUCT
+from mlra_jax.ops.skinny_gemm.api import SKINNY_GEMM
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K", "64x128K")
@@ -139,9 +139,10 @@ class Benchmark:
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
             cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
-            state = State(cache, zeros(), zeros(), zeros(), *scalars)
-        return Rows(engine, state, zeros(), GREEDY, capacity)
+            no_eos = engine.put(np.full(batch, NO_TOKEN, np.int32))
+            sampling = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
+            state = State(cache, zeros(), zeros(), no_eos, jax.tree.map(engine.put, sampling))
+        return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
         """Sets each row to `length` cached tokens, with more to generate than will be run."""
@@ -308,8 +309,8 @@ def main() -> int:
         "--products",
         nargs="*",
         default=[],
-        choices=PRODUCT,
-        help="back ends of skinny GEMMs, in order of preference; default: the first that takes the call",
+        choices=SKINNY_GEMM,
+        help="back ends of skinny GEMM, in the order in which they are tried; default: the first that takes the call",
     )
     parser.add_argument("--out", type=pathlib.Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
@@ -357,7 +358,7 @@ def main() -> int:
     for batch, context in args.cases:
         batches.setdefault(batch, []).append(context)
     names = tuple(dict.fromkeys((*args.products, "reference")))
-    with choose(product=names, swiglu=names) if args.products else contextlib.nullcontext():
+    with choose(skinny_gemm=names, swiglu=names) if args.products else contextlib.nullcontext():
         for batch, contexts in batches.items():
             fitting = []
             for context in sorted(contexts):

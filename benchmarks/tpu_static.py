@@ -36,8 +36,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ExecutionConfig
 from mlra_jax.markdown import head, row, table
-from mlra_jax.ops.decode import mosaic_tpu
-from mlra_jax.ops.decode.cases import Case, abstract_call
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
+from mlra_jax.ops.decode.mosaic_tpu import MosaicTPU
 
 KERNEL = "decode_attention"
 Form = Literal["absorbed", "expanded"]
@@ -101,27 +101,22 @@ class Estimate:
         return self.use["VSTORE:SPILL"][0] / self.block * 1024
 
 
-def case(rows: int, lengths: tuple[int, ...]) -> Case:
+def case(rows: int, lengths: tuple[int, ...]) -> ArgSpec:
     """One latent head of MLRA, C = 128 and R = 64."""
-    return Case(lengths, rows=rows, layout="feature_major")
+    return ArgSpec(lengths, rows=rows, layout="feature_major")
 
 
 def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
     """Compiles one kernel; the compiler writes where `LIBTPU_INIT_ARGS` says."""
     mesh = one_device(topology)
     call = abstract_call(case(rows, lengths))
-    q_nope, q_rope, kv_latent, k_rope, kv_len, _ = (
-        None
-        if x is None
-        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        for x in call.args
-    )
-    attend = functools.partial(
-        mosaic_tpu.decode_attention, scale=call.static["scale"], layout="feature_major", static=True
-    )
-    run = lambda q, qr, kv, kr, n: attend(parts=[(q, kv), (qr, kr[:, None])], v=None, kv_len_BT=n)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    args = [
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in call.args
+    ]
+    run = functools.partial(call, implementation=MosaicTPU(static=True))
     with jax.set_mesh(mesh):
-        jax.jit(run).lower(q_nope, q_rope, kv_latent, k_rope, kv_len).compile()
+        jax.jit(run).lower(*args).compile()
 
 
 def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
@@ -172,15 +167,9 @@ def compile_in_process(
 
 
 def chosen_block(chip: Chip, rows: int, lengths: tuple[int, ...]) -> int:
-    """The kernel's block size, in tokens."""
-    sizes = case(rows, lengths)
-    return mosaic_tpu.heuristic(
-        widths=((1, sizes.width), (1, sizes.rope)),
-        rows=rows,
-        batch=len(lengths),
-        capacity=sizes.capacity,
-        info=pltpu.get_tpu_info_for_chip(chip.version, chip.cores),
-    ).block
+    """Tokens of the block that the kernel chooses."""
+    info = pltpu.get_tpu_info_for_chip(chip.version, chip.cores)
+    return MosaicTPU(info=info).heuristic(case(rows, lengths).shape).block
 
 
 def utilization(text: str) -> dict[str, tuple[int, float]]:

@@ -111,7 +111,7 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
     model = config.model
     if args.layers:
         model = dataclasses.replace(model, n_layers=args.layers)
-    asked = {"remat": args.remat, "gather": args.gather}
+    asked = {"remat": args.remat, "gather": args.gather, "deterministic": args.deterministic}
     execution = dataclasses.replace(config.execution, **{k: v for k, v in asked.items() if v})
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
     n_data = mesh.size // args.tensor
@@ -322,6 +322,7 @@ def main() -> int:
     )
     parser.add_argument("--tensor", type=int, default=1, help="size of this mesh axis")
     parser.add_argument("--gather", help="see ExecutionConfig.gather; default: the planner's choice")
+    parser.add_argument("--deterministic", choices=("yes", "no"), help="see ExecutionConfig.deterministic")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")
     parser.add_argument("--steps", type=int, default=4, help="timed steps")
     parser.add_argument(

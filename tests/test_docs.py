@@ -16,6 +16,7 @@ from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
 from mlra_jax.cli.evaluate import EvaluateArgs
 from mlra_jax.cli.plan import PlanArgs
+from mlra_jax.cli.train import take_check
 from mlra_jax.distributed import take_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +132,8 @@ def test_every_command_that_is_shown_parses(program, rest, monkeypatch):
         assert options.topology
     if program == "describe":
         _, args = tyro.cli(describe.DescribeArgs, args=args, return_unknown_args=True, use_underscores=False)
+    if program == "train":
+        _, args = take_check(args)
     if program in PARSERS:
         tyro.cli(PARSERS[program], args=args)
     else:

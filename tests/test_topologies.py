@@ -32,14 +32,13 @@ def train_config(name: str, n_devices: int):
     )
 
 
-def on_each(topologies, always):
-    """`tiny` on each topology, and the paper's model on one, on the others only with the slow tests."""
-    slow = lambda topology: () if topology == always else pytest.mark.slow
-    paper = [pytest.param("mlra_4", topology, marks=slow(topology)) for topology in topologies]
-    return [*(("tiny", topology) for topology in topologies), *paper]
+def on_each(topologies, paper, quick):
+    """The paper's model on the topology `paper`, `tiny` on `quick`; the paper's on all others with the slow tests."""
+    slow = [pytest.param("mlra_4", t, marks=pytest.mark.slow) for t in topologies if t != paper]
+    return [("mlra_4", paper), *(("tiny", t) for t in quick), *slow]
 
 
-@pytest.mark.parametrize(("name", "topology"), on_each(TRAIN, "v5p:2x2x1"))
+@pytest.mark.parametrize(("name", "topology"), on_each(TRAIN, "v5p:2x2x1", ["v6e:2x4"]))
 def test_train_step_compiles_and_fits(name, topology):
     config = train_config(name, TRAIN[topology])
     mesh = topology_mesh(topology, config.mesh)
@@ -56,7 +55,7 @@ def test_train_step_compiles_and_fits(name, topology):
         assert 0.99 * state < memory.arguments < 1.1 * state
 
 
-@pytest.mark.parametrize(("name", "topology"), on_each(DECODE, "v5p:2x2x1"))
+@pytest.mark.parametrize(("name", "topology"), on_each(DECODE, "v5p:2x2x1", ["v5e:2x2", "v6e:2x2"]))
 def test_decode_step_compiles_and_fits(name, topology):
     config = dataclasses.replace(load_config(name).model, param_dtype="bfloat16", compute_dtype="bfloat16")
     batch, max_len = 8, 4096

@@ -193,9 +193,10 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bo
         prog=f"{prog} {chosen}",
         description=(
             "Trains a model. CONFIG is the path of a Python file that defines get_config() or of a run's config.json, "
-            f"or one of: {names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to "
-            "the command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator "
-            "HOST:PORT, --distributed.processes N and --distributed.process_id I."
+            f"or one of: {names}. Every field below can be set; its value in CONFIG is shown. With --check-determinism "
+            "[STEPS] nothing is written: the first steps are made several times and their bits compared. On several "
+            "hosts, add to the command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or "
+            "--distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I."
         ),
         use_underscores=True,
     )

@@ -24,7 +24,9 @@ from mlra_jax.generation.generator import (
     Delta,
     GenerationOptions,
     Generator,
+    changed,
     fit_prompts,
+    options_by_prompt,
 )
 from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.textfiles import decode_text, read_text
@@ -45,7 +47,7 @@ class DecodeArgs:
     """Text to continue; repeat the option for several prompts."""
     prompts_file: str = ""
     """File with one prompt per line, or `-` for standard input; lines of a .jsonl file are JSON strings, or objects
-    with a field `prompt`."""
+    with a field `prompt` and, where options differ for it, `generation`: {"temperature": 0.8, "seed": 1}."""
     step: int | None = None
     """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ONE_DEVICE
@@ -69,30 +71,37 @@ class DecodeArgs:
     """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
-def read_prompts(file: str) -> list[str]:
-    """Reads the prompts in a file, one per line; `-` is standard input. Empty lines are skipped.
+def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple[str, GenerationOptions]]:
+    """Reads prompts, one per line, and the options of each; `-` is standard input. Empty lines are skipped.
+
+    Args:
+      file: its path.
+      options: what a line of a .jsonl file may change with its field `generation`.
 
     Raises:
       FileNotFoundError: there is no such file.
       TextError: it is not UTF-8.
-      ConfigError: standard input cannot be read, or a line of a .jsonl file is no prompt.
+      ConfigError: standard input cannot be read, or a line of a .jsonl file is no prompt or has unknown options.
     """
     text = decode_text(_standard_input(), "standard input") if file == "-" else read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not file.endswith(".jsonl"):
-        return [line for _, line in lines]
+        return [(line, options) for _, line in lines]
     prompts = []
     for number, line in lines:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}.") from error
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
+        value = {"prompt": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise ConfigError(
                 f"{file}, line {number} is neither a string nor an object with the field prompt."
             )
-        prompts.append(prompt)
+        try:
+            prompts.append((value["prompt"], changed(options, **value.get("generation", {}))))
+        except TypeError as error:
+            raise ConfigError(f"{file}, line {number}: {error}") from error
     return prompts
 
 
@@ -107,14 +116,14 @@ def _standard_input() -> bytes:
         ) from error
 
 
-def _prompts(args: DecodeArgs) -> list[str]:
-    prompts = list(args.prompt)
+def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
+    prompts = [(prompt, args.generation) for prompt in args.prompt]
     if args.prompts_file == "-" and jax.process_count() > 1:
         raise ConfigError(
             "Standard input reaches only one of several processes; give each of them --prompts-file FILE."
         )
     if args.prompts_file:
-        prompts += read_prompts(args.prompts_file)
+        prompts += read_prompts(args.prompts_file, args.generation)
     if not prompts:
         raise ConfigError(
             "There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."
@@ -125,13 +134,13 @@ def _prompts(args: DecodeArgs) -> list[str]:
 class _Printer:
     """Prints completions, and statistics at the end, on the first process only."""
 
-    def __init__(self, args: DecodeArgs, prompts: Sequence[str]):
+    def __init__(self, single: str | None, as_json: bool):
         self._active = jax.process_index() == 0
-        self._json = args.json
-        self._single = len(prompts) * args.generation.n == 1
+        self._json = as_json
+        self._single = single is not None
         self._completions: list[Completion] = []
-        if self._single and not self._json:
-            self._print(prompts[0], end="")
+        if single is not None and not as_json:
+            self._print(single, end="")
 
     def _print(self, text: str, end: str = "\n", file: TextIO | None = None) -> None:
         if self._active:
@@ -179,9 +188,10 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(DecodeArgs, args=argv, prog="mlra-decode")
     initialize(distributed)
     args.generation.validate()
-    prompts = _prompts(args)
+    prompts, given = zip(*_prompts(args), strict=True)
+    options = options_by_prompt(given, len(prompts))
     config = load_config(args.checkpoint, args.step)
-    fit_prompts(prompts, args.generation, get_tokenizer(args.tokenizer or config.data.tokenizer))
+    fit_prompts(prompts, options, get_tokenizer(args.tokenizer or config.data.tokenizer))
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
@@ -194,9 +204,10 @@ def main(argv: Sequence[str]) -> int:
         step=args.step,
         tokenizer=args.tokenizer,
     )
-    every_token = args.stream and not args.json and len(prompts) * args.generation.n == 1
-    events = generator.stream(prompts, args.generation, every_token=every_token)
-    printer = _Printer(args, prompts)
+    single = len(prompts) * options[0].n == 1
+    every_token = args.stream and not args.json and single
+    events = generator.stream(prompts, options, every_token=every_token)
+    printer = _Printer(prompts[0] if single else None, args.json)
     for event in events:
         printer.show(event)
     printer.report(config.data.seq_len)

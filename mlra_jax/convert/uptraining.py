@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.attention.registry import BUILT_IN, attention_name
+from mlra_jax.attention.registry import attention_name
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 
@@ -31,11 +31,21 @@ def split_config(config: ModelConfig, n_latent_heads: int, n_branches: int) -> M
     Raises:
       ConfigError: the attention is not latent, or its heads cannot be split so.
     """
-    if (name := attention_name(type(config.attention))) not in BUILT_IN:
-        raise ConfigError(f"How the parameters of {name}, an attention of your own, are split is not known.")
-    split = dataclasses.replace(config, attention=config.attention.split(n_latent_heads, n_branches))
+    split = dataclasses.replace(config, attention=_latent(config).split(n_latent_heads, n_branches))
     split.validate()
     return split
+
+
+def _latent(config: ModelConfig) -> LatentAttentionConfig:
+    """The model's attention, whose parameters this module knows."""
+    if type(config.attention) is not LatentAttentionConfig:
+        raise ConfigError(
+            [
+                f"Only latent attention (MLA, GLA, MLRA) can be split; the model's is "
+                f"{attention_name(type(config.attention))}."
+            ]
+        )
+    return config.attention
 
 
 def split_latents(
@@ -63,9 +73,7 @@ def split_latents(
       ConfigError: see `split_config`.
     """
     split = split_config(config, n_latent_heads, n_branches)
-    before, after = config.attention, split.attention
-    assert isinstance(before, LatentAttentionConfig)
-    assert isinstance(after, LatentAttentionConfig)
+    after = _latent(split)
     flat: dict[str, Any] = nnx.traversals.flatten_mapping(params, sep=".")
 
     changed = {name: flat[_AT + name] for name in _CHANGED}
@@ -99,9 +107,7 @@ def _split_layer(
     rng: np.random.Generator | None,
 ) -> dict[str, np.ndarray]:
     """The changed parameters of one layer."""
-    before, after = config.attention, split.attention
-    assert isinstance(before, LatentAttentionConfig)
-    assert isinstance(after, LatentAttentionConfig)
+    before, after = _latent(config), _latent(split)
     c, groups = after.d_latent, after.n_groups
     pieces = after.n_branches // before.n_branches  # that a query head reads of a latent head that it read
     per_group = groups // before.n_groups  # groups of query heads that one becomes

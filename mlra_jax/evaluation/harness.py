@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import logging
 import os
 import sys
@@ -172,18 +171,10 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Completes each prompt with the decode engine; prompts that are too long are truncated on the left."""
-        by_options: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        texts = [""] * len(requests)
-        for described, members in by_options.items():
-            options = generation_options(
-                json.loads(described), self.max_length, self._scorer.model.batch_size
-            )
-            prompts = [requests[i].args[0] for i in members]
-            for i, text in zip(members, self._generator().generate(prompts, options), strict=True):
-                texts[i] = text
-        return texts
+        prompts, asked = zip(*(request.args for request in requests), strict=True)
+        batch_size = self._scorer.model.batch_size
+        options = [generation_options(kwargs, self.max_length, batch_size) for kwargs in asked]
+        return self._generator().generate(prompts, options)
 
 
 def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> GenerationOptions:

@@ -64,7 +64,6 @@ class Scorer:
                 params["embedding"]["table"],
                 targets_BT,
                 dtype=transformer.embedding.compute_dtype,
-                rules=transformer.rules,
             )
             whole = lambda x: transformer.rules.constrain(x, None)
             return whole(jnp.sum(nats_BT, axis=1)), whole(jnp.all(best_BT, axis=1))

@@ -23,7 +23,6 @@ from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
 from mlra_jax.execution.roofline import Costs, step_costs
 from mlra_jax.model import Transformer, cast_weights, from_params
 from mlra_jax.model.transformer import REMAT_POLICIES
-from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
 from mlra_jax.training.losses import logit_chunks
 from mlra_jax.training.step import abstract_state, unrolls_layers
@@ -142,10 +141,11 @@ class Planner:
         self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
         device = mesh.devices.flat[0]
         kind = kind or device.device_kind
-        self._on_gpu = find_chip(kind) is not None or device.platform in ("gpu", "cuda")
+        chip = find_accelerator(kind)
+        self._on_gpu = bool(chip and chip.capability) or device.platform in ("gpu", "cuda")
         self.capacity = device_memory(device) if capacity is None else capacity
         # For comparing plans; an unknown device is taken to have an H100's proportions.
-        self._chip = find_accelerator(kind) or find_accelerator("H100")
+        self._chip = chip or find_accelerator("H100")
         self._state = abstract_state(config, mesh)
         with jax.set_mesh(mesh):
             self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)

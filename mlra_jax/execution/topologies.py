@@ -17,9 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, TrainConfig
 from mlra_jax.errors import UserError
-from mlra_jax.execution.accelerators import GIB, KINDS, find_accelerator
+from mlra_jax.execution.accelerators import KINDS, find_accelerator
 from mlra_jax.execution.planner import resolve
-from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.step import abstract_state, make_train_step
 
@@ -71,19 +70,17 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
     """Describes absent NVIDIA GPUs, for which XLA and kernels can be compiled on a CPU.
 
     Args:
-      kind: JAX's name, such as `NVIDIA H100 80GB HBM3`; one of `mlra_jax.ops.device.CHIPS`.
+      kind: JAX's name, such as `NVIDIA H100 80GB HBM3`; one of the GPUs in `mlra_jax.execution.accelerators`.
       n: GPUs per host.
       hosts: number of hosts.
 
     Raises:
       UserError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
     """
-    chip = find_chip(kind)
-    if chip is None:
-        raise UserError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
+    chip = find_accelerator(kind)
+    if chip is None or not chip.capability:
+        raise UserError(f"{kind!r} is not among the GPUs of mlra_jax.execution.accelerators.")
     major, minor = divmod(chip.capability, 10)
-    accelerator = find_accelerator(kind)
-    memory = accelerator.memory if accelerator else 24 * GIB
     description = f"""
       gpu_device_info {{
         threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
@@ -91,7 +88,7 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
         shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
         registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
-        device_memory_size: {memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
+        device_memory_size: {chip.memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
       }}
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
     """

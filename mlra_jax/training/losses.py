@@ -13,31 +13,11 @@ from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 LOGIT_BYTES = 2**29
-"""Most bytes of float32 logits that a device holds at a time."""
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies of all counted positions, in nats, and their number.
-
-    The vocabulary may be split over devices: the target's logit is picked by comparing ids and summing, which crosses
-    devices as a scalar per position, where an index would gather the logits.
-
-    Args:
-      logits: [..., V] float32. All V ids are in the softmax, those past the tokenizer's own too (as in the paper).
-      targets: [...] int32 in [0, V), or `IGNORED`.
-
-    Returns:
-      The sum (float32) and the count (int32) as scalars.
-    """
-    counted = targets != IGNORED
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - target_logit
-    return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted)
+"""Most bytes of float32 logits that exist on a device at a time."""
 
 
 def logit_chunks(tokens: int, vocab: int, logit_bytes: int = LOGIT_BYTES) -> tuple[int, int]:
-    """How many chunks a device cuts its tokens into, and tokens in a chunk, for `vocab` logits a token of its own."""
+    """The number of chunks of a device's tokens, and tokens per chunk, with `vocab` logits per token."""
     most = max(logit_bytes // (4 * vocab), 1)
     n_chunks = -(-tokens // most)
     return n_chunks, -(-tokens // n_chunks)
@@ -52,18 +32,18 @@ def chunked_cross_entropy(
     rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of the logits x · tableᵀ, of which only those of some tokens exist at a time.
+    """Sum of the cross-entropies of the logits x · tableᵀ, in nats, of which only some tokens' exist at a time.
 
-    Each device goes through its own tokens in chunks. When differentiated, a chunk's logits become gradients of `x_BTD`
-    and `table_VD` at once and are not computed again in the backward pass: three products, as with stored logits.
+    Each device processes its tokens in chunks. When differentiated, a chunk's logits are turned into gradients of
+    `x_BTD` and `table_VD` right away and not recomputed in the backward pass: three products, as with stored logits.
 
     Args:
       x_BTD: the last hidden states, laid out as (batch, length, whole).
       table_VD: output embedding, laid out as (vocab, embed); all V ids are in the softmax.
       targets_BT: int32 in [0, V), or `IGNORED`.
-      dtype: of the products and of the gradients between devices; logits, softmax and sums are float32.
-      rules: table of logical axis names.
-      logit_bytes: most bytes of float32 logits that a device holds.
+      dtype: type of the products and of the gradients exchanged; logits, softmax and sums are float32.
+      rules: the table of logical axis names.
+      logit_bytes: most bytes of float32 logits that exist on a device at a time.
 
     Returns:
       The sum (float32, nats) and the count (int32) as scalars.
@@ -96,15 +76,15 @@ def token_scores(
     targets_BT: jax.Array,
     *,
     dtype: jnp.dtype,
-    rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each target's log-probability, and whether no other id is more probable; arguments as `chunked_cross_entropy`.
+    """Each target's log-probability, and whether it is the most probable id; arguments as in `chunked_cross_entropy`.
 
     Returns:
       Log-probabilities in nats (float32 [B, T], 0 where the target is `IGNORED`), and whether the target is the most
-      probable id (bool [B, T], true where it is `IGNORED`); laid out as the targets. Not differentiable in chunks.
+      probable id (bool [B, T], true where it is `IGNORED`); laid out like the targets. Not meant to be differentiated.
     """
+    rules = TRAIN_RULES
 
     def on_device(
         x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
@@ -112,10 +92,7 @@ def token_scores(
         def step(x_TD: jax.Array, targets_T: jax.Array) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
             ignored_T = targets_T == IGNORED
             largest_T, normalizer_T, target_T, _ = _normalize(rules, _logits(x_TD, table_VD), targets_T)
-            return (), (
-                jnp.where(ignored_T, 0, target_T - normalizer_T),
-                ignored_T | (target_T == largest_T),
-            )
+            return (), (jnp.where(ignored_T, 0, target_T - normalizer_T), ignored_T | (target_T == largest_T))
 
         chunks = logit_chunks(targets_BT.size, table_VD.shape[0], logit_bytes)
         _, scores = _over_chunks(step, (), chunks, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
@@ -172,7 +149,7 @@ def _logits(x_TD: jax.Array, table_VD: jax.Array) -> jax.Array:
 def _nats(
     rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum of the counted cross-entropies, log-sum-exp [T], and which logit is the target's [T, V]; V a device's own."""
+    """Sum of the cross-entropies, log-sum-exp [T], and which logits are the targets' [T, V of this device]."""
     _, normalizer_T, target_T, is_target_TV = _normalize(rules, logits_TV, targets_T)
     nats = jnp.sum(jnp.where(targets_T != IGNORED, normalizer_T - target_T, 0))
     return nats, normalizer_T, is_target_TV
@@ -181,7 +158,7 @@ def _nats(
 def _normalize(
     rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Largest logit, log-sum-exp and target's logit [T], and which is the target's [T, V]; V a device's own."""
+    """Largest logit, log-sum-exp and target's logit [T], and which is the target's [T, V]; V is the device's part."""
     v = logits_TV.shape[1]
     is_target_TV = rules.axis_index("vocab") * v + jnp.arange(v) == targets_T[:, None]
     largest_T = rules.pmax(jnp.max(logits_TV, axis=1), "vocab")
@@ -197,7 +174,7 @@ def _over_chunks(
     x_TD: jax.Array,
     targets_T: jax.Array,
 ) -> tuple[Any, Any]:
-    """Runs `step(x, targets) -> (added up, joined)` on chunks of the tokens: adds the first, joins the second."""
+    """Runs `step(x, targets) -> (a, b)` on chunks of the tokens; returns the sum of a and the concatenation of b."""
     n_chunks, size = chunks
     if n_chunks == 1:
         return step(x_TD, targets_T)

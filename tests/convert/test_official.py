@@ -112,8 +112,8 @@ def test_official_configuration_returns_from_ours(model_type):
 
 def test_fields_become_the_sizes_that_they_mean():
     config = model_config_from_official(LATENT, "mlra_2")
-    sizes = {"vocab_size": 16, "n_layers": 2, "d_model": 12, "n_heads": 8, "d_ff": 10}
     attention = LatentAttentionConfig(4, 2, q_lora_rank=6, kv_lora_rank=16, d_nope=5, d_rope=2)
+    sizes = {"vocab_size": 16, "n_layers": 2, "d_model": 12, "n_heads": 8, "d_ff": 10}
     assert config == ModelConfig(**sizes, attention=attention)
     assert model_config_from_official(GROUPED, "gqa").attention == GroupedAttentionConfig(4, 4)
     assert model_config_from_official(MHA, "mha").attention == GroupedAttentionConfig(8, 4)

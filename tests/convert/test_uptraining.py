@@ -13,7 +13,7 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError
 from mlra_jax.convert import LazyStack, split_config, split_latents
 from mlra_jax.model import Transformer, from_params
-from tests.models import SMALL
+from tests.definitions import SMALL
 
 MLA = LatentAttentionConfig(1, 1, q_lora_rank=12, kv_lora_rank=16, d_nope=4, d_rope=2)
 

@@ -14,7 +14,7 @@ from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
 from mlra_jax.training.step import TrainState, abstract_state
-from tests.models import SMALL
+from tests.definitions import SMALL
 
 SEQ_LEN = 96
 CONFIG = TrainConfig(

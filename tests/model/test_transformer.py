@@ -22,10 +22,12 @@ from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.model.layers import Embedding, RMSNorm, SwiGLU
 from mlra_jax.ops.rotary import frequencies, rotate
 from mlra_jax.sharding import AxisRules
-from tests.models import SMALL
+from tests import definitions
 
-ATTENTION = LatentAttentionConfig(2, 1, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4)
-TINY = dataclasses.replace(SMALL, vocab_size=32, d_model=16, d_ff=24, attention=ATTENTION)
+TINY = dataclasses.replace(
+    definitions.TINY,
+    attention=LatentAttentionConfig(2, 1, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4),
+)
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 8), dtype=np.int32)
 
 
