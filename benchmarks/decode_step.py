@@ -39,8 +39,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import records
-from benchmarks.decode_attention import Setting, parse_size
 from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig

@@ -50,7 +50,7 @@ RUN = (
 def measure(name: str, variant: str, steps: int) -> dict[str, Any]:
     """Times a step of a configuration in this process."""
     from benchmarks import train
-    from benchmarks.decode_attention import Setting
+    from benchmarks.records import Setting
     from mlra_jax.model import layers
 
     gradient, deterministic = VARIANTS[variant]

@@ -22,8 +22,9 @@ from typing import Any
 
 from benchmarks import paper, records
 from benchmarks.decode_attention import HEADER as DETAILS
-from benchmarks.decode_attention import Row, Setting, as_record, format_row, parse_size, run
+from benchmarks.decode_attention import Row, as_record, format_row, run
 from benchmarks.figures import draw, show_tokens
+from benchmarks.records import Setting, parse_size
 from mlra_jax import markdown
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.tuning import slug

@@ -30,9 +30,9 @@ import jax
 
 from benchmarks import paper, records
 from benchmarks.attention_layer import Place, measure_layers
-from benchmarks.decode_attention import Setting
 from benchmarks.figures import draw, show_tokens
 from benchmarks.paper_latency import describe, parse_length
+from benchmarks.records import Setting
 from benchmarks.tensor_parallel import LAYER_HEAD, layer_line, number, tiny
 from mlra_jax import markdown
 from mlra_jax.attention.grouped import GroupedAttentionConfig

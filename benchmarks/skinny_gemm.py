@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import records
-from benchmarks.decode_attention import Setting
 from benchmarks.measure import measure, rotation, together
+from benchmarks.records import Setting
 from mlra_jax.markdown import head, row
 from mlra_jax.ops.skinny_gemm import skinny_gemm, swiglu
 from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU

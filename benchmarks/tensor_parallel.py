@@ -34,8 +34,8 @@ import numpy as np
 
 from benchmarks import decode_step, paper, records
 from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_layers, places
-from benchmarks.decode_attention import Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.registry import attention_name
 from mlra_jax.cli.configs import load_config

@@ -38,8 +38,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from benchmarks import records
-from benchmarks.decode_attention import Setting
 from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
 from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
