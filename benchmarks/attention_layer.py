@@ -97,6 +97,14 @@ class Place:
     """Whether the query heads of W_qb and W_o are split over `tensor`."""
     share: bool = False
     """Whether only one device's share of it is run, without the others and without exchanges."""
+    split_tokens: bool = False
+    """Whether the devices split the tokens of the cache, not its heads (decode context parallelism)."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        tokens = " split tokens" if self.split_tokens else ""
+        return f"{self.variant} tensor {self.tensor} {self.heads}{tokens}"
 
     @property
     def heads(self) -> str:
@@ -111,7 +119,7 @@ class Place:
     @property
     def rules(self) -> AxisRules:
         """The decoding table."""
-        return decode_rules(self.split_heads)
+        return decode_rules(self.split_heads, split_tokens=self.split_tokens)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Over the first devices (of all, or of those given).
@@ -128,12 +136,19 @@ class Place:
 def places(variant: str, config: ModelConfig, tensor: int, n_devices: int) -> list[Place]:
     """The places of a model that is split over `tensor` devices: on them, or as a share where there are fewer.
 
-    MLRA has two: with query heads split, and whole.
+    MLRA has two: with query heads split, and whole. MLA, which has the whole cache on each device otherwise, has these
+    two as well with the cache's tokens split, where the devices are there.
     """
-    if config.attention.n_branches == 1 or tensor == 1:
-        return [Place(variant, config, tensor, share=tensor > n_devices)]
-    whole = Place(variant, config, tensor, split_heads=False, share=tensor > n_devices)
-    return [whole] if whole.share else [dataclasses.replace(whole, split_heads=True), whole]
+    share = tensor > n_devices
+    if tensor == 1:
+        return [Place(variant, config, share=share)]
+    if config.attention.n_branches > 1:
+        found = [Place(variant, config, tensor, split_heads=split) for split in (True, False)]
+        return [dataclasses.replace(found[-1], share=True)] if share else found
+    found = [Place(variant, config, tensor, share=share)]
+    if config.cached_heads == 1 and not share:
+        found += [Place(variant, config, tensor, split_heads=s, split_tokens=True) for s in (True, False)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +178,8 @@ class Row:
     """That a step reads on each device."""
     bandwidth: float | None
     """Bytes a second of a device, by its data sheet."""
+    split_tokens: bool = False
+    """See `Place`."""
 
     @property
     def bound_us(self) -> float | None:
@@ -334,6 +351,7 @@ class Layers:
                     self.weight_bytes,
                     int(self._bytes_per_token * context),
                     chip.bandwidth if chip else None,
+                    place.split_tokens,
                 )
             )
         return rows
@@ -364,7 +382,6 @@ def measure_layers(
                 rows = attempt(functools.partial(layers.measure, program, contexts[batch], runs))
                 gc.collect()  # the next ones need the memory
             if isinstance(rows, Exception):
-                name = f"{place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-                yield name, f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
+                yield f"{place.name} batch {batch}", f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
             else:
                 yield rows

@@ -9,7 +9,9 @@ Where there are fewer devices, one device's share is timed alone, without the ex
 
 - layer: the decode step of an attention layer as the paper's 2.9 B models have it, but with 64 query heads (GQA: 8 KV
   heads). Its attention kernels and its exchanges are told apart by a profile. MLRA is timed with the query heads of
-  W_qb and W_o split over the devices, and whole on each.
+  W_qb and W_o split over the devices, and whole on each. MLA is timed with its whole cache on each device, and as `MLA
+  (context)` with the tokens of the cache split over the devices, and query heads split and whole: decode context
+  parallelism, as vLLM and SGLang decode MLA.
 - model: steps of the 2.9 B model in the engine of `decode.py`, as `benchmarks.decode_step` times them.
 - check: greedy tokens on all numbers of devices, in float32 and highest precision, which must be equal; and the largest
   difference of logits in bfloat16, of a prompt and of steps after it. Needs the devices.
@@ -49,8 +51,13 @@ from mlra_jax.ops.tuning import slug
 
 VARIANTS = ("mlra_4", "mlra_2", "gla_2", "mla", "gqa")
 CASES = ("1x16K", "1x128K", "1x512K", "1x2M", "16x4K", "16x32K", "64x8K", "128x4K", "128x32K")
-MODEL_CASES = ("1x16K", "1x128K", "16x4K", "64x8K")
+MODEL_CASES = ("1x1K", "1x16K", "1x128K", "1x2M", "16x4K", "64x8K")
 PARTS = ("layer", "model", "check")
+CONTEXT = "mla_context"
+"""Stands for MLA with the tokens of its cache split."""
+ROWS = (*VARIANTS, CONTEXT)
+NAMES = {**paper.NAMES, CONTEXT: "MLA (context)"}
+COLORS = {**paper.COLORS, CONTEXT: "tab:brown"}
 HEADS = 64
 """Query heads of the paper's decode shape."""
 
@@ -130,12 +137,15 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
     weight_bytes = device_bytes(engine.leaves)
     benchmark = decode_step.Benchmark(engine, options, weight_bytes, sum(x.size for x in engine.leaves))
     for batch, contexts in by_batch(cases).items():
-        capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
-        name = f"model {place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-        try:
-            engine.check_memory(batch, 1, capacity)
-        except ConfigError as e:
-            yield name, str(e)
+        capacity = 0
+        while contexts:
+            capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
+            try:
+                engine.check_memory(batch, 1, capacity)
+                break
+            except ConfigError as e:
+                yield f"model {place.name} batch {batch} context {show_tokens(contexts.pop())}", str(e)
+        if not contexts:
             continue
         rows = benchmark.rows(batch, capacity)
         for context in contexts:
@@ -148,6 +158,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
                 "tensor": place.tensor,
                 "heads": place.heads,
                 "share": place.share,
+                "split_tokens": place.split_tokens,
                 **result,
                 "busy_us": profile.get("busy_us"),
                 "exchange_us": exchange if profile else None,
@@ -226,6 +237,7 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
                 {
                     "tensor": tensor,
                     "heads": place.heads,
+                    "split_tokens": place.split_tokens,
                     "equal_tokens": bool((tokens == alone["tokens"]).all()),
                     "largest_difference": float(np.abs(logits - alone["logits"]).max()),
                     "logits_std": float(alone["logits"].std()),
@@ -235,6 +247,11 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 
 
 # What is written
+
+
+def row_of(r: Mapping[str, Any], variant: str | None = None) -> str:
+    """Of a result: one of `ROWS`. Results of earlier versions have no split tokens."""
+    return CONTEXT if r.get("split_tokens") else variant or r["variant"]
 
 
 def number(x: float | None, digits: int = 1) -> str:
@@ -261,7 +278,7 @@ def layer_line(r: Mapping[str, Any]) -> str:
     of_bound, of_read, of_layer = over(r["bound_us"], us), over(read, attention), over(exchange, us)
     percent = lambda x: "" if x is None else f"{x:.0%}"
     cells = [
-        paper.NAMES[r["variant"]],
+        NAMES[row_of(r)],
         f"{r['tensor']}{' (share)' if r['share'] else ''}",
         r["heads"],
         str(r["batch"]),
@@ -287,10 +304,10 @@ def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """By variant, batch, context and devices: the faster of the layouts."""
+    """By one of `ROWS`, batch, context and devices: the faster of the layouts."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for r in sorted(rows, key=lambda r: -r["us"]):
-        found[r["variant"], r["batch"], r["context"], r["tensor"]] = r
+        found[row_of(r), r["batch"], r["context"], r["tensor"]] = r
     return found
 
 
@@ -303,28 +320,31 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     named = [f"{t}{' (share)' if t in shared else ''}" for t in tensors]
     lines = ["", "## MLA's time over MLRA-4's, at equal number of devices", ""]
     what = ("attention", "attention and exchanges", "layer")
-    heads = [f"{w}, {n}" for w in what for n in named]
-    lines += [
-        "| batch | context | " + " | ".join(heads) + " |",
-        "| ---: |" * 1 + " ---: |" * (1 + len(heads)),
+    rivals = [
+        (v, t, n)
+        for v in ("mla", CONTEXT)
+        for t, n in zip(tensors, named, strict=True)
+        if v == "mla" or (t > 1 and any(key[0] == v for key in found))
     ]
+    heads = [f"{NAMES[v]}: {w}, {n}" for w in what for v, _, n in rivals]
+    lines += ["| batch | context | " + " | ".join(heads) + " |", "| ---: |" + " ---: |" * (1 + len(heads))]
     for batch, context in sizes:
         cells = []
         for w in what:
-            for t in tensors:
-                pair = [found.get((v, batch, context, t)) for v in ("mla", "mlra_4")]
+            for v, t, _ in rivals:
+                pair = [found.get((row, batch, context, t)) for row in (v, "mlra_4")]
                 mla, mlra = (quantities(r)[w] if r else None for r in pair)
                 cells.append(number(over(mla, mlra), 2))
         lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
     lines += ["", "## One device's time over that of several, of the whole layer", ""]
     several = [(t, n) for t, n in zip(tensors, named, strict=True) if t > 1]
-    variants = [v for v in VARIANTS if any(key[0] == v for key in found)]
-    heads = [f"{paper.NAMES[v]}, {n}" for v in variants for _, n in several]
+    variants = [v for v in ROWS if any(key[0] == v for key in found)]
+    heads = [f"{NAMES[v]}, {n}" for v in variants for _, n in several]
     lines += ["| batch | context | " + " | ".join(heads) + " |", "| ---: |" + " ---: |" * (1 + len(heads))]
     for batch, context in sizes:
         cells = []
         for v in variants:
-            one = found.get((v, batch, context, 1))
+            one = found.get(("mla" if v == CONTEXT else v, batch, context, 1))
             for t, _ in several:
                 r = found.get((v, batch, context, t))
                 cells.append(number(over(one["us"], r["us"]), 2) if one and r else "")
@@ -348,7 +368,7 @@ def model_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     for r in results:
         exchange = over(r["exchange_us"], r["busy_us"])
         cells = [
-            paper.NAMES[r["variant"]],
+            NAMES[row_of(r)],
             f"{r['tensor']}{' (share)' if r['share'] else ''}",
             r["heads"],
             str(r["batch"]),
@@ -378,7 +398,7 @@ def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     for c in checks:
         for r in c["rows"]:
             equal = "equal" if r["equal_tokens"] else "DIFFERENT"
-            cells = paper.NAMES[c["variant"]], str(r["tensor"]), r["heads"], equal
+            cells = NAMES[row_of(r, c["variant"])], str(r["tensor"]), r["heads"], equal
             lines.append(f"| {' | '.join(cells)} | {r['largest_difference']:.4f} | {r['logits_std']:.3f} |")
     return lines
 
@@ -400,7 +420,8 @@ def markdown(record: Mapping[str, Any]) -> str:
             "alone, without the exchanges. *Layer*: the smaller of its device time in a profile (the first GPU's),",
             "where XLA launches kernels one by one, and its time by the host's clock without. *Bound*: the device's",
             "weights and cache read once at the bandwidth of the data sheet. *Attention*: its kernels; *of bandwidth*:",
-            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included.",
+            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included. *MLA (context)*: the",
+            "tokens of the cache split over the devices; else MLA has all of it on each.",
             "",
             *LAYER_HEAD,
             *map(layer_line, record["layers"]),
@@ -423,7 +444,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
     panels: dict[str, list[Series]] = {}
     for what in ("attention and exchanges", "layer"):
         lines = []
-        for v in VARIANTS:
+        for v in ROWS:
             for tensor in sorted({1, most}):
                 points = {
                     key[2]: value
@@ -431,8 +452,8 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
                     if key[0] == v and key[3] == tensor and (value := quantities(r)[what]) is not None
                 }
                 share = any(r["share"] for key, r in found.items() if key[0] == v and key[3] == tensor)
-                label = f"{paper.NAMES[v]}, {tensor}{' (share)' if share else ''}"
-                lines.append(Series(label, paper.COLORS[v], points, faint=tensor == 1 and most > 1))
+                label = f"{NAMES[v]}, {tensor}{' (share)' if share else ''}"
+                lines.append(Series(label, COLORS[v], points, faint=tensor == 1 and most > 1))
         if any(line.points for line in lines):
             panels[f"{what.capitalize()}, batch 1, by devices"] = lines
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
