@@ -382,6 +382,9 @@ def measure_layers(
                 rows = attempt(functools.partial(layers.measure, program, contexts[batch], runs))
                 gc.collect()  # the next ones need the memory
             if isinstance(rows, Exception):
-                yield f"{place.name} batch {batch}", f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
+                yield (
+                    f"{place.name} batch {batch}",
+                    f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}",
+                )
             else:
                 yield rows

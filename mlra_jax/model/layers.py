@@ -261,9 +261,7 @@ def row_product(
     does not change it.
     """
     one_row = _one_row_on_gpu(rules, x_BTK)
-    return decode_product(
-        rules, x_BTK, w, out, dtype, summed=(summed,), reduce=reduce, elementwise=one_row
-    )
+    return decode_product(rules, x_BTK, w, out, dtype, summed=(summed,), reduce=reduce, elementwise=one_row)
 
 
 def product(rules: AxisRules, equation: str, x: jax.Array, param: nnx.Param, *, out: Names) -> jax.Array:

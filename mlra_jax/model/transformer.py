@@ -234,9 +234,7 @@ class Transformer(WithLayout):
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
         return self.embedding.decode(self.hidden(tokens_BT))
 
-    def _embed(
-        self, tokens_BT: jax.Array, workspace: Workspace | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def _embed(self, tokens_BT: jax.Array, workspace: Workspace | None) -> tuple[jax.Array, jax.Array | None]:
         """The residual stream x + y before the first layer, y as `Block.decode` takes it."""
         embedding = self.embedding
         # A part of a sum is rounded to the compute type.
@@ -278,9 +276,7 @@ class Transformer(WithLayout):
         # A function of its own is traced and lowered once for all layers.
         decode = jax.jit(lambda layer, *args: layer.decode(*args))
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, y_BTD, layer_cache = decode(
-                layer, x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace
-            )
+            x_BTD, y_BTD, layer_cache = decode(layer, x_BTD, y_BTD, layer_cache, start_B, n_new_B, workspace)
             layers.append(layer_cache)
         assert y_BTD is not None
         last = lambda x_BTD: (

@@ -1,4 +1,4 @@
-"""Sums over devices: the specification, where there is a workspace, what the kernels decline, their protocol, and their code.
+"""Sums over devices: the specification, the workspace, what the kernels decline, their protocol, what compiles.
 
 The kernels themselves run on GPUs alone (`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_all_reduce.py`): the
 interpreter of Mosaic GPU has no memory of other devices and takes no PTX, in which the words are written and read.
@@ -80,7 +80,9 @@ def test_the_reference_sums_over_devices_adds_and_normalises(devices, rows, widt
     sums = x + np.float64(y.sum(axis=0).astype(dtype))
     np.testing.assert_allclose(total, same(sums), rtol=1e-6, atol=1e-6)
     normed = sums / np.sqrt((sums**2).mean(axis=-1, keepdims=True) + 1e-5) * gain
-    np.testing.assert_allclose(np.float32(h), same(normed), rtol={4: 1e-5, 2: 8e-3}[h.dtype.itemsize], atol=1e-6)
+    np.testing.assert_allclose(
+        np.float32(h), same(normed), rtol={4: 1e-5, 2: 8e-3}[h.dtype.itemsize], atol=1e-6
+    )
 
 
 # Where there is a workspace

@@ -58,8 +58,8 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
         i32, i64, f32 = (*(ir.IntegerType.get_signless(bits) for bits in (32, 64)), ir.F32Type.get())
         constant = lambda value: utils.c(value, i32)
         (epoch,) = epoch.registers.flat
-        # A thread has vectors of consecutive elements: two make 16 bytes of words. They are constant distances apart, in
-        # the instructions: addresses in registers would leave too few for the values.
+        # A thread has vectors of consecutive elements: two make 16 bytes of words. The distances between a thread's are
+        # constants of the instructions: addresses in registers would leave too few for the values.
         first_element = arith.index_cast(i64, next(iter(y.layout.linear_thread_idxs())))
         offset, vector = arith.muli(first_element, utils.c(8, i64)), y.layout.vec_size
         elements = [(i, j) for i in range(y.registers.size) for j in range(0, vector, 2)]
@@ -210,12 +210,13 @@ def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
         return str(e)
     if workspace is None:
         return (
-            "the Mosaic GPU kernel exchanges through a workspace, and there is none; `Workspace.create` makes one for 2 to "
-            "8 GPUs of one process."
+            "the Mosaic GPU kernel exchanges through a workspace, and there is none; `Workspace.create` makes one for "
+            "2 to 8 GPUs of one process."
         )
     if width % (2 * THREADS) or width > MAX_WIDTH:
         return (
-            f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got {width}."
+            f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; "
+            f"got {width}."
         )
     if rows > workspace.rows or width > workspace.width:
         return f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
@@ -233,7 +234,9 @@ def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
     return workspace
 
 
-def _run(kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array) -> Any:
+def _run(
+    kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array
+) -> Any:
     if reason := declines(*y.shape, workspace):
         raise NotImplementedError(reason)
     for a in (y, *args[:1]):
