@@ -1,9 +1,9 @@
 """The decode step of whole attention layers on a mesh, or one device's share of it: compiled, filled and timed.
 
-A layer is the product's own module in the decode layout: projections, absorption, append, attention, up-projection and
-output, with the exchanges between devices that they need. The next layer takes what the one before gives, as in a
-model; a compiled loop goes over a few layers, each with weights and a cache of its own, that together do not fit the
-second-level cache of a GPU.
+A layer is the product's own module in the decode layout: projections, absorption, append, attention, up-projection
+and output, with the exchanges between devices that they need, by the kernels that a model's step has. The next layer
+takes what the one before gives, as in a model; a compiled loop goes over a few layers, each with weights and a cache
+of its own, that together do not fit the second-level cache of a GPU.
 
 One device's share of a layer on T devices is a smaller layer: it has the device's latent (or KV) heads, the query heads
 that these serve, and all that is whole on each device. It takes as long as the device would if exchanges took no time.
@@ -33,6 +33,7 @@ from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.generation.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
+from mlra_jax.ops.all_reduce import Workspace, all_reduce
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
 
 PROGRAM_US = 1500.0
@@ -231,6 +232,7 @@ class Layers:
     ):
         self.place, self.batch, self.mesh = place, batch, place.mesh(devices)
         config, rules = place.runs, place.rules
+        self._workspace = Workspace.shapes(self.mesh, rules, config.d_model)
         capacity = round_up(max(contexts), LENGTH_UNIT)
 
         def abstract(n: int) -> tuple[Any, Cache, Any]:
@@ -258,17 +260,20 @@ class Layers:
         Makes `fill` ready too, but for devices that are only described.
         """
         layers, cache, x = self._abstract
-        leaves, treedef = jax.tree.flatten(layers)
+        leaves, treedef = jax.tree.flatten((layers, self._workspace))
         rounds = self.calls // self.n_layers
 
         def many(leaves: list[Any], cache: Cache, x_BTD: jax.Array) -> tuple[Cache, jax.Array]:
-            layers = jax.tree.unflatten(treedef, leaves)
+            layers, workspace = jax.tree.unflatten(treedef, leaves)
             one_B = jnp.ones_like(cache.lengths)
 
             def once(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
                 caches, x_BTD = list(carry[0]), carry[1]
                 for i, layer in enumerate(layers):
-                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B)
+                    reduce = workspace is None
+                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B, reduce=reduce)
+                    if workspace is not None:
+                        x_BTD = self._sum(x_BTD, workspace)
                 return tuple(caches), x_BTD
 
             caches, x_BTD = jax.lax.fori_loop(0, rounds, once, (cache.layers, x_BTD))
@@ -280,6 +285,13 @@ class Layers:
                 self._random = jax.jit(fill).lower(jax.random.key(0)).compile()
             lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
             return lowered.compile(compiler_options=compiler_options(self.mesh))
+
+    def _sum(self, parts: jax.Array, workspace: Workspace) -> jax.Array:
+        """What the devices' parts of a layer's output [P, B, 1, D] add up to, in the compute type."""
+        part, row = ("mlp",), ("batch", None, None)
+        add = lambda y, workspace: all_reduce(y[0], workspace, axis="tensor").astype(self._abstract[2].dtype)
+        names = ((*part, *row), Workspace(part, part))
+        return self.place.rules.shard_map(add, names, row, check_vma=False)(parts, workspace)
 
     def fill(self) -> tuple[list[jax.Array], Cache, jax.Array]:
         """Random arguments of the program, once it is compiled: leaves, caches without lengths, and input.
@@ -300,7 +312,8 @@ class Layers:
         with jax.set_mesh(self.mesh):
             layers, cache = self._random(jax.random.key(0))
         draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        return jax.tree.leaves(layers), cache, self._by_row(draw.astype(x.dtype))
+        workspace = Workspace.create(self.mesh, self.place.rules, self.place.runs.d_model)
+        return jax.tree.leaves((layers, workspace)), cache, self._by_row(draw.astype(x.dtype))
 
     def _by_row(self, value: np.ndarray) -> jax.Array:
         """Rows of a batch, laid out on the mesh."""

@@ -98,7 +98,7 @@ def test_on_a_tpu_the_exchanges_are_the_same_in_bfloat16():
         "all-reduce | 4 | bf16[64,1,3072]",
         "all-gather | 4 | bf16[64,24,192]",
         "reduce-scatter | 4 | f32[64,1,6,128]",
-        "all-reduce | 4 | f32[64,8]",
+        "all-reduce | 4 | f32[64,4,2]",
     }
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mosaic
 
 from mlra_jax.ops.all_reduce.workspace import Workspace
 from mlra_jax.ops.hopper import THREADS, check_device, plgpu
 
+utils: Any = mosaic.utils  # typed differently in each version of JAX
 MAX_WIDTH = 8192
 """A thread has its elements of a row in registers."""
 LOOKS = 1 << 26
@@ -43,7 +45,7 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
       y: float32.
       epoch: int32.
     """
-    from jax.experimental.mosaic.gpu import FragmentedArray, utils
+    from jax.experimental.mosaic.gpu import FragmentedArray
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, scf
 
@@ -98,7 +100,7 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
                 looks = arith.addi(at.block.arguments[-1], constant(1))
                 with utils.when(arith.cmpi(arith.CmpIPredicate.ugt, looks, constant(LOOKS))):
                     utils.inline_ptx("trap;", has_side_effects=True)
-                values, missing = [], constant(0)
+                values, absent = [], constant(0)
                 for i, j in elements:
                     *pair, first_epoch, second_epoch = utils.inline_ptx(
                         f"{{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {{a, b}}, [$4 + {bytes_to(i, j)}];"
@@ -109,8 +111,8 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
                     )
                     values += pair
                     for found in (first_epoch, second_epoch):
-                        missing = arith.ori(missing, arith.xori(found, epoch))
-                scf.yield_([*values, missing, looks])
+                        absent = arith.ori(absent, arith.xori(found, epoch))
+                scf.yield_([*values, absent, looks])
             return [arith.bitcast(f32, v) for v in list(loop.results)[:-2]]
 
         def add(a: Any, b: Any) -> Any:
@@ -137,7 +139,6 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
 
 def _store_epoch(epoch_ref: Any, epoch: jax.Array) -> None:
     """Stores the epoch in a reference to one int32, once all threads have read what was there."""
-    from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith
 
@@ -237,7 +238,7 @@ def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
 def _run(
     kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array
 ) -> Any:
-    if reason := declines(*y.shape, workspace):
+    if reason := declines(y.shape[0], y.shape[1], workspace):
         raise NotImplementedError(reason)
     for a in (y, *args[:1]):
         if a.dtype != jnp.float32:
