@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import types
 
 import jax
 import numpy as np
@@ -156,6 +157,39 @@ def test_mla_is_run_with_its_tokens_split_where_the_devices_are_there():
     split = ["mla tensor 2 split split tokens", "mla tensor 2 whole split tokens"]
     assert layouts(2, 2) == ["mla tensor 2 split", *split]
     assert layouts(2, 1) == ["mla tensor 2 split"]
+
+
+def test_contexts_that_do_not_fit_leave_the_shorter_ones_of_their_batch(monkeypatch):
+    class Engine:
+        leaves = (np.zeros(1),)
+
+        def __init__(self, *_):
+            pass
+
+        def check_memory(self, batch, n, capacity):
+            if capacity > 4096:
+                raise ConfigError(["it needs more"])
+
+    class Benchmark:
+        def __init__(self, *_):
+            self.results = []
+
+        def rows(self, batch, capacity):
+            return types.SimpleNamespace(cache_bytes_per_device=capacity)
+
+        def measure(self, rows, context):
+            self.results.append({"context": context})
+
+    monkeypatch.setattr(tensor_parallel, "Engine", Engine)
+    monkeypatch.setattr(tensor_parallel, "device_bytes", lambda tree: 0)
+    monkeypatch.setattr(tensor_parallel.decode_step, "random_model", lambda *_: None)
+    monkeypatch.setattr(tensor_parallel.decode_step, "Benchmark", Benchmark)
+    [place] = places("mla", model_config("mla", "tiny"), 1, 1)
+    cases = [(1, 8192), (1, 1024), (64, 8192)]
+    found = list(tensor_parallel.measure_model(place, cases, types.SimpleNamespace(steps=1, runs=1)))
+    assert found[0] == ("model mla tensor 1 split batch 1 context 8K", "it needs more")
+    assert (found[1]["context"], found[1]["cache_bytes_allocated"]) == (1024, 1024 + 256)
+    assert found[2] == ("model mla tensor 1 split batch 64 context 8K", "it needs more")
 
 
 @pytest.mark.smoke
