@@ -359,8 +359,8 @@ def model_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "## The 2.9 B model",
         "",
         "Steps of the engine of `decode.py`, by the host's clock. *Bound*: weights and cache read once, at the",
-        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile, with residual sum and norm where",
-        "one kernel does all three.",
+        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile, with residual sum and norm",
+        "where one kernel does all three.",
         "",
         "| model | devices | query heads | batch | context | step, ms | spread | bound | of bound | tokens/s | "
         "exchanges | weights, GB a device | cache, GB a device |",
