@@ -3,10 +3,10 @@
     python -m benchmarks.decode_attention                       # the table of docs/kernels.md
     python -m benchmarks.decode_attention --cases 'mla *' 'gqa 1x*' 'mlra_4 3x20000' --implementation triton
 
-What is timed is all from queries and cache to the output and its log-sum-exp: from the first kernel's start to the last
-one's end in a profile, of a program that makes many calls, each with queries of its own, over caches in turn that do
-not fit the GPU's second-level cache together. Lengths are the same in all calls, as in the layers of a model, so what
-depends on them alone is worked out once. A reader times the same bytes in the same way.
+A call is timed from queries and cache to the output and its log-sum-exp: in a profile, from the first kernel's start to
+the last one's end, of a program that makes many calls. Each call has its own queries; caches are rotated so that they
+do not fit the GPU's L2 cache together. Lengths are the same in all calls, as in the layers of a model, so what depends
+on them alone is computed once. A plain read of the same bytes is timed in the same way.
 
 Results go to `benchmarks/results/decode_attention_DEVICE.md` and `.json`.
 """
@@ -45,7 +45,7 @@ from benchmarks.measure import (
     together,
 )
 from mlra_jax.ops.decode import IMPLEMENTATIONS
-from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, SHARES, ArgSpec, Call, abstract_call
 from mlra_jax.ops.hopper import find_processors
 from mlra_jax.ops.tuning import slug
 
@@ -54,16 +54,16 @@ PROGRAM_US = 1500.0
 """About how long a program of many calls takes."""
 K = 1024
 
-CASES: Mapping[str, Case] = {
+CASES: Mapping[str, ArgSpec] = {
     **BENCHMARKS,
     **{f"mlra_4 q_len {t} 1x2M": dataclasses.replace(BENCHMARKS["mlra_4 1x2M"], q_len=t) for t in (2, 4)},
     **{
         f"mlra_4 {rows} rows 1x512K": dataclasses.replace(BENCHMARKS["mlra_4 1x512K"], rows=rows)
         for rows in (16, 24, 32, 64)
     },
-    "tiny 2x256": Case((256, 256), rows=8, width=64, rope=32),
+    "tiny 2x256": ArgSpec((256, 256), rows=8, width=64, rope=32),
 }
-"""What can be measured, by name; the last one is small enough for a CPU. `find_case` knows more."""
+"""What can be measured, by name; the last one is small enough for a CPU. `find_case` takes more names."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -77,7 +77,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2]) * {"": 1, "K": K, "M": K * K}[match[3]]
 
 
-def find_case(name: str) -> Case:
+def find_case(name: str) -> ArgSpec:
     """The case of `CASES` with this name, or a share of `SHARES` at any size: `VARIANT BATCHxTOKENS`.
 
     Raises:
@@ -97,7 +97,7 @@ def find_case(name: str) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What others take for a case on an H100 80GB HBM3, and what we want to, in us."""
+    """What other kernels take for a case on an H100 80GB HBM3, and what ours should take, in us."""
 
     theirs: float | None = None
     """FlashMLA for MLA, else FlashAttention-3, as measured for this project on such a card."""
@@ -139,7 +139,7 @@ TARGETS: Mapping[str, Target] = {
 }
 """The rows of the table."""
 SPREAD_OF_ROWS = 1.03
-"""The slowest of 16 to 64 rows takes at most so many times what the fastest takes."""
+"""Goal for the slowest of 16 to 64 rows over the fastest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +149,13 @@ class Row:
     case: str
     implementation: str
     bytes: int
-    """Of cache that a call must read."""
+    """Bytes of cache that a call must read."""
     timing: Timing
     read: Timing
     reader: str
     target: Target
     verdict: str
-    """Goal, floor or miss; empty where nothing is asked, or of another device."""
+    """Goal, floor or miss; empty if there is no target for the case or the device."""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -186,7 +186,7 @@ def split_arguments(call: Call) -> tuple[list[Any], list[Any], list[Any]]:
     return queries, list(call.args[n : n + 2]), list(call.args[n + 2 :])
 
 
-def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
+def compile_calls(case: ArgSpec, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
     """A program of many calls of `attend(*arguments of the op)`; how many buffers, and how many calls.
 
     The program takes the first query of each call, the other queries, the buffers of the cache, and the rest.
@@ -202,7 +202,7 @@ def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[...,
     return compiled, buffers, calls
 
 
-def prepare(case: Case, implementations: Sequence[str]) -> Program:
+def prepare(case: ArgSpec, implementations: Sequence[str]) -> Program:
     """The program of the first implementation that takes the case.
 
     Raises:
@@ -238,7 +238,7 @@ class Memory:
         draw = lambda: self.rng.standard_normal(shape.shape, np.float32)
         return [jnp.asarray(draw(), shape.dtype) for _ in range(number)]
 
-    def arguments(self, case: Case, buffers: int, calls: int) -> tuple[Any, ...]:
+    def arguments(self, case: ArgSpec, buffers: int, calls: int) -> tuple[Any, ...]:
         """What the program of `compile_calls` takes; free the third, which is large, when done."""
         (first, *others), cache, (kv_len, table) = split_arguments(abstract_call(case))
         earlier = np.arange(case.q_len - 1, -1, -1)
@@ -446,7 +446,7 @@ def run(
     rows: list[Row] = []
     failures: dict[str, str] = {}
     kind = jax.devices()[0].device_kind
-    cases = {name: dataclasses.replace(find_case(name), page=page) for name in names}
+    cases = {name: dataclasses.replace(find_case(name), page_size=page) for name in names}
     memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
     readers = Readers(memory, runs)
 
@@ -480,7 +480,7 @@ def run(
 
 
 def measure_case(
-    name: str, case: Case, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
+    name: str, case: ArgSpec, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
 ) -> Row:
     """Times a program and a read of as many bytes."""
     args = memory.arguments(case, program.buffers, program.calls)
@@ -501,13 +501,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.decode_attention", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument(
-        "--cases", nargs="+", metavar="GLOB", help="names of cases; all of the table if left out"
+        "--cases", nargs="+", metavar="GLOB", help="names of cases (default: all of the table)"
     )
     parser.add_argument(
-        "--implementation", choices=list(IMPLEMENTATIONS), help="the dispatcher's choice if left out"
+        "--implementation",
+        choices=list(IMPLEMENTATIONS),
+        help="back end (default: the first that takes the call)",
     )
-    parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
-    parser.add_argument("--quick", action="store_true", help="three runs of the cases under 300 MB")
+    parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
+    parser.add_argument("--quick", action="store_true", help="only cases under 300 MB, three runs each")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(argv)
     try:

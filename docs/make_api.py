@@ -193,6 +193,8 @@ for event in generator.stream(prompts, options):
         print(event.text, end="")
     elif isinstance(event, mlra.Completion):
         print(event.finish_reason, event.tokens)
+# Each prompt in its own way: greedy, and sampled.
+generator.generate(prompts, sampling=[mlra.Sampling(), sampling], max_new_tokens=[4, 2])
 """
 
 SECTIONS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
@@ -235,6 +237,7 @@ METHODS = {
     "Transformer": ("__call__", "hidden", "decode"),
     "Cache": ("create", "repeat", "bytes_per_device"),
     "Generator": ("from_checkpoint", "generate", "complete", "stream"),
+    "Sampling": ("filtered_logits",),
     "AxisRules": ("of", "spec", "size"),
 }
 """Methods for users of a class. What there is for authors of an attention docs/extending.md says."""

@@ -17,6 +17,7 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.distributed import DistributedConfig
+from mlra_jax.markdown import table
 
 PAGE = pathlib.Path(__file__).with_name("configuration.md")
 
@@ -113,15 +114,15 @@ def section(heading: str, prefix: str, cls: type, remark: str) -> str:
     texts, hints = field_texts(cls), typing.get_type_hints(cls, include_extras=True)
     lines = [f"## {heading}", "", f"`{cls.__name__}`. {inspect.getdoc(cls)}", ""]
     lines += [*remark.splitlines(), ""] if remark else []
-    lines += ["| option | value | default | |", "| --- | --- | --- | --- |"]
+    rows = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) or hint is config.AttentionConfig:
             continue  # a part, with a section of its own
         text = texts[field.name].replace("|", "\\|")
         option, default = f"--{prefix}{field.name}", shown_default(field.default)
-        lines.append(f"| `{option}` | {shown_type(hint)} | {default} | {text} |")
-    return "\n".join(lines) + "\n"
+        rows.append((f"`{option}`", shown_type(hint), default, text))
+    return "\n".join([*lines, *table(("option", "value", "default", "meaning"), rows)]) + "\n"
 
 
 def page() -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -77,21 +76,20 @@ def test_scripts_that_are_no_notebook_are_refused(make):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_script_runs_from_top_to_bottom(repository, tmp_path, name):
+def test_script_runs_from_top_to_bottom(repository, environment, tmp_path, name):
     source = (repository / "notebooks" / f"{name}.py").read_text()
     assert source.count("QUICK = False") == 1
     script = tmp_path / f"{name}.py"
     script.write_text(source.replace("QUICK = False", "QUICK = True"))
-    environment = os.environ | {
+    settings = environment(1) | {
         "PYTHONPATH": str(repository),
         "MPLBACKEND": "agg",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    environment.pop("XLA_FLAGS", None)  # one device, as in Colab, unless the script asks for more
+    }  # one device, as in Colab
+    if "XLA_FLAGS" in source:
+        del settings["XLA_FLAGS"]  # the script asks for more devices
     # matplotlib warns that this backend shows nothing.
     command = [sys.executable, "-W", "error::DeprecationWarning:__main__", str(script)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     places = [done.stdout.find(text) for text in SHOWN[name]]
     assert -1 not in places, done.stdout

@@ -3,20 +3,16 @@
 import dataclasses
 import importlib.util
 
-import jax
 import pytest
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig
+from mlra_jax.execution.accelerators import device_memory
 from mlra_jax.execution.planner import resolve
-from mlra_jax.execution.topologies import (
-    Memory,
-    compile_decode_step,
-    compile_train_step,
-    hbm_bytes,
-    topology_mesh,
-)
+from mlra_jax.execution.topologies import Memory, compile_train_step, topology_mesh
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.model.layers import MLP_UNIT
+from mlra_jax.sharding import decode_rules
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -25,16 +21,6 @@ pytestmark = [
 
 TRAIN = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}  # topology: devices
 DECODE = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-
-
-@pytest.fixture
-def as_users_compile():
-    """Without what the other tests set: highest precision, and few optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train_config(name: str, n_devices: int):
@@ -46,21 +32,21 @@ def train_config(name: str, n_devices: int):
     )
 
 
-def on_each(topologies, always):
-    """`tiny` on each topology, and the paper's model on one, on the others only with the slow tests."""
-    slow = lambda topology: () if topology == always else pytest.mark.slow
-    paper = [pytest.param("mlra_4", topology, marks=slow(topology)) for topology in topologies]
-    return [*(("tiny", topology) for topology in topologies), *paper]
+def on_each(topologies, paper, quick):
+    """The paper's model on the topology `paper`, `tiny` on `quick`; the paper's on all others with the slow tests."""
+    slow = [pytest.param("mlra_4", t, marks=pytest.mark.slow) for t in topologies if t != paper]
+    return [("mlra_4", paper), *(("tiny", t) for t in quick), *slow]
 
 
-@pytest.mark.parametrize(("name", "topology"), on_each(TRAIN, "v5p:2x2x1"))
+@pytest.mark.parametrize(("name", "topology"), on_each(TRAIN, "v5p:2x2x1", ["v6e:2x4"]))
 def test_train_step_compiles_and_fits(name, topology):
     config = train_config(name, TRAIN[topology])
-    memory = Memory.of(compile_train_step(config, topology))
-    assert memory.total < hbm_bytes(topology)
+    mesh = topology_mesh(topology, config.mesh)
+    memory = Memory.of(compile_train_step(config, mesh))
+    assert memory.total < device_memory(mesh.devices.flat[0])
     # The donated state is updated in place, so little more than the metrics comes out beside it.
     assert memory.outputs < 1e6
-    _, plan = resolve(config, topology_mesh(topology, config.mesh))
+    _, plan = resolve(config, mesh)
     assert plan.fits
     if name == "mlra_4":
         assert plan.total == pytest.approx(memory.total, rel=0.1)
@@ -69,15 +55,14 @@ def test_train_step_compiles_and_fits(name, topology):
         assert 0.99 * state < memory.arguments < 1.1 * state
 
 
-@pytest.mark.parametrize(("name", "topology"), on_each(DECODE, "v5p:2x2x1"))
+@pytest.mark.parametrize(("name", "topology"), on_each(DECODE, "v5p:2x2x1", ["v5e:2x2", "v6e:2x2"]))
 def test_decode_step_compiles_and_fits(name, topology):
     config = dataclasses.replace(load_config(name).model, param_dtype="bfloat16", compute_dtype="bfloat16")
     batch, max_len = 8, 4096
-    compiled = compile_decode_step(
-        config, topology, MeshConfig(data=1, tensor=4), batch=batch, max_len=max_len
-    )
+    mesh = topology_mesh(topology, MeshConfig(data=1, tensor=4))
+    compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=max_len)
     memory = Memory.of(compiled)
-    assert memory.total < hbm_bytes(topology)
+    assert memory.total < device_memory(mesh.devices.flat[0])
     # The donated cache is updated in place.
     a = config.attention
     cache = config.n_layers * batch * max_len * (a.d_latent + a.d_rope) * 2

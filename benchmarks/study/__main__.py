@@ -31,7 +31,7 @@ RECORDS = Path(__file__).parents[1] / "results"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description=__doc__,
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """The options of `run` that bear on the results and are not the defaults, for the record."""
+    """The non-default options of `run` that affect the results, for the record."""
     defaults = parser().parse_args(["run"])
     given = ["run"]
     for name in ("variants", "seeds", "tokens", "lr", "layers", "eval_sequences"):

@@ -15,7 +15,7 @@ from benchmarks.attention_layer import Layers, places, share_of, split_kernels
 from benchmarks.measure import Timing
 from benchmarks.tensor_parallel import VARIANTS, layer_config, model_config, tiny
 from mlra_jax.config import ConfigError
-from mlra_jax.execution.collectives import parse_collectives
+from mlra_jax.execution.collectives import executed_collectives
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -259,7 +259,7 @@ def test_a_layer_compiled_for_four_devices_exchanges_what_its_layout_says(topolo
 
     place, _ = places("mlra_4", layer_config("mlra_4", "paper"), 4, 4)
     hlo = Layers(place, 16, [4096], described_devices(topology)).compile().as_text()
-    kinds = {(c.kind, c.devices, *(c.arrays[0][0], c.bytes)) for c in parse_collectives(hlo)}
+    kinds = {(c.kind, c.devices, *(c.arrays[0][0], c.bytes)) for c in executed_collectives(hlo)}
     exchanged = {
         ("all-gather", 4, "bf16", 16 * 64 * 192 * 2),  # queries
         ("reduce-scatter", 4, "f32", 16 * 64 * 128 * 4),  # sums over latent heads

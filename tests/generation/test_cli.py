@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 
 from mlra_jax.cli import decode
 from mlra_jax.config import ConfigError
+from mlra_jax.generation import generator as generator_module
 from mlra_jax.generation import load
 from mlra_jax.generation.sampling import Sampling
 from mlra_jax.textfiles import TextError
@@ -87,9 +87,10 @@ def test_a_single_text_is_printed_after_its_prompt(checkpoint, stand_in, generat
 def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_bytes("first\r\n\n  second €\n".encode("utf-8-sig"))
-    assert decode.read_prompts(str(text)) == ["first", "  second €"]
+    read = lambda file: [prompt for prompt, _ in decode.read_prompts(str(file))]
+    assert read(text) == ["first", "  second €"]
     lines.write_bytes('"two\\nlines"\r\n{"prompt": "object", "id": 3}\n'.encode("utf-8-sig"))
-    assert decode.read_prompts(str(lines)) == ["two\nlines", "object"]
+    assert read(lines) == ["two\nlines", "object"]
     lines.write_text('"fine"\n[1]\n')
     with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
         decode.read_prompts(str(lines))
@@ -99,6 +100,35 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text.write_bytes(b"ab\xff")
     with pytest.raises(TextError, match=r"prompts.txt, line 1, byte 3 is not UTF-8 text"):
         decode.read_prompts(str(text))
+
+
+def test_lines_of_a_prompts_file_may_change_options(checkpoint, stand_in, generator, capsys, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    changes = {"temperature": 0.9, "seed": 2, "max_new_tokens": 3, "stop": ["\0"]}
+    records = [PROMPTS[0], {"prompt": PROMPTS[1], "generation": changes}]
+    lines.write_text("\n".join(map(json.dumps, records)))
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--prompts-file",
+        lines,
+        "--max-new-tokens",
+        "5",
+        "--max-len",
+        "64",
+        "--json",
+    )
+    shown = [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()]
+    options = generator_module.GenerationOptions(5, max_len=64)
+    own = [options, generator_module.changed(options, **changes | {"stop": ("\0",)})]
+    assert shown == [c.tokens for c in generator.complete(PROMPTS, own)]
+    assert [len(tokens) for tokens in shown] == [5, 3]
+    lines.write_text(json.dumps({"prompt": "a", "generation": {"temprature": 1}}))
+    with pytest.raises(ConfigError, match=r"prompts.jsonl, line 1: Generation has no option temprature"):
+        decode.read_prompts(str(lines))
+    lines.write_text(json.dumps({"prompt": "a", "generation": {"sampling": {"top_k": 1}}}))
+    with pytest.raises(ConfigError, match=r"line 1: sampling={'top_k': 1} must be a Sampling, not dict"):
+        decode.read_prompts(str(lines))
 
 
 def test_a_closed_standard_input_is_refused(checkpoint, capsys, monkeypatch):
@@ -150,21 +180,21 @@ def test_help_names_the_options(capsys):
         assert option in shown
 
 
-def start_decode(repository, checkpoint, *argv, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
-        [sys.executable, "decode.py", "--checkpoint", checkpoint, *argv],
-        cwd=repository,
-        env=os.environ
-        | {
-            "XLA_FLAGS": flags,
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture
+def start_decode(repository, environment, checkpoint):
+    """`start_decode(*options, devices=n)`: `python decode.py` on the checkpoint in a new process."""
+
+    def start(*argv, devices):
+        return subprocess.Popen(
+            [sys.executable, "decode.py", "--checkpoint", checkpoint, *argv],
+            cwd=repository,
+            env=environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
 
 
 def finish(process):
@@ -176,24 +206,21 @@ def finish(process):
 
 
 @pytest.mark.smoke
-def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(repository, checkpoint, generator):
+def test_the_command_prints_the_text_of_a_checkpoint_on_four_devices(start_decode, generator):
     argv = ["--prompt", PROMPTS[0], "--max-new-tokens", "12", "--mesh.tensor", "4", "--stop", "\n\n"]
-    out = finish(start_decode(repository, checkpoint, *argv, devices=4))
+    out = finish(start_decode(*argv, devices=4))
     text = generator.generate(PROMPTS[0], max_new_tokens=12, stop=("\n\n",))
     assert out == f"{PROMPTS[0]}{text}\n"
 
 
-def test_two_processes_decode_as_one_and_the_first_prints(repository, checkpoint, generator):
+def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generator):
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12"]
     argv += [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
     argv += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
-    processes = [
-        start_decode(repository, checkpoint, *argv, "--distributed.process_id", str(i), devices=2)
-        for i in range(2)
-    ]
+    processes = [start_decode(*argv, "--distributed.process_id", str(i), devices=2) for i in range(2)]
     try:
         first, second = map(finish, processes)
     finally:

@@ -90,9 +90,9 @@ def test_products_of_few_rows_go_to_their_kernel_unless_another_is_chosen():
     devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
     step = lambda: compile_step(BASE, decode_rules(), mesh, batch=8, max_len=MAX_LEN).as_text()
-    count = lambda hlo: len(re.findall(r"custom-call\(.*jit\(_run\)/(?:product|swiglu)", hlo))
+    count = lambda hlo: len(re.findall(r"custom-call\(.*jit\(multiply\)/(?:skinny_gemm|swiglu)", hlo))
     assert count(step()) == 5 * BASE.n_layers
-    with choose(product="reference", swiglu="reference"):
+    with choose(skinny_gemm="reference", swiglu="reference"):
         assert count(step()) == 0
 
 

@@ -1,4 +1,4 @@
-"""Sums over devices: the specification, the workspace, what the kernels decline, their protocol, what compiles.
+"""Sums over devices: specification, workspaces, what the kernels decline, their protocol, and their compiled code.
 
 The kernels themselves run on GPUs alone (`MLRA_TEST_PLATFORM=cuda,cpu pytest tests/ops/test_all_reduce.py`): the
 interpreter of Mosaic GPU has no memory of other devices and takes no PTX, in which the words are written and read.
@@ -26,7 +26,7 @@ from mlra_jax.config import MeshConfig, ModelConfig
 from mlra_jax.execution.topologies import described_devices, gpu_devices
 from mlra_jax.generation.engine import Engine
 from mlra_jax.model import Transformer, to_decode
-from mlra_jax.ops import hopper
+from mlra_jax.ops import device
 from mlra_jax.ops.all_reduce import Workspace, all_reduce, all_reduce_add_rms_norm
 from mlra_jax.ops.dispatch import choose, explain
 from mlra_jax.sharding import MESH_AXES, AxisRules, decode_rules, make_mesh
@@ -168,7 +168,7 @@ def test_they_say_why_they_decline_a_call(monkeypatch, shape, dtype, workspace, 
     from mlra_jax.ops.all_reduce import mosaic_gpu
 
     ran = lambda out_type, **_: lambda *_: jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(device, "current_device", lambda: ("gpu", H100))
     monkeypatch.setattr(mosaic_gpu.plgpu, "kernel", lambda kernel, out_type, **_: ran(out_type))
     y, gain = jnp.zeros(shape, dtype), jnp.ones(shape[-1], jnp.float32)
     options = {"eps": 1e-6, "dtype": jnp.bfloat16, "axis": "x"}
@@ -186,7 +186,8 @@ def test_they_are_for_hopper_alone_and_narrow_rows_are_padded(monkeypatch):
     if jax.__version_info__ >= (0, 11):
         from mlra_jax.ops.all_reduce import mosaic_gpu
 
-        monkeypatch.setattr(mosaic_gpu, "_run", lambda kernel, name, out_type, y, *_: y)
+        monkeypatch.setattr(device, "current_device", lambda: ("gpu", H100))
+        monkeypatch.setattr(mosaic_gpu.AllReduce, "launch", lambda self, kernel, name, out_type, y, *_: y)
         np.testing.assert_array_equal(call(jnp.arange(8.0).reshape(2, 4)), jnp.arange(8.0).reshape(2, 4))
 
 

@@ -1,10 +1,9 @@
 """A model small enough to train in a second, and processes that train it."""
 
 import dataclasses
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,33 +11,22 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     CheckpointConfig,
     DataConfig,
     ExecutionConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
     to_dict,
 )
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
+from tests.definitions import SMALL
 
 CONFIG = TrainConfig(
     name="tiny",
-    model=ModelConfig(
-        vocab_size=264,
-        n_layers=2,
-        d_model=32,
-        n_heads=4,
-        d_ff=64,
-        attention=LatentAttentionConfig(
-            n_latent_heads=4, n_branches=4, q_lora_rank=16, kv_lora_rank=32, d_nope=8, d_rope=8
-        ),
-        compute_dtype="float32",
-    ),
+    model=SMALL,
     execution=ExecutionConfig(remat="none"),
     data=DataConfig(seq_len=16, global_batch=8, micro_batch=1),
     optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),
@@ -47,28 +35,6 @@ CONFIG = TrainConfig(
     steps=8,
     compilation_cache="",
 )
-
-
-@pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> Path:
-    """Folder in which compiled programs are kept: the tests here, and the processes they start, run the same few."""
-    folder = tmp_path_factory.getbasetemp()
-    # Under pytest-xdist this is the worker's own; the workers share the one above.
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "xla"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(compiled) -> Iterator[None]:
-    """Compiling is nearly all of these tests' time: keep what is compiled."""
-    settings = {  # here, and JAX's default
-        "jax_compilation_cache_dir": (str(compiled), None),
-        "jax_persistent_cache_min_compile_time_secs": (0, 1),
-    }
-    for name, (value, _) in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, (_, default) in settings.items():
-        jax.config.update(name, default)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +76,7 @@ def place() -> Callable[..., dict[str, jax.Array]]:
 
 
 @pytest.fixture(scope="session")
-def start_training(repository, compiled, tmp_path_factory) -> Callable[..., subprocess.Popen]:
+def start_training(repository, environment, compiled, tmp_path_factory) -> Callable[..., subprocess.Popen]:
     """Starts `python train.py` on the tiny configuration in a new process; options as on the command line."""
     folder = tmp_path_factory.mktemp("processes")
     config_file = folder / "tiny.py"
@@ -119,19 +85,11 @@ def start_training(repository, compiled, tmp_path_factory) -> Callable[..., subp
     )
 
     def start(out: Path, *options: str, devices: int = 8, log: Path | None = None) -> subprocess.Popen:
-        flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-        environment = os.environ | {
-            "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
-            # As in this process, so that both run the same programs.
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        }
         command = [sys.executable, "train.py", str(config_file), "--out", str(out)]
         return subprocess.Popen(
             [*command, "--compilation_cache", str(compiled), *options],
             cwd=repository,
-            env=environment,
+            env=environment(devices),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float
 
 from mlra_jax.ops.all_reduce import reference
 from mlra_jax.ops.all_reduce.workspace import Workspace
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 
-ALL_REDUCE: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "all_reduce"),
-    "reference": reference.all_reduce,
+_MODULE = "mlra_jax.ops.all_reduce.mosaic_gpu"
+ALL_REDUCE: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy(_MODULE, "AllReduce"),
+    "reference": Function(reference.all_reduce),
 }
-ALL_REDUCE_ADD_RMS_NORM: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "all_reduce_add_rms_norm"),
-    "reference": reference.all_reduce_add_rms_norm,
+ALL_REDUCE_ADD_RMS_NORM: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy(_MODULE, "AllReduceAddRMSNorm"),
+    "reference": Function(reference.all_reduce_add_rms_norm),
 }
-"""Back ends, best first."""
-
-
-FITTING: Mapping[str, Callable[..., Workspace | None]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.all_reduce.mosaic_gpu", "fitting"),
-    "reference": reference.fitting,
+"""Back ends, in order of preference."""
+_FITTING: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy(_MODULE, "Fitting"),
+    "reference": Function(reference.fitting),
 }
 
 
@@ -41,7 +40,7 @@ def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
     Raises:
       NotImplementedError: `choose` names the kernel alone, and it declines.
     """
-    return dispatch("all_reduce_add_rms_norm", FITTING, None, workspace, rows)
+    return dispatch("all_reduce_add_rms_norm", _FITTING, None, workspace, rows)
 
 
 def all_reduce(
@@ -49,7 +48,7 @@ def all_reduce(
     workspace: Workspace | None = None,
     *,
     axis: str | tuple[str, ...],
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "*rows D"]:
     """psum(y), on each device; inside `shard_map(check_vma=False)`.
 
@@ -57,7 +56,8 @@ def all_reduce(
       y: float32, this device's part of the sum.
       workspace: this device's part of one made by `Workspace.create`; None: `psum` exchanges.
       axis: mesh axis of the devices, or several, among which `psum` sums.
-      implementation: None (the first that takes the arguments), or one name or several of `ALL_REDUCE`.
+      implementation: a name in `ALL_REDUCE`, or a back end, or several to be tried in order; None: the first that takes
+        the call.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
@@ -76,7 +76,7 @@ def all_reduce_add_rms_norm(
     axis: str,
     eps: float,
     dtype: Any,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
     """x + psum(y), and its root-mean-square norm times a gain, on each device; inside `shard_map(check_vma=False)`.
 
@@ -88,7 +88,7 @@ def all_reduce_add_rms_norm(
       axis: mesh axis of the devices.
       eps: added to the mean square.
       dtype: of the norm.
-      implementation: None (the first that takes the arguments), or one name or several of `ALL_REDUCE_ADD_RMS_NORM`.
+      implementation: see `all_reduce`; the names are those in `ALL_REDUCE_ADD_RMS_NORM`.
 
     Returns:
       The sum in float32, and its norm in `dtype`.

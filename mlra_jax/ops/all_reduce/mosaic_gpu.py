@@ -17,18 +17,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.mosaic.gpu import utils as mosaic_gpu_utils
 
 from mlra_jax.ops.all_reduce.workspace import Workspace
-from mlra_jax.ops.hopper import THREADS, check_device, plgpu
+from mlra_jax.ops.hopper import THREADS, HopperKernel, plgpu
 
-utils: Any = mosaic.utils  # typed differently in each version of JAX
 MAX_WIDTH = 8192
 """A thread has its elements of a row in registers."""
 LOOKS = 1 << 26
 """At a word that does not arrive, about a minute; then the kernel traps, rather than wait for ever."""
 REGISTERS = 32
 """Elements that a thread waits for at a time."""
+
+
+utils: Any = mosaic_gpu_utils  # typed differently in each version of JAX
 
 
 def _layout(width: int) -> Any:
@@ -60,8 +62,8 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
         i32, i64, f32 = (*(ir.IntegerType.get_signless(bits) for bits in (32, 64)), ir.F32Type.get())
         constant = lambda value: utils.c(value, i32)
         (epoch,) = epoch.registers.flat
-        # A thread has vectors of consecutive elements: two make 16 bytes of words. The distances between a thread's are
-        # constants of the instructions: addresses in registers would leave too few for the values.
+        # A thread has vectors of consecutive elements: two make 16 bytes of words. Their distances are constants in the
+        # instructions, for addresses in registers would leave too few for the values.
         first_element = arith.index_cast(i64, next(iter(y.layout.linear_thread_idxs())))
         offset, vector = arith.muli(first_element, utils.c(8, i64)), y.layout.vec_size
         elements = [(i, j) for i in range(y.registers.size) for j in range(0, vector, 2)]
@@ -92,27 +94,26 @@ def _exchange(peers: Sequence[Any], words: Sequence[Any], y: jax.Array, epoch: j
             types = [v.type for v in first]
             loop = scf.WhileOp(types, first)
             with ir.InsertionPoint(loop.before.blocks.append(*types)) as at:
-                *_, missing, _ = at.block.arguments
-                scf.condition(
-                    arith.cmpi(arith.CmpIPredicate.ne, missing, constant(0)), list(at.block.arguments)
-                )
+                values = list(at.block.arguments)
+                scf.condition(arith.cmpi(arith.CmpIPredicate.ne, values[-2], constant(0)), values)
             with ir.InsertionPoint(loop.after.blocks.append(*types)) as at:
                 looks = arith.addi(at.block.arguments[-1], constant(1))
                 with utils.when(arith.cmpi(arith.CmpIPredicate.ugt, looks, constant(LOOKS))):
                     utils.inline_ptx("trap;", has_side_effects=True)
-                values, absent = [], constant(0)
+                found: list[Any] = []
+                missing: Any = constant(0)
                 for i, j in elements:
-                    *pair, first_epoch, second_epoch = utils.inline_ptx(
+                    *pair, first, second = utils.inline_ptx(
                         f"{{ .reg .b64 a, b; ld.relaxed.sys.global.v2.b64 {{a, b}}, [$4 + {bytes_to(i, j)}];"
                         " mov.b64 {$0, $2}, a; mov.b64 {$1, $3}, b; }",
                         address,
                         result_types=[i32] * 4,
                         has_side_effects=True,
                     )
-                    values += pair
-                    for found in (first_epoch, second_epoch):
-                        absent = arith.ori(absent, arith.xori(found, epoch))
-                scf.yield_([*values, absent, looks])
+                    found += pair
+                    for tag in (first, second):
+                        missing = arith.ori(missing, arith.xori(tag, epoch))
+                scf.yield_([*found, missing, looks])
             return [arith.bitcast(f32, v) for v in list(loop.results)[:-2]]
 
         def add(a: Any, b: Any) -> Any:
@@ -203,90 +204,123 @@ def _norm_kernel(
     h_ref[row, :] = (x * lax.rsqrt(jnp.sum(x * x) / width + eps) * read(gain_ref)).astype(h_ref.dtype)
 
 
-def declines(rows: int, width: int, workspace: Workspace | None) -> str | None:
-    """Why the kernels do not take so many rows of this width; None: they do."""
-    try:
-        check_device(None)
-    except NotImplementedError as e:
-        return str(e)
-    if workspace is None:
-        return (
-            "the Mosaic GPU kernel exchanges through a workspace, and there is none; `Workspace.create` makes one for "
-            "2 to 8 GPUs of one process."
-        )
-    if width % (2 * THREADS) or width > MAX_WIDTH:
-        return (
-            f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; "
-            f"got {width}."
-        )
-    if rows > workspace.rows or width > workspace.width:
-        return f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
-    return None
+class _Exchange(HopperKernel[None, None]):
+    """What has one tiling, and needs a workspace."""
+
+    def check_rows(self, rows: int, width: int, workspace: Workspace | None) -> None:
+        """Whether the kernels take so many rows of this width.
+
+        Raises:
+          NotImplementedError: they do not.
+        """
+        self.target()
+        if workspace is None:
+            raise NotImplementedError(
+                "the Mosaic GPU kernel exchanges through a workspace, and there is none; `Workspace.create` makes one "
+                "for 2 to 8 GPUs of one process."
+            )
+        if width % (2 * THREADS) or width > MAX_WIDTH:
+            raise NotImplementedError(
+                f"the Mosaic GPU kernel takes rows of up to {MAX_WIDTH} elements, a multiple of {2 * THREADS}; got "
+                f"{width}."
+            )
+        if rows > workspace.rows or width > workspace.width:
+            raise NotImplementedError(
+                f"the workspace is for {workspace.rows} rows of {workspace.width} elements; got {rows} of {width}."
+            )
+
+    def check_type(self, *arrays: jax.Array) -> None:
+        """Whether the kernels take arrays of these types.
+
+        Raises:
+          NotImplementedError: they do not.
+        """
+        for a in arrays:
+            if a.dtype != jnp.float32:
+                raise NotImplementedError(f"the Mosaic GPU kernel sums float32; got {a.dtype}.")
+
+    def launch(
+        self, kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace, *args: jax.Array
+    ) -> Any:
+        """Runs a program for each row of y [rows, W]."""
+        return plgpu.kernel(
+            kernel,
+            out_type=out_type,
+            grid=(len(y),),
+            grid_names=("row",),
+            # XLA would launch a barrier of all devices before each kernel that reaches others' memory.
+            compiler_params=plgpu.CompilerParams(
+                lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=True
+            ),
+            kernel_name=name,
+        )(y, workspace.epochs[0], workspace.words[0], *args)
 
 
-def fitting(workspace: Workspace | None, rows: int) -> Workspace | None:
-    """See `mlra_jax.ops.all_reduce.fitting`.
+class Fitting(_Exchange):
+    """See `mlra_jax.ops.all_reduce.fitting`."""
 
-    Raises:
-      NotImplementedError: the kernel does not exchange so many rows, or there is no workspace.
-    """
-    if reason := declines(rows, workspace.width if workspace else 0, workspace):
-        raise NotImplementedError(reason)
-    return workspace
+    def check(self, workspace: Workspace | None, rows: int) -> None:
+        """Whether it takes a call."""
+        self.check_rows(rows, workspace.width if workspace else 0, workspace)
 
-
-def _run(
-    kernel: Any, name: str, out_type: Any, y: jax.Array, workspace: Workspace | None, *args: jax.Array
-) -> Any:
-    if reason := declines(y.shape[0], y.shape[1], workspace):
-        raise NotImplementedError(reason)
-    for a in (y, *args[:1]):
-        if a.dtype != jnp.float32:
-            raise NotImplementedError(f"the Mosaic GPU kernel sums float32; got {a.dtype}.")
-    assert workspace is not None
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        grid=(len(y),),
-        grid_names=("row",),
-        # XLA would launch a barrier of all devices before each kernel that reaches others' memory.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, skip_device_barrier=True
-        ),
-        kernel_name=name,
-    )(y, workspace.epochs[0], workspace.words[0], *args)
+    def run(self, shape: None, config: None, workspace: Workspace, rows: int) -> Workspace:
+        """The workspace."""
+        return workspace
 
 
-def all_reduce(y: jax.Array, workspace: Workspace | None, *, axis: str) -> jax.Array:
-    """See `mlra_jax.ops.all_reduce.all_reduce`.
+class AllReduce(_Exchange):
+    """Float32, of any width: rows are padded."""
 
-    Raises:
-      NotImplementedError: the kernel does not take these arguments.
-    """
-    rows, width = math.prod(y.shape[:-1]), y.shape[-1]
-    padded = jnp.pad(y.reshape(rows, width), ((0, 0), (0, -width % (2 * THREADS))))
-    out_type = jax.ShapeDtypeStruct(padded.shape, y.dtype)
-    kernel = functools.partial(_all_reduce_kernel, axis=axis)
-    return _run(kernel, "all_reduce", out_type, padded, workspace)[:, :width].reshape(y.shape)
+    def check(self, y: jax.Array, workspace: Workspace | None, *, axis: str) -> None:
+        """Whether it takes a call."""
+        rows, width = math.prod(y.shape[:-1]), y.shape[-1]
+        self.check_rows(rows, width + -width % (2 * THREADS), workspace)
+        self.check_type(y)
+
+    def run(self, shape: None, config: None, y: jax.Array, workspace: Workspace, *, axis: str) -> jax.Array:
+        """Runs the kernel."""
+        rows, width = math.prod(y.shape[:-1]), y.shape[-1]
+        padded = jnp.pad(y.reshape(rows, width), ((0, 0), (0, -width % (2 * THREADS))))
+        out_type = jax.ShapeDtypeStruct(padded.shape, y.dtype)
+        kernel = functools.partial(_all_reduce_kernel, axis=axis)
+        return self.launch(kernel, "all_reduce", out_type, padded, workspace)[:, :width].reshape(y.shape)
 
 
-def all_reduce_add_rms_norm(
-    x: jax.Array,
-    y: jax.Array,
-    gain: jax.Array,
-    workspace: Workspace | None,
-    *,
-    axis: str,
-    eps: float,
-    dtype: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """See `mlra_jax.ops.all_reduce.all_reduce_add_rms_norm`.
+class AllReduceAddRMSNorm(_Exchange):
+    """Float32 in, the norm in any type of float."""
 
-    Raises:
-      NotImplementedError: the kernel does not take these arguments.
-    """
-    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    out_type = [jax.ShapeDtypeStruct((rows, width), t) for t in (x.dtype, dtype)]
-    kernel, flat = functools.partial(_norm_kernel, axis=axis, eps=eps), lambda a: a.reshape(rows, width)
-    total, h = _run(kernel, "all_reduce_add_rms_norm", out_type, flat(y), workspace, flat(x), gain)
-    return total.reshape(x.shape), h.reshape(x.shape)
+    def check(
+        self,
+        x: jax.Array,
+        y: jax.Array,
+        gain: jax.Array,
+        workspace: Workspace | None,
+        *,
+        axis: str,
+        eps: float,
+        dtype: Any,
+    ) -> None:
+        """Whether it takes a call."""
+        self.check_rows(math.prod(x.shape[:-1]), x.shape[-1], workspace)
+        self.check_type(x, y)
+
+    def run(
+        self,
+        shape: None,
+        config: None,
+        x: jax.Array,
+        y: jax.Array,
+        gain: jax.Array,
+        workspace: Workspace,
+        *,
+        axis: str,
+        eps: float,
+        dtype: Any,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the kernel."""
+        flat = lambda a: a.reshape(-1, a.shape[-1])
+        out_type = [jax.ShapeDtypeStruct(flat(x).shape, t) for t in (x.dtype, dtype)]
+        kernel = functools.partial(_norm_kernel, axis=axis, eps=eps)
+        args = flat(y), workspace, flat(x), gain
+        total, h = self.launch(kernel, "all_reduce_add_rms_norm", out_type, *args)
+        return total.reshape(x.shape), h.reshape(x.shape)
