@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.kv_cache import Cache, values_per_token
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.generation import engine as engine_module
@@ -46,11 +46,15 @@ def test_greedy_tokens_are_those_of_full_forward_passes(
 
 
 @pytest.mark.parametrize(
-    ("variant", "sizes", "split_heads"),
-    [("mlra_4", (1, 2, 2), False), ("mlra_4", (2, 2, 1), True), ("gqa", (1, 2, 1), True)],
+    ("variant", "sizes", "split_heads", "split_tokens"),
+    [
+        ("mlra_4", (2, 2, 1), False, False),
+        ("gqa", (1, 2, 2), True, False),
+        ("mla", (1, 2, 1), True, True),
+    ],
 )
 def test_sums_that_are_left_to_the_norm_give_the_same_tokens(
-    variant, sizes, split_heads, engine, rollout, prompts, tokens_of, monkeypatch
+    variant, sizes, split_heads, split_tokens, engine, rollout, prompts, tokens_of, monkeypatch
 ):
     """What GPUs of one host do, here with `psum` in place of their kernel."""
 
@@ -62,9 +66,25 @@ def test_sums_that_are_left_to_the_norm_give_the_same_tokens(
     asked = []
     monkeypatch.setattr(Workspace, "create", create)
     monkeypatch.setattr(transformer, "fitting", lambda workspace, rows: asked.append(rows) or workspace)
-    rows = engine.__wrapped__(variant, sizes, split_heads).start(prompts, [N_NEW] * 4)
+    e = engine.__wrapped__(variant, sizes, split_heads, split_tokens)
+    rows = e.start(prompts, [N_NEW] * 4)
     assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
     assert asked[-1] == 4 // sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "split_heads"),
+    [("mla", (1, 2, 2), False), ("mlra_4", (1, 2, 1), True)],
+)
+def test_the_devices_of_tensor_may_split_the_tokens_of_the_cache(
+    variant, sizes, split_heads, engine, rollout, prompts, tokens_of
+):
+    e = engine(variant, sizes, split_heads, True)
+    rows = e.start(prompts, [N_NEW] * 4)
+    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    values = e.config.n_layers * 4 * rows.state.cache.capacity * values_per_token(e.config)
+    held = sum(a.addressable_data(0).size for a in jax.tree.leaves(rows.state.cache.layers))
+    assert held * sizes[1] * sizes[2] == values
 
 
 def test_it_is_said_why_devices_exchange_by_psum(engine):
