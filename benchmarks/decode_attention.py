@@ -13,16 +13,11 @@ Results go to `benchmarks/results/decode_attention_DEVICE.md` and `.json`.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import fnmatch
 import functools
-import importlib.metadata
-import json
 import pathlib
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks import records
 from benchmarks.measure import (
     COMPILING_AT_ONCE,
     UNROLL,
@@ -44,15 +40,16 @@ from benchmarks.measure import (
     sum_xla,
     together,
 )
+from benchmarks.records import Setting, parse_size
+from mlra_jax.markdown import head
+from mlra_jax.markdown import row as markdown_row
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, SHARES, ArgSpec, Call, abstract_call
 from mlra_jax.ops.hopper import find_processors
 from mlra_jax.ops.tuning import slug
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PROGRAM_US = 1500.0
 """About how long a program of many calls takes."""
-K = 1024
 
 CASES: Mapping[str, ArgSpec] = {
     **BENCHMARKS,
@@ -64,17 +61,6 @@ CASES: Mapping[str, ArgSpec] = {
     "tiny 2x256": ArgSpec((256, 256), rows=8, width=64, rope=32),
 }
 """What can be measured, by name; the last one is small enough for a CPU. `find_case` takes more names."""
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """`16x32K` as rows and tokens of each; K is 1024, M is 1024 K.
-
-    Raises:
-      ValueError: it has another form.
-    """
-    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([KM]?)", text)):
-        raise ValueError(f"{text!r} is not a batch and a context such as 8x32K.")
-    return int(match[1]), int(match[2]) * {"": 1, "K": K, "M": K * K}[match[3]]
 
 
 def find_case(name: str) -> ArgSpec:
@@ -317,10 +303,20 @@ def judge(timing: Timing, read: Timing, target: Target, kind: str) -> str:
     return "MISS"
 
 
-HEADER = (
-    "| case | back end | us | spread | GB/s | read, us | of read | others, us | floor | goal | | kernels, us |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+COLUMNS = (
+    "case",
+    "back end",
+    "us",
+    "spread",
+    "GB/s",
+    "read, us",
+    "of read",
+    "others, us",
+    "floor",
+    "goal",
+    "",
 )
+HEADER = "\n".join(head((*COLUMNS, "kernels, us")))
 
 
 def format_row(row: Row) -> str:
@@ -344,30 +340,7 @@ def format_row(row: Row) -> str:
         row.verdict,
         kernels,
     )
-    return "| " + " | ".join(cells) + " |"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Where, when and how the rows were measured."""
-
-    device: str
-    versions: dict[str, str]
-    date: str
-    command: str
-
-    @classmethod
-    def here(cls, module: str, argv: Sequence[str]) -> Setting:
-        """This process; the command without `--out`, which says nothing of what is measured."""
-        versions = {}
-        for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton"):
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        where = {i for i, arg in enumerate(argv) if arg == "--out" or (i and argv[i - 1] == "--out")}
-        command = shlex.join(["python", "-m", module, *(a for i, a in enumerate(argv) if i not in where)])
-        return cls(jax.devices()[0].device_kind, versions, datetime.date.today().isoformat(), command)
+    return markdown_row(cells)
 
 
 def compare_rows(rows: Sequence[Row]) -> str | None:
@@ -384,11 +357,11 @@ def compare_rows(rows: Sequence[Row]) -> str | None:
 
 def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, stem: pathlib.Path) -> None:
     """Writes `stem`.md and `stem`.json."""
-    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
+    record = as_record(rows, failures, setting)
     lines = [
         f"# Decode attention on {setting.device}",
         "",
-        f"{setting.date}, {versions}. `{setting.command}`. bfloat16; contiguous caches unless it says `--page`.",
+        f"{setting.date}, {records.versions(record)}. `{setting.command}`. bfloat16; contiguous caches but with `--page`.",
         "",
         "*us*: device time of a call, from queries and cache to the output and its log-sum-exp: in a profile, from the",
         "first kernel's start to the last one's end in a program of many calls, over the calls; median of the runs.",
@@ -401,18 +374,14 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
     ]
     if comparison := compare_rows(rows):
         lines += ["", comparison]
-    lines += [line for name, why in failures.items() for line in ("", f"{name}: not measured. {why}")]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    stem.with_suffix(".json").write_text(json.dumps(as_record(rows, failures, setting), indent=2) + "\n")
+    records.write(stem, record, lines + records.not_measured(failures))
 
 
 def as_record(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting) -> dict[str, Any]:
     """What is kept of a run, for JSON."""
-    records = [
-        dataclasses.asdict(r) | {"gigabytes_per_second": r.gigabytes_per_second, "ratio": r.ratio}
-        for r in rows
-    ]
-    return dataclasses.asdict(setting) | {"rows": records, "failures": dict(failures)}
+    derived = lambda r: {"gigabytes_per_second": r.gigabytes_per_second, "ratio": r.ratio}
+    measured = [dataclasses.asdict(r) | derived(r) for r in rows]
+    return dataclasses.asdict(setting) | {"rows": measured, "failures": dict(failures)}
 
 
 def select(patterns: Sequence[str] | None, quick: bool) -> list[str]:
@@ -497,9 +466,7 @@ def measure_case(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_attention", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = records.parser("benchmarks.decode_attention", __doc__)
     parser.add_argument(
         "--cases", nargs="+", metavar="GLOB", help="names of cases (default: all of the table)"
     )
@@ -510,7 +477,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
     parser.add_argument("--quick", action="store_true", help="only cases under 300 MB, three runs each")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args(argv)
     try:
         names = select(options.cases, options.quick)
@@ -520,7 +486,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting.here("benchmarks.decode_attention", argv)
     suffix = f"_{options.implementation}" if options.implementation else ""
     stem = options.out / f"decode_attention_{slug(setting.device)}{suffix}"
-    options.out.mkdir(parents=True, exist_ok=True)
     print(f"{setting.device}, {setting.versions}\n{HEADER}", flush=True)
     rows, failures = run(
         names,

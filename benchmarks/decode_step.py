@@ -39,8 +39,8 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import records
-from benchmarks.decode_attention import Setting, parse_size
 from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
@@ -290,17 +290,21 @@ def main() -> int:
     parser = records.parser("benchmarks.decode_step", __doc__, out=False)
     parser.add_argument("--config", default="mlra_4", help="name or path of a configuration")
     parser.add_argument("--cases", nargs="*", type=records.case, default=[parse_size(c) for c in CASES])
-    parser.add_argument("--steps", type=int, default=32, help=f"of a run, at most {STEPS_PER_RUN}")
-    parser.add_argument("--runs", type=int, default=5, help="timed")
-    parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
-    parser.add_argument("--prefill", type=int, default=32768, help="tokens of the prompt; 0: none")
-    parser.add_argument("--profile", action="store_true", help="device time by kernel as well")
-    parser.add_argument("--bandwidth", type=float, default=2.88e12, help="bytes a second, of the ideal")
-    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s, of the ideal")
+    parser.add_argument("--steps", type=int, default=32, help=f"steps per run, at most {STEPS_PER_RUN}")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="start no other measurement after so long"
+        "--prefill", type=int, default=32768, help="tokens of the prompt for prefill; 0: skip prefill"
     )
-    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of XLA's compiler")
+    parser.add_argument("--profile", action="store_true", help="also measure device time by kernel")
+    parser.add_argument(
+        "--bandwidth", type=float, default=2.88e12, help="bytes per second, for the ideal time"
+    )
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s, for the share of peak")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further measurement after this time"
+    )
+    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="XLA compiler option")
     parser.add_argument(
         "--products",
         nargs="*",
@@ -308,7 +312,7 @@ def main() -> int:
         choices=SKINNY_GEMM,
         help="back ends of skinny GEMM, in the order in which they are tried; default: the first that takes the call",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
+    parser.add_argument("--out", type=pathlib.Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
     if not 1 <= args.steps <= STEPS_PER_RUN:
         parser.error(f"--steps must be from 1 to {STEPS_PER_RUN}; got {args.steps}.")

@@ -27,6 +27,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from mlra_jax.markdown import head, row, table
+
 VARIANTS = {
     "scatter, free": ("scatter", "no"),
     "sums, free": ("sums", "no"),
@@ -48,7 +50,7 @@ RUN = (
 def measure(name: str, variant: str, steps: int) -> dict[str, Any]:
     """Times a step of a configuration in this process."""
     from benchmarks import train
-    from benchmarks.decode_attention import Setting
+    from benchmarks.records import Setting
     from mlra_jax.model import layers
 
     gradient, deterministic = VARIANTS[variant]
@@ -71,35 +73,35 @@ def measured_apart(name: str, variant: str, steps: int) -> dict[str, Any]:
 
 def cost(names: Sequence[str], steps: int) -> None:
     """Prints a row for each configuration and variant."""
-    print(
-        "| configuration | gradient of the embedding, XLA | step, ms | spread | of the first | compiled in, s |"
+    names_of = (
+        "configuration",
+        "gradient of the embedding, XLA",
+        "step, ms",
+        "spread",
+        "of the first",
+        "compiled in, s",
     )
-    print("| --- | --- | ---: | ---: | ---: | ---: |", flush=True)
+    print(*head(names_of, "llr"), sep="\n", flush=True)
     for name in names:
         first = None
         for variant in VARIANTS:
             r = measured_apart(name, variant, steps)
             first = first or r["step_s"]
-            cells = f"{1e3 * r['step_s']:.2f} | {1e3 * r['spread_s']:.2f} | {r['step_s'] / first - 1:+.2%}"
-            print(f"| {name} | {variant} | {cells} | {r['compile_s']:.0f} |", flush=True)
+            cells = (
+                f"{1e3 * r['step_s']:.2f}",
+                f"{1e3 * r['spread_s']:.2f}",
+                f"{r['step_s'] / first - 1:+.2%}",
+            )
+            print(row((name, variant, *cells, f"{r['compile_s']:.0f}")), flush=True)
 
 
 def start(name: str, out: pathlib.Path, cache: pathlib.Path, steps: int) -> subprocess.Popen[bytes]:
     """Starts, or continues, a run that leaves room on the GPU for another one; its words go to `out`.log."""
-    command = [
-        sys.executable,
-        "-m",
-        "mlra_jax.cli.train",
-        name,
-        "--out",
-        str(out),
-        "--steps",
-        str(steps),
-        *RUN,
-    ]
+    options = {"--out": out, "--steps": steps, "--compilation_cache": cache}
+    words = [str(word) for option in options.items() for word in option]
     with open(f"{out}.log", "ab") as log:
         return subprocess.Popen(
-            [*command, "--compilation_cache", str(cache)],
+            [sys.executable, "-m", "mlra_jax.cli.train", name, *words, *RUN],
             env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"},
             stdout=log,
             stderr=log,
@@ -168,17 +170,16 @@ def runs(name: str, steps: int, kills: int, folder: pathlib.Path) -> bool:
         rows.append(("second process, the first one's cache", second.result()))
         found, after = interrupted.result()
         rows.append((f"killed after steps {', '.join(map(str, after))}", found))
-    print(f"| {name}, {steps} steps | digest of parameters and moments | equal |\n| --- | --- | --- |")
-    for what, found in rows:
-        print(f"| {what} | {found} | {'yes' if found == expected else 'NO'} |")
+    names = (f"{name}, {steps} steps", "digest of parameters and moments", "equal")
+    print(*table(names, [(*found, "yes" if found[1] == expected else "NO") for found in rows]), sep="\n")
     return all(found == expected for _, found in rows)
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from benchmarks import records
+
+    parser = records.parser("benchmarks.determinism", __doc__, out=False)
     parser.add_argument("--parts", nargs="+", choices=("runs", "cost"), default=["runs", "cost"])
     parser.add_argument(
         "--configs", nargs="+", default=["small"], help="whose cost is measured; the first one's runs"

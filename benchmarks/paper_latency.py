@@ -22,8 +22,9 @@ from typing import Any
 
 from benchmarks import paper, records
 from benchmarks.decode_attention import HEADER as DETAILS
-from benchmarks.decode_attention import Row, Setting, as_record, format_row, parse_size, run
+from benchmarks.decode_attention import Row, as_record, format_row, run
 from benchmarks.figures import draw, show_tokens
+from benchmarks.records import Setting, parse_size
 from mlra_jax import markdown
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.tuning import slug
@@ -118,19 +119,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
     parser = records.parser("benchmarks.paper_latency", __doc__)
-    parser.add_argument("--cases", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants")
+    parser.add_argument("--cases", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants to measure")
     lengths = sorted(paper.LATENCY_US["mla"])
-    parser.add_argument("--lengths", nargs="+", type=parse_length, default=lengths, help="tokens")
-    parser.add_argument("--page", type=int, default=64, help="tokens of a page; 0: a contiguous cache")
+    parser.add_argument(
+        "--lengths", nargs="+", type=parse_length, default=lengths, help="numbers of cached tokens"
+    )
+    parser.add_argument("--page", type=int, default=64, help="tokens per page; 0: a contiguous cache")
     parser.add_argument(
         "--implementation", choices=list(IMPLEMENTATIONS), help="default: the dispatcher's choice"
     )
-    parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each program")
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="draw what is in a file of results"
+        "--redraw", type=pathlib.Path, metavar="JSON", help="redraw the figure of a results file"
     )
     parser.add_argument(
-        "--figure", type=pathlib.Path, help="with --redraw: what to write (JSON with suffix .png)"
+        "--figure", type=pathlib.Path, help="with --redraw: figure to write; default: JSON with suffix .png"
     )
     options = parser.parse_args(argv)
     if options.redraw:

@@ -30,9 +30,9 @@ import jax
 
 from benchmarks import paper, records
 from benchmarks.attention_layer import Place, measure_layers
-from benchmarks.decode_attention import Setting
 from benchmarks.figures import draw, show_tokens
 from benchmarks.paper_latency import describe, parse_length
+from benchmarks.records import Setting
 from benchmarks.tensor_parallel import LAYER_HEAD, layer_line, number, tiny
 from mlra_jax import markdown
 from mlra_jax.attention.grouped import GroupedAttentionConfig
@@ -158,13 +158,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
     parser = records.parser("benchmarks.paper_throughput", __doc__)
-    parser.add_argument("--cases", nargs="+", choices=list(MESHES), default=list(MESHES), help="variants")
-    contexts = sorted(paper.THROUGHPUT["mla"])
-    parser.add_argument("--contexts", nargs="+", type=parse_length, default=contexts, help="tokens")
-    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
-    parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="write table and figure of a JSON again"
+        "--cases", nargs="+", choices=list(MESHES), default=list(MESHES), help="variants to measure"
+    )
+    contexts = sorted(paper.THROUGHPUT["mla"])
+    parser.add_argument(
+        "--contexts", nargs="+", type=parse_length, default=contexts, help="context lengths in tokens"
+    )
+    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: sizes for a CPU")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each program")
+    parser.add_argument(
+        "--redraw", type=pathlib.Path, metavar="JSON", help="rewrite table and figure of a results file"
     )
     args = parser.parse_args(argv)
     if args.runs < 1:

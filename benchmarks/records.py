@@ -1,14 +1,55 @@
-"""What the benchmarks' commands share: options, and files of results."""
+"""What the benchmarks' commands share: options, settings, and files of results."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
+import importlib.metadata
 import json
 import pathlib
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.decode_attention import RESULTS, parse_size
+import jax
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where, when and how the rows were measured."""
+
+    device: str
+    versions: dict[str, str]
+    date: str
+    command: str
+
+    @classmethod
+    def here(cls, module: str, argv: Sequence[str]) -> Setting:
+        """This process; the command without `--out`, which says nothing of what is measured."""
+        versions = {}
+        for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton"):
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        where = {i for i, arg in enumerate(argv) if arg == "--out" or (i and argv[i - 1] == "--out")}
+        command = shlex.join(["python", "-m", module, *(a for i, a in enumerate(argv) if i not in where)])
+        return cls(jax.devices()[0].device_kind, versions, datetime.date.today().isoformat(), command)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`16x32K` as rows and tokens of each; K is 1024, M is 1024 K.
+
+    Raises:
+      ValueError: it has another form.
+    """
+    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([KM]?)", text)):
+        raise ValueError(f"{text!r} is not a batch and a context such as 8x32K.")
+    return int(match[1]), int(match[2]) * {"": 1, "K": 1024, "M": 1024**2}[match[3]]
 
 
 def parser(module: str, text: str | None, *, out: bool = True) -> argparse.ArgumentParser:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -23,14 +22,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.decode_attention import Setting
+from benchmarks import records
 from benchmarks.measure import measure, rotation, together
+from benchmarks.records import Setting
+from mlra_jax.markdown import head, row
 from mlra_jax.ops.skinny_gemm import skinny_gemm, swiglu
 from mlra_jax.ops.skinny_gemm.mosaic_gpu import Config, MosaicGPU
 from mlra_jax.ops.skinny_gemm.mosaic_gpu.config import Shape
 from mlra_jax.ops.tuning import slug
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 MATRICES = {  # F, K, whether gate and up
     "gate and up": (9984, 3072, True),
     "down": (3072, 9984, False),
@@ -129,46 +129,34 @@ def run(name: str, rows: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-HEAD = [
-    "| matrix | MB | rows | cut | us | GB/s | error |",
-    "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-]
+HEAD = head(("matrix", "MB", "rows", "cut", "us", "GB/s", "error"), "lrrlr")
 
 
 def line(r: dict[str, Any]) -> str:
     """A result in the table."""
-    return (
-        f"| {r['matrix']} | {r['bytes'] / 1e6:.1f} | {r['rows']} | {r['cut']} | {r['us']:.1f} | "
-        f"{r['bytes'] / r['us'] / 1e3:,.0f} | {r['error']:.1e} |"
-    )
+    speed = (f"{r['us']:.1f}", f"{r['bytes'] / r['us'] / 1e3:,.0f}", f"{r['error']:.1e}")
+    return row((r["matrix"], f"{r['bytes'] / 1e6:.1f}", r["rows"], r["cut"], *speed))
 
 
 def write(record: dict[str, Any], stem: pathlib.Path) -> None:
     """Writes `stem`.json and `.md`."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Skinny GEMM on {record['device']}",
         "",
-        f"{record['date']}, {versions}. `{record['command']}`",
+        f"{record['date']}, {records.versions(record)}. `{record['command']}`",
         "",
         "us of a call; error: of the result, relative, against float32.",
         "",
         *HEAD,
         *map(line, record["results"]),
     ]
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    records.write(stem, record, lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.skinny_gemm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = records.parser("benchmarks.skinny_gemm", __doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 64])
     parser.add_argument(
         "--only", nargs="+", choices=MATRICES, default=list(MATRICES), help="matrices to multiply"
@@ -180,7 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--interpret", action="store_true", help="run the kernel's interpreter on a CPU, with tiny matrices"
     )
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     setting = Setting.here("benchmarks.skinny_gemm", argv)
     record: dict[str, Any] = dataclasses.asdict(setting) | {"results": []}

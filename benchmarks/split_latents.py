@@ -50,7 +50,7 @@ def main() -> None:
 
         before = loss(config.model, params)
         print(f"Before: {before:.3f} nats per token.\n")
-        names = ("L", "J", "cut as it lies", "mixed, keys as they are", "mixed, keys times the pieces")
+        names = ("L", "J", "not mixed", "mixed, keys unscaled", "mixed, keys scaled (default)")
         print(*head(names, "r"), sep="\n")
         for heads, branches in SPLITS:
             columns = []

@@ -35,8 +35,8 @@ import numpy as np
 
 from benchmarks import decode_step, paper, records
 from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_layers, places
-from benchmarks.decode_attention import Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.registry import attention_name
 from mlra_jax.cli.configs import load_config
@@ -470,26 +470,36 @@ def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namesp
     """The command line."""
     parser = records.parser("benchmarks.tensor_parallel", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of layers")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants for the part `layer`"
+    )
     parser.add_argument("--tensor", nargs="+", type=int, default=[1, 2, 4], help="numbers of devices")
     parser.add_argument(
-        "--cases", nargs="+", type=records.case, default=[parse_size(c) for c in CASES], help="of layers"
+        "--cases",
+        nargs="+",
+        type=records.case,
+        default=[parse_size(c) for c in CASES],
+        help="batch x context for the part `layer`",
     )
-    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["mlra_4", "mla"], help="end to end")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=VARIANTS,
+        default=["mlra_4", "mla"],
+        help="variants for the parts `model` and `check`",
+    )
     parser.add_argument(
         "--model-cases", nargs="+", type=records.case, default=[parse_size(c) for c in MODEL_CASES]
     )
-    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
-    parser.add_argument("--runs", type=int, default=5, help="timed")
+    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: sizes for a CPU")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs")
+    parser.add_argument("--steps", type=int, default=32, help=f"model steps per run, at most {STEPS_PER_RUN}")
+    parser.add_argument("--check-tokens", type=int, default=32, help="tokens to compare")
     parser.add_argument(
-        "--steps", type=int, default=32, help=f"of a run of the model, at most {STEPS_PER_RUN}"
-    )
-    parser.add_argument("--check-tokens", type=int, default=32, help="tokens that are compared")
-    parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="start no other measurement after so long"
+        "--seconds", type=float, default=float("inf"), help="start no further measurement after this time"
     )
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="write tables and figure of a JSON again"
+        "--redraw", type=pathlib.Path, metavar="JSON", help="rewrite tables and figure of a results file"
     )
     args = parser.parse_args(argv)
     if min(args.tensor) < 1 or args.runs < 1 or args.check_tokens < 1:

@@ -38,8 +38,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from benchmarks import records
-from benchmarks.decode_attention import Setting
 from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
 from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
@@ -311,17 +311,23 @@ def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
 def main() -> int:
     """Runs the benchmark."""
     parser = records.parser("benchmarks.train", __doc__)
-    parser.add_argument("--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: what fits")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches in a step")
-    parser.add_argument("--remat", help="see ExecutionConfig.remat; as the planner chooses if left out")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices of this mesh axis; others are data")
-    parser.add_argument("--tensor", type=int, default=1, help="devices of this mesh axis")
-    parser.add_argument("--gather", help="see ExecutionConfig.gather; as the planner chooses if left out")
+    parser.add_argument(
+        "--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths of configurations"
+    )
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: what fits")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches per step")
+    parser.add_argument("--remat", help="see ExecutionConfig.remat; default: the planner's choice")
+    parser.add_argument(
+        "--fsdp", type=int, default=1, help="size of this mesh axis; further devices are data"
+    )
+    parser.add_argument("--tensor", type=int, default=1, help="size of this mesh axis")
+    parser.add_argument("--gather", help="see ExecutionConfig.gather; default: the planner's choice")
     parser.add_argument("--deterministic", choices=("yes", "no"), help="see ExecutionConfig.deterministic")
-    parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
-    parser.add_argument("--steps", type=int, default=4, help="timed")
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument(
+        "--no-profile", dest="profile", action="store_false", help="skip the breakdown of the time"
+    )
     args = parser.parse_args()
 
     setting = Setting.here("benchmarks.train", sys.argv[1:])

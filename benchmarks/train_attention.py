@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import records
 from benchmarks.measure import measure
 from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
@@ -99,9 +100,7 @@ def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] |
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser("benchmarks.train_attention", __doc__, out=False)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["mlra_4", "mla", "gqa"])
     parser.add_argument(
         "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=["mosaic_gpu", "cudnn"]

@@ -11,7 +11,6 @@ says that the heuristic is best. The table is written after each case; its other
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -25,17 +24,10 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from benchmarks.decode_attention import (
-    CASES,
-    COMPILING_AT_ONCE,
-    TARGETS,
-    Memory,
-    Setting,
-    compile_calls,
-    free,
-    select,
-)
+from benchmarks import records
+from benchmarks.decode_attention import CASES, COMPILING_AT_ONCE, TARGETS, Memory, compile_calls, free, select
 from benchmarks.measure import measure
+from benchmarks.records import Setting
 from mlra_jax.ops import hopper
 from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, triton
 from mlra_jax.ops.decode.api import Layout
@@ -331,9 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = jax.devices()[0].device_kind
     default = "triton" if hopper.find_processors(kind) is None else "mosaic_gpu"
     default = "mosaic_tpu" if jax.default_backend() == "tpu" else default
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune_decode_attention", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = records.parser("benchmarks.tune_decode_attention", __doc__, out=False)
     parser.add_argument(
         "--cases",
         nargs="+",

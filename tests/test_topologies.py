@@ -1,4 +1,4 @@
-"""The train and decode steps, compiled for TPUs that are not there by the compiler that would run there."""
+"""The train and decode steps, compiled ahead of time for absent TPUs."""
 
 import dataclasses
 import importlib.util

@@ -127,7 +127,7 @@ def comparison(results: Mapping[str, Any]) -> str:
     sentences = [
         f"Between seeds a model's loss differs by {spread:.4f} at most; the standard deviation between seeds, pooled "
         f"over the models ({freedom} degrees of freedom), is {deviation:.4f}. The difference of two means of {n} has a "
-        f"standard error of {error:.4f} then, and less than twice that, {limit:.4f}, is not told from chance.",
+        f"standard error of {error:.4f} then, and less than twice that, {limit:.4f}, cannot be told from chance.",
         f"From the lowest mean loss to the highest: {', '.join(f'{label(m)} {means[m]:.4f}' for m in order)}.",
     ]
     apart = [

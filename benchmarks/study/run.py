@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode_attention import Setting
+from benchmarks.records import Setting
 from benchmarks.study.models import GLOBAL_BATCH, LAYERS, SEQ_LEN, VARIANTS, VOCAB, study_config
 from benchmarks.study.prepare import Data
 from mlra_jax.attention.kv_cache import values_per_token

@@ -77,7 +77,7 @@ def collectives_table(collectives: Mapping[Collective, int], n_layers: int) -> l
     for collective, count in collectives.items():
         per_layer, besides = divmod(count, n_layers)
         rows.append((*collective.cells, f"{collective.bytes:,}", per_layer or "", besides or ""))
-    names = ("exchange", "devices", "each has afterwards", "bytes", "per layer", "besides")
+    names = ("collective", "devices", "result on each", "bytes", "per layer", "other")
     return [re.sub(" +", " ", line) for line in table(names, rows)]
 
 

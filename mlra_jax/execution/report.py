@@ -74,7 +74,7 @@ def compiled(memory: Memory, plan: Plan, hlo: str | None, messages: Sequence[str
         for c, times in sorted(executed.items(), key=lambda item: -item[0].bytes * item[1])
         if c.bytes * times >= _LEAST
     ]
-    names = ("exchange", "devices", "each has afterwards", "MB", "times a step", "GB")
+    names = ("collective", "devices", "result on each", "MB", "times a step", "GB")
     total: collections.Counter[str] = collections.Counter()
     for collective, times in executed.items():
         total[collective.kind] += collective.bytes * times
