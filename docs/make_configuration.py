@@ -31,11 +31,11 @@ one, and every field is an option of `train.py`, `mlra-train` and `mlra-plan`:
     python train.py configs/tiny.py --steps 500 --optim.lr 1e-3 --mesh.data 1 --model.attention.kv_lora_rank 64
 
 `python train.py configs/tiny.py --help` lists the options with their values in that file. Options may be
-written with `_` or `-`. A switch is turned on by its name and off by `no-` before its last part:
-`--data.verify`, `--log.no-tensorboard`. The resolved configuration lies in the run's folder as `config.json`,
+written with `_` or `-`. A switch is turned on by its name, and off by its name with `no-` before the last part:
+`--data.verify`, `--log.no-tensorboard`. The resolved configuration is in the run's folder as `config.json`,
 which is a CONFIG too: `python train.py runs/tiny/config.json`.
 
-A file of one's own is Python, and may start from another:
+You can write your own file, in Python, starting from another one:
 
 ```python
 import dataclasses
@@ -48,14 +48,13 @@ def get_config():
     return dataclasses.replace(base, name="mine", optim=dataclasses.replace(base.optim, lr=1e-3))
 ```
 
-The defaults below are those of the classes; a file of `configs/` may set others. What is derived (the width of
-a latent head, the number of micro-batches) is not a field. Letters are those of [notation.md](notation.md).
+The defaults below are those of the classes; a file of `configs/` may set others. Derived quantities (the width of
+a latent head, the number of micro-batches) are not fields. Letters are those of [notation.md](notation.md).
 """
 
 ATTENTION = """\
-Which attention a model has is the class that its configuration file gives to `model.attention`; command-line
-options change the sizes in it. [attention.md](attention.md) has the equations, and the sizes of each of the
-paper's runs.
+A configuration file chooses the attention by the class of `model.attention`; command-line options change its
+sizes. [attention.md](attention.md) has the equations, and the sizes of each of the paper's runs.
 """
 
 DISTRIBUTED = """\
