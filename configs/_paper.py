@@ -7,34 +7,26 @@ order in which the official code's eight processes read it. `mlra-prepare` write
 import dataclasses
 from typing import Any
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+import mlra_jax as mlra
 
 
-def latent_attention(n_latent_heads: int, n_branches: int, q_lora_rank: int = 1024) -> LatentAttentionConfig:
+def latent_attention(
+    n_latent_heads: int, n_branches: int, q_lora_rank: int = 1024
+) -> mlra.LatentAttentionConfig:
     """MLA, GLA or MLRA with latents 512 wide together, and heads of 128 with 64 rotary elements besides."""
-    return LatentAttentionConfig(
+    return mlra.LatentAttentionConfig(
         n_latent_heads, n_branches, q_lora_rank=q_lora_rank, kv_lora_rank=512, d_nope=128, d_rope=64
     )
 
 
-def paper_config(name: str, attention: AttentionConfig, *, d_ff: int) -> TrainConfig:
+def paper_config(name: str, attention: mlra.AttentionConfig, *, d_ff: int) -> mlra.TrainConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
-    return TrainConfig(
+    return mlra.TrainConfig(
         name=name,
-        model=ModelConfig(
+        model=mlra.ModelConfig(
             vocab_size=50304, n_layers=24, d_model=3072, n_heads=24, d_ff=d_ff, attention=attention
         ),
-        data=DataConfig(
+        data=mlra.DataConfig(
             path="data/fineweb_edu",
             tokenizer="gpt2",
             seq_len=2048,
@@ -43,7 +35,7 @@ def paper_config(name: str, attention: AttentionConfig, *, d_ff: int) -> TrainCo
             order="official",
             official_ranks=8,
         ),
-        optim=OptimConfig(
+        optim=mlra.OptimConfig(
             lr=1.6e-4,
             min_lr=1.6e-5,
             warmup_steps=2000,
@@ -54,38 +46,38 @@ def paper_config(name: str, attention: AttentionConfig, *, d_ff: int) -> TrainCo
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=5000),
-        log=LogConfig(every=10, eval_every=1000, eval_sequences=200),
+        mesh=mlra.MeshConfig(data=1, fsdp=-1),
+        checkpoint=mlra.CheckpointConfig(every=1000, keep=2, keep_every=5000),
+        log=mlra.LogConfig(every=10, eval_every=1000, eval_sequences=200),
         steps=100_001,
         seed=5000,
     )
 
 
-def _changed(base: TrainConfig, suffix: str, **changes: Any) -> TrainConfig:
+def _changed(base: mlra.TrainConfig, suffix: str, **changes: Any) -> mlra.TrainConfig:
     """The run `base` with these fields of its model changed, named after it."""
     return dataclasses.replace(
         base, name=f"{base.name}_{suffix}", model=dataclasses.replace(base.model, **changes)
     )
 
 
-def gated(base: TrainConfig) -> TrainConfig:
+def gated(base: mlra.TrainConfig) -> mlra.TrainConfig:
     """With a sigmoid gate on the heads' output; the MLP gives up 1024 of its width for the gate's parameters."""
     return _changed(base, "gated", gated_attention=True, d_ff=base.model.d_ff - 1024)
 
 
-def no_scale(base: TrainConfig) -> TrainConfig:
+def no_scale(base: mlra.TrainConfig) -> mlra.TrainConfig:
     """Without the scales of latent attention: the paper's ablation of them."""
-    assert isinstance(base.model.attention, LatentAttentionConfig)
+    assert isinstance(base.model.attention, mlra.LatentAttentionConfig)
     attention = dataclasses.replace(base.model.attention, scale_latents=False)
     return _changed(base, "no_scale", attention=attention)
 
 
-def double_heads(base: TrainConfig, *, d_ff: int) -> TrainConfig:
+def double_heads(base: mlra.TrainConfig, *, d_ff: int) -> mlra.TrainConfig:
     """With twice the query heads, and the same latent or KV heads; `d_ff` keeps the number of parameters."""
     return _changed(base, "double_heads", n_heads=2 * base.model.n_heads, d_ff=d_ff)
 
 
-def normal_initialization(base: TrainConfig) -> TrainConfig:
+def normal_initialization(base: mlra.TrainConfig) -> mlra.TrainConfig:
     """With output projections that start from N(0, 0.02) in place of zero: the paper's ablation of that."""
     return _changed(base, "normal_initialization", output_init="normal")

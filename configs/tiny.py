@@ -23,9 +23,6 @@ from mlra_jax.config import (
 
 def get_config() -> TrainConfig:
     steps = 700
-    attention = LatentAttentionConfig(
-        n_latent_heads=4, n_branches=4, q_lora_rank=96, kv_lora_rank=128, d_nope=32, d_rope=16
-    )
     return TrainConfig(
         name="tiny",
         model=ModelConfig(
@@ -34,7 +31,9 @@ def get_config() -> TrainConfig:
             d_model=192,
             n_heads=4,
             d_ff=512,
-            attention=attention,
+            attention=LatentAttentionConfig(
+                n_latent_heads=4, n_branches=4, q_lora_rank=96, kv_lora_rank=128, d_nope=32, d_rope=16
+            ),
             compute_dtype="float32",
         ),
         execution=ExecutionConfig(remat="none"),
