@@ -11,9 +11,9 @@ from mlra_jax.attention.kv_cache import Cache, values_per_token
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.generation import engine as engine_module
-from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, Engine, chunk_sizes, largest_chunk
 from mlra_jax.generation.sampling import GREEDY, Sampling
-from mlra_jax.model import transformer
+from mlra_jax.model import from_params, transformer
 from mlra_jax.ops.all_reduce import Workspace
 from mlra_jax.ops.dispatch import choose, explain
 from mlra_jax.sharding import decode_rules, make_mesh
@@ -219,6 +219,12 @@ def test_chunks_are_as_large_as_memory_allows():
         chunk = largest_chunk(config, rows)
         assert chunk * rows * engine_module.activation_bytes(config) <= engine_module.PREFILL_BYTES
     assert largest_chunk(config, 10**6) == engine_module.SMALLEST_BUCKET
+
+
+def test_a_model_in_the_training_layout_is_refused(engine, config_of, params_of):
+    model = from_params(config_of("mlra_4"), params_of("mlra_4"))
+    with pytest.raises(NotImplementedError, match="cannot decode; convert it with `to_decode`"):
+        Engine(model, engine("mlra_4").mesh, 257)
 
 
 @pytest.mark.parametrize("tokens", [(0, 1), (1, 0)])
