@@ -30,7 +30,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 test: $(VENV)/.installed-dev
-	$(python) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(python) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .

@@ -1,8 +1,8 @@
 """Compiles and times the decode step of whole attention layers on a mesh, or one device's share of it.
 
 A layer is the package's own module in the decode layout: projections, absorption, append, attention, up-projection and
-output, with their collectives. Layers are chained as in a model; a compiled loop runs over a few of them, each with
-its own weights and cache, which together exceed a GPU's L2 cache.
+output, with their collectives, by the kernels that a model's step has. Layers are chained as in a model; a compiled
+loop runs over a few of them, each with its own weights and cache, which together exceed a GPU's L2 cache.
 
 One device's share of a layer on T devices is a smaller layer: it has the device's latent (or KV) heads, the query heads
 that these serve, and everything that is replicated. It takes as long as the device would if collectives were free.
@@ -32,6 +32,7 @@ from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.generation.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
+from mlra_jax.ops.all_reduce import Workspace, all_reduce
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
 
 PROGRAM_US = 1500.0
@@ -96,6 +97,14 @@ class Place:
     """Whether the query heads of W_qb and W_o are split over `tensor`."""
     share: bool = False
     """Whether to run only one device's share, without collectives."""
+    split_tokens: bool = False
+    """Whether the devices split the tokens of the cache instead of its heads (decode context parallelism)."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        tokens = " split tokens" if self.split_tokens else ""
+        return f"{self.variant} tensor {self.tensor} {self.heads}{tokens}"
 
     @property
     def heads(self) -> str:
@@ -110,7 +119,7 @@ class Place:
     @property
     def rules(self) -> AxisRules:
         """The decoding table."""
-        return decode_rules(self.split_heads)
+        return decode_rules(self.split_heads, split_tokens=self.split_tokens)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """A mesh of the first devices, of all or of those given.
@@ -127,12 +136,19 @@ class Place:
 def places(variant: str, config: ModelConfig, tensor: int, n_devices: int) -> list[Place]:
     """The layouts of a model split over `tensor` devices: on them, or as a share if there are fewer.
 
-    MLRA has two layouts: with query heads split, and whole.
+    MLRA has two layouts: with query heads split, and whole. MLA has its whole cache on each device, or splits the
+    cache's tokens, with query heads split and whole; the latter two need the devices.
     """
-    if config.attention.n_branches == 1 or tensor == 1:
-        return [Place(variant, config, tensor, share=tensor > n_devices)]
-    whole = Place(variant, config, tensor, split_heads=False, share=tensor > n_devices)
-    return [whole] if whole.share else [dataclasses.replace(whole, split_heads=True), whole]
+    share = tensor > n_devices
+    if tensor == 1:
+        return [Place(variant, config, share=share)]
+    if config.attention.n_branches > 1:
+        found = [Place(variant, config, tensor, split_heads=split) for split in (True, False)]
+        return [dataclasses.replace(found[-1], share=True)] if share else found
+    found = [Place(variant, config, tensor, share=share)]
+    if config.cached_heads == 1 and not share:
+        found += [Place(variant, config, tensor, split_heads=s, split_tokens=True) for s in (True, False)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +178,8 @@ class Row:
     """Read in a step, per device."""
     bandwidth: float | None
     """Memory bandwidth of a device by its data sheet, in bytes per second."""
+    split_tokens: bool = False
+    """See `Place`."""
 
     @property
     def bound_us(self) -> float | None:
@@ -212,6 +230,7 @@ class Layers:
     ):
         self.place, self.batch, self.mesh = place, batch, place.mesh(devices)
         config, rules = place.runs, place.rules
+        self._workspace = Workspace.shapes(self.mesh, rules, config.d_model)
         capacity = round_up(max(contexts), LENGTH_UNIT)
 
         def abstract(n: int) -> tuple[Any, Cache, Any]:
@@ -239,17 +258,20 @@ class Layers:
         On present devices, also compiles what `fill` needs.
         """
         layers, cache, x = self._abstract
-        leaves, treedef = jax.tree.flatten(layers)
+        leaves, treedef = jax.tree.flatten((layers, self._workspace))
         rounds = self.calls // self.n_layers
 
         def many(leaves: list[Any], cache: Cache, x_BTD: jax.Array) -> tuple[Cache, jax.Array]:
-            layers = jax.tree.unflatten(treedef, leaves)
+            layers, workspace = jax.tree.unflatten(treedef, leaves)
             one_B = jnp.ones_like(cache.lengths)
 
             def once(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
                 caches, x_BTD = list(carry[0]), carry[1]
                 for i, layer in enumerate(layers):
-                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B)
+                    reduce = workspace is None
+                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B, reduce=reduce)
+                    if workspace is not None:
+                        x_BTD = self._sum(x_BTD, workspace)
                 return tuple(caches), x_BTD
 
             caches, x_BTD = jax.lax.fori_loop(0, rounds, once, (cache.layers, x_BTD))
@@ -261,6 +283,13 @@ class Layers:
                 self._random = jax.jit(fill).lower(jax.random.key(0)).compile()
             lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
             return lowered.compile(compiler_options=compiler_options(self.mesh))
+
+    def _sum(self, parts: jax.Array, workspace: Workspace) -> jax.Array:
+        """What the devices' parts of a layer's output [P, B, 1, D] add up to, in the compute type."""
+        part, row = ("mlp",), ("batch", None, None)
+        add = lambda y, workspace: all_reduce(y[0], workspace, axis="tensor").astype(self._abstract[2].dtype)
+        names = ((*part, *row), Workspace(part, part))
+        return self.place.rules.shard_map(add, names, row, check_vma=False)(parts, workspace)
 
     def fill(self) -> tuple[list[jax.Array], Cache, jax.Array]:
         """Makes random arguments of the compiled program: leaves, caches without lengths, and input.
@@ -279,7 +308,8 @@ class Layers:
         with jax.set_mesh(self.mesh):
             layers, cache = self._random(jax.random.key(0))
         draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        return jax.tree.leaves(layers), cache, self._by_row(draw.astype(x.dtype))
+        workspace = Workspace.create(self.mesh, self.place.rules, self.place.runs.d_model)
+        return jax.tree.leaves((layers, workspace)), cache, self._by_row(draw.astype(x.dtype))
 
     def _by_row(self, value: np.ndarray) -> jax.Array:
         """Lays out the rows of a batch on the mesh."""
@@ -330,6 +360,7 @@ class Layers:
                     self.weight_bytes,
                     int(self._bytes_per_token * context),
                     chip.bandwidth if chip else None,
+                    place.split_tokens,
                 )
             )
         return rows
@@ -360,7 +391,9 @@ def measure_layers(
                 rows = attempt(functools.partial(layers.measure, program, contexts[batch], runs))
                 gc.collect()  # the next ones need the memory
             if isinstance(rows, Exception):
-                name = f"{place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-                yield name, f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
+                yield (
+                    f"{place.name} batch {batch}",
+                    f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}",
+                )
             else:
                 yield rows

@@ -9,7 +9,8 @@ defines a share). Three parts:
 
 - layer: the decode step of an attention layer of the paper's 2.9 B models, but with 64 query heads (GQA: 8 KV heads). A
   profile separates attention kernels and collectives. MLRA is timed with the query heads of W_qb and W_o split over the
-  devices, and whole on each.
+  devices, and whole on each. MLA is timed with its whole cache on each device, and as `MLA (context)` with the cache's
+  tokens split over the devices, query heads split and whole: decode context parallelism, as vLLM and SGLang decode MLA.
 - model: steps of the 2.9 B model in the engine of `decode.py`, as `benchmarks.decode_step` times them.
 - check: greedy tokens for each number of devices, in float32 and highest precision, which must be equal; and the
   largest difference of bfloat16 logits, of a prompt and of steps after it. Needs the devices.
@@ -49,8 +50,13 @@ from mlra_jax.ops.tuning import slug
 
 VARIANTS = ("mlra_4", "mlra_2", "gla_2", "mla", "gqa")
 CASES = ("1x16K", "1x128K", "1x512K", "1x2M", "16x4K", "16x32K", "64x8K", "128x4K", "128x32K")
-MODEL_CASES = ("1x16K", "1x128K", "16x4K", "64x8K")
+MODEL_CASES = ("1x1K", "1x16K", "1x128K", "1x2M", "16x4K", "64x8K")
 PARTS = ("layer", "model", "check")
+CONTEXT = "mla_context"
+"""Stands for MLA with the tokens of its cache split."""
+ROWS = (*VARIANTS, CONTEXT)
+NAMES = {**paper.NAMES, CONTEXT: "MLA (context)"}
+COLORS = {**paper.COLORS, CONTEXT: "tab:brown"}
 HEADS = 64
 """Query heads of the paper's decode shape."""
 
@@ -122,12 +128,15 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
     weight_bytes = device_bytes(engine.leaves)
     benchmark = decode_step.Benchmark(engine, options, weight_bytes, sum(x.size for x in engine.leaves))
     for batch, contexts in by_batch(cases).items():
-        capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
-        name = f"model {place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-        try:
-            engine.check_memory(batch, 1, capacity)
-        except ConfigError as e:
-            yield name, str(e)
+        capacity = 0
+        while contexts:
+            capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
+            try:
+                engine.check_memory(batch, 1, capacity)
+                break
+            except ConfigError as e:
+                yield f"model {place.name} batch {batch} context {show_tokens(contexts.pop())}", str(e)
+        if not contexts:
             continue
         rows = benchmark.rows(batch, capacity)
         for context in contexts:
@@ -140,6 +149,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
                 "tensor": place.tensor,
                 "heads": place.heads,
                 "share": place.share,
+                "split_tokens": place.split_tokens,
                 **result,
                 "busy_us": profile.get("busy_us"),
                 "exchange_us": exchange if profile else None,
@@ -218,6 +228,7 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
                 {
                     "tensor": tensor,
                     "heads": place.heads,
+                    "split_tokens": place.split_tokens,
                     "equal_tokens": bool((tokens == alone["tokens"]).all()),
                     "largest_difference": float(np.abs(logits - alone["logits"]).max()),
                     "logits_std": float(alone["logits"].std()),
@@ -227,6 +238,11 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 
 
 # What is written
+
+
+def row_of(r: Mapping[str, Any], variant: str | None = None) -> str:
+    """Of a result: one of `ROWS`. Results of earlier versions have no split tokens."""
+    return CONTEXT if r.get("split_tokens") else variant or r["variant"]
 
 
 def number(x: float | None, digits: int = 1) -> str:
@@ -268,7 +284,7 @@ def percent(x: float | None) -> str:
 def placed(r: Mapping[str, Any]) -> tuple[str, ...]:
     """The cells that describe what ran: model, devices, query heads, batch and context."""
     devices = f"{r['tensor']}{' (share)' if r['share'] else ''}"
-    return paper.NAMES[r["variant"]], devices, r["heads"], str(r["batch"]), show_tokens(r["context"])
+    return NAMES[row_of(r)], devices, r["heads"], str(r["batch"]), show_tokens(r["context"])
 
 
 def layer_line(r: Mapping[str, Any]) -> str:
@@ -299,10 +315,10 @@ def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """The faster layout, by variant, batch, context and devices."""
+    """The faster layout, by one of `ROWS`, batch, context and devices."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for r in sorted(rows, key=lambda r: -r["us"]):
-        found[r["variant"], r["batch"], r["context"], r["tensor"]] = r
+        found[row_of(r), r["batch"], r["context"], r["tensor"]] = r
     return found
 
 
@@ -315,7 +331,9 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     named = [f"{t}{' (share)' if t in shared else ''}" for t in tensors]
     what = ("attention", "attention and exchanges", "layer")
     several = [(t, n) for t, n in zip(tensors, named, strict=True) if t > 1]
-    variants = [v for v in VARIANTS if any(key[0] == v for key in found)]
+    variants = [v for v in ROWS if any(key[0] == v for key in found)]
+    rivals = [(v, t, n) for v in ("mla", CONTEXT) for t, n in zip(tensors, named, strict=True)]
+    rivals = [(v, t, n) for v, t, n in rivals if v == "mla" or (t > 1 and v in variants)]
 
     def ratios(names: Iterable[str], cells: Callable[[int, int], Iterable[float | None]]) -> list[str]:
         rows = [(b, show_tokens(c), *(number(x, 2) for x in cells(b, c))) for b, c in sizes]
@@ -323,23 +341,24 @@ def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     def over_mlra(batch: int, context: int) -> Iterator[float | None]:
         for w in what:
-            for t in tensors:
-                pair = [found.get((v, batch, context, t)) for v in ("mla", "mlra_4")]
+            for rival, t, _ in rivals:
+                pair = [found.get((v, batch, context, t)) for v in (rival, "mlra_4")]
                 yield over(*(quantities(r)[w] if r else None for r in pair))
 
     def over_several(batch: int, context: int) -> Iterator[float | None]:
         us = lambda v, t: found.get((v, batch, context, t), {}).get("us")
-        return (over(us(v, 1), us(v, t)) for v in variants for t, _ in several)
+        alone = lambda v: us("mla" if v == CONTEXT else v, 1)
+        return (over(alone(v), us(v, t)) for v in variants for t, _ in several)
 
     return [
         "",
         "## MLA's time over MLRA-4's, at equal number of devices",
         "",
-        *ratios([f"{w}, {n}" for w in what for n in named], over_mlra),
+        *ratios([f"{NAMES[v]}: {w}, {n}" for w in what for v, _, n in rivals], over_mlra),
         "",
         "## One device's time over that of several, of the whole layer",
         "",
-        *ratios([f"{paper.NAMES[v]}, {n}" for v in variants for _, n in several], over_several),
+        *ratios([f"{NAMES[v]}, {n}" for v in variants for _, n in several], over_several),
     ]
 
 
@@ -359,7 +378,8 @@ def model_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "## The 2.9 B model",
         "",
         "Steps of the engine of `decode.py`, by the host's clock. *Bound*: weights and cache read once, at the",
-        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile.",
+        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile, with residual sum and norm",
+        "where one kernel does all three.",
         "",
         *table((*names, *more), rows, "lllr"),
     ]
@@ -369,7 +389,7 @@ def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of equal results."""
     rows = [
         (
-            paper.NAMES[c["variant"]],
+            NAMES[row_of(r, c["variant"])],
             r["tensor"],
             r["heads"],
             "equal" if r["equal_tokens"] else "DIFFERENT",
@@ -400,7 +420,8 @@ def markdown(record: Mapping[str, Any]) -> list[str]:
             "alone, without the exchanges. *Layer*: the smaller of its device time in a profile (the first GPU's),",
             "where XLA launches kernels one by one, and its time by the host's clock without. *Bound*: the device's",
             "weights and cache read once at the bandwidth of the data sheet. *Attention*: its kernels; *of bandwidth*:",
-            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included.",
+            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included. *MLA (context)*:",
+            "with the tokens of the cache split over the devices; *MLA* has all of it on each.",
             "",
             *LAYER_HEAD,
             *map(layer_line, record["layers"]),
@@ -420,7 +441,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
     panels: dict[str, list[Series]] = {}
     for what in ("attention and exchanges", "layer"):
         lines = []
-        for v in VARIANTS:
+        for v in ROWS:
             for tensor in sorted({1, most}):
                 points = {
                     key[2]: value
@@ -428,8 +449,8 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
                     if key[0] == v and key[3] == tensor and (value := quantities(r)[what]) is not None
                 }
                 share = any(r["share"] for key, r in found.items() if key[0] == v and key[3] == tensor)
-                label = f"{paper.NAMES[v]}, {tensor}{' (share)' if share else ''}"
-                lines.append(Series(label, paper.COLORS[v], points, faint=tensor == 1 and most > 1))
+                label = f"{NAMES[v]}, {tensor}{' (share)' if share else ''}"
+                lines.append(Series(label, COLORS[v], points, faint=tensor == 1 and most > 1))
         if any(line.points for line in lines):
             panels[f"{what.capitalize()}, batch 1, by devices"] = lines
     note = [f"{record['n_devices']} x {record['device']}, {records.versions(record)}, {record['date']}"]

@@ -64,6 +64,8 @@ CHIPS = {
     "tpu7x": Chip("tpu7x:2x2x1", pltpu.ChipVersion.TPU_7X, 1, 2.2, 7.38 / 2),
 }
 ROWS = (24, 32, 64)
+TOKENS = 2048
+"""Of a sequence in training."""
 LENGTHS = {"1 x 128K": (128 * 1024,), "16 x 4K": (4096,) * 16}
 UNITS = {
     "MATMUL": "matrix unit (rows in)",
@@ -184,12 +186,12 @@ def utilization(text: str) -> dict[str, tuple[int, float]]:
 
 
 def cost_of_form(chip: Chip, form: Form, backward: bool) -> tuple[float, float, float]:
-    """FLOPs, bytes accessed and bytes of temporaries of an MLRA-4 layer's attention over 2048 tokens, in one form."""
+    """FLOPs, bytes accessed and bytes of temporaries of an MLRA-4 layer's attention over `TOKENS`, in one form."""
     config = load_config("mlra_4").model
     execution = ExecutionConfig(attention_form=form)
     layer = nnx.eval_shape(lambda: config.attention.module()(config, rngs=nnx.Rngs(0), execution=execution))
     graph, state = nnx.split(layer)
-    x = jax.ShapeDtypeStruct((1, 2048, config.d_model), config.compute_dtype)
+    x = jax.ShapeDtypeStruct((1, TOKENS, config.d_model), config.compute_dtype)
     run = lambda state, x: nnx.merge(graph, state)(x).astype(np.float32).sum()
     mesh = one_device(chip.topology)
     placed = jax.tree.map(
@@ -263,7 +265,8 @@ def report(chips: list[str]) -> str:
         "",
         "## Attention in training, absorbed or expanded",
         "",
-        "An MLRA-4 layer's attention with its projections over 2048 tokens, one row, one device, Splash attention:",
+        f"An MLRA-4 layer's attention with its projections over {TOKENS} tokens, one row, one device, "
+        "Splash attention:",
         "what the compiler counts of the whole program. FLOPs leave out those inside of Splash attention, the same in",
         'both forms: as many heads, keys 192 wide, values 128. `execution.attention_form = "auto"` takes the absorbed',
         "form.",

@@ -29,8 +29,9 @@ INTRODUCTION = """\
 import mlra_jax as mlra
 ```
 
-offers the names on this page; each is imported when it is first used. The examples are tested, in this order, on a CPU.
-Letters in shapes are those of [notation.md](notation.md). What is not here may move between versions.
+provides the names on this page; each is imported when it is first used. The examples are tested, in this order, on a
+CPU. Letters in shapes are those of [notation.md](notation.md). Names that are not listed here may change between
+versions.
 """
 
 CONFIG_ERROR = """

@@ -243,6 +243,11 @@ class AxisRules:
         axes = self.mesh_axes(name)
         return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if axes else x
 
+    def own_part(self, x: jax.Array, name: str, axis: int) -> jax.Array:
+        """The part of `axis`, whole on each device, that this one holds where `name` splits it."""
+        size = x.shape[axis] // self.size(name)
+        return jax.lax.dynamic_slice_in_dim(x, self.axis_index(name) * size, size, axis)
+
     def pmax(self, x: Any, name: str) -> Any:
         """Maximum over the devices that split `name`."""
         axes = self.mesh_axes(name)
@@ -262,20 +267,22 @@ TRAIN_RULES = AxisRules.of(
 """Training: sequences over data and fsdp, tokens over context, query heads, MLP and vocabulary over tensor."""
 
 
-def decode_rules(split_heads: bool = True) -> AxisRules:
+def decode_rules(split_heads: bool = True, *, split_tokens: bool = False) -> AxisRules:
     """The decoding table: latent heads over `tensor`, the cache's tokens over `context`, sequences over `data`.
 
     Args:
       split_heads: whether the query heads of W_qb and W_o are split over `tensor` too. If split, a device reads fewer
         weights; if not, MLRA-4 needs one exchange between devices per attention layer instead of three.
+      split_tokens: whether `tensor` splits the cache's tokens instead of its heads, and the weights as usual: decode
+        context parallelism, for fewer latent heads than devices (MLA).
     """
     return AxisRules.of(
         batch="data",
-        cache_length="context",
+        cache_length=("context", "tensor") if split_tokens else "context",
         mlp="tensor",
         vocab="tensor",
         heads="tensor" if split_heads else None,
-        kv_head_shards="tensor",
+        kv_head_shards=None if split_tokens else "tensor",
     )
 
 

@@ -60,6 +60,12 @@ class HeadShards:
         )
 
     @property
+    def scattered(self) -> bool:
+        """Whether the devices among which shards are summed are those that split the query heads of W_o."""
+        axes = self.rules.mesh_axes("heads")
+        return not self.aligned and bool(axes) and axes == self.rules.mesh_axes("kv_head_shards")
+
+    @property
     def query_axis(self) -> str | None:
         """Logical name of the head axis of attention's queries: split only if aligned."""
         return "heads" if self.aligned else None

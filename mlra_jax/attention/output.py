@@ -123,8 +123,10 @@ class Output(WithLayout):
         """
         y_BTNH = shards.scatter(y_BTUMH)
         if not shards.projected:
-            if not shards.aligned:
+            if shards.scattered:
                 y_BTNH = self.rules.psum_scatter(y_BTNH, "heads", axis=2)
+            elif not shards.aligned:
+                y_BTNH = self.rules.own_part(self.rules.psum(y_BTNH, "kv_head_shards"), "heads", axis=2)
             return y_BTNH.astype(self.compute_dtype) * scale
         # In this order XLA fuses the cast with the product before, and the scale with the one after.
         y_BTNH = y_BTNH.astype(self.compute_dtype) * scale

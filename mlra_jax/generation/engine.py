@@ -246,9 +246,13 @@ class Engine:
       model: a model in the decode layout (`mlra_jax.model.to_decode`), on `mesh`.
       mesh: a mesh with explicit axes.
       n_vocab: number of ids that the tokenizer has; later rows of the embedding are padding and never generated.
+
+    Raises:
+      NotImplementedError: the model is in the training layout.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, n_vocab: int):
+        model.require_layout("decode")
         self.config, self.rules, self.mesh, self.n_vocab = model.config, model.rules, mesh, n_vocab
         workspace = Workspace.create(mesh, model.rules, model.config.d_model)
         # Flat, because passing a module would flatten it in Python at every step.

@@ -30,8 +30,8 @@ class Sampling(Validated):
 
     Tokens whose logits tie with the last one that a filter keeps are kept too.
 
-    To sample in another way, derive a frozen dataclass, add fields that are numbers, and override `filtered_logits`.
-    Prompts that are generated together may use different classes.
+    To sample in another way, derive a frozen dataclass, add numeric fields, and override `filtered_logits`. Prompts
+    that are generated together can use different classes. A temperature of 0 always takes the most probable token.
     """
 
     # Float32 logits divided by less would overflow; by more, they would all be equal.
@@ -40,9 +40,9 @@ class Sampling(Validated):
     top_k: NotNegative = 0
     """Keep the k most probable tokens; 0: all."""
     top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
-    """Keep the most probable tokens, as few as have this probability together; 1: all."""
+    """Keep the fewest most probable tokens whose probabilities sum to at least this; 1: all."""
     min_p: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Keep the tokens that have at least this share of the most probable one's probability; 0: all."""
+    """Keep tokens with at least this fraction of the most probable token's probability; 0: all."""
 
     def conflicts(self) -> list[str]:
         if self.temperature or (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
@@ -50,13 +50,16 @@ class Sampling(Validated):
         return ["top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."]
 
     def filtered_logits(self, logits_V: jax.Array) -> jax.Array:
-        """The logits [V] that one row's token is sampled from: tempered, and -inf where a token is excluded.
+        """The logits [V] from which one row's token is sampled: divided by the temperature, -inf for excluded tokens.
 
-        Runs inside a compiled function. A field is a scalar array there, or, where all rows of a batch leave it at its
-        default, that number: then its filter is left out of the program.
+        Called inside a compiled function, where fields are scalar arrays. A field that no row of the batch sets is
+        still the default number, so that its filter can be omitted from the program.
 
         Args:
-          logits_V: the model's, float32, -inf for ids that the tokenizer does not have. The result's largest is 0.
+          logits_V: the model's logits, float32, -inf for ids that the tokenizer does not have.
+
+        Returns:
+          Float32 [V]; here, the largest is 0.
         """
 
         def off(value: Any, neutral: float) -> bool:
@@ -90,15 +93,15 @@ class RowSampling:
     """How the rows of a batch are sampled, as arrays, so that other values run the same compiled program."""
 
     classes: tuple[type[Sampling], ...] = dataclasses.field(metadata={"static": True})
-    """All that occur in the batch."""
+    """The classes that occur in the batch."""
     fields: tuple[dict[str, Any], ...]
-    """Of each class, the fields in which any row differs from the default: numbers [B]."""
+    """For each class, the fields in which any row differs from the default: numbers [B]."""
     class_B: Any
     """Each row's class, an index into `classes`: int32."""
     seed_B: Any
-    """uint32."""
+    """Each row's seed: uint32."""
     sample_B: Any
-    """Which of its prompt's samples each row is: int32."""
+    """Each row's number among the samples of its prompt: int32."""
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], seeds: Sequence[int], samples: Sequence[int]) -> Self:
@@ -143,9 +146,9 @@ class RowSampling:
 def greedy(
     rules: AxisRules, logits_BV: jax.Array, n_vocab: int, workspace: Workspace | None = None
 ) -> jax.Array:
-    """The most probable token of each row, int32 [B]; of equals the first. `NO_NUMBER` where there is none.
+    """The most probable token of each row, int32 [B], the first of equals; `NO_NUMBER` where there is none.
 
-    Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
+    Logits may be split over the vocabulary: devices exchange only the best of their own, two numbers per row.
     """
     parts, part = rules.size("vocab"), ("vocab",)
 
@@ -184,10 +187,10 @@ def sample(
     Args:
       rules: the decoding table. Each device samples for its own rows; the logits are gathered over the vocabulary for
         it, unless all rows are greedy.
-      logits_BV: of the model, float32.
-      sampling: of each row.
-      n_vocab: ids from here on are padding of the vocabulary, and never sampled.
-      position_B: where in its sequence the sampled token goes.
+      logits_BV: the model's logits, float32.
+      sampling: how each row is sampled.
+      n_vocab: number of ids of the tokenizer; later ones are padding and never sampled.
+      position_B: the sampled token's position in its sequence.
       workspace: through which devices exchange their most probable tokens (`Workspace`).
     """
     if sampling.is_greedy:

@@ -400,10 +400,10 @@ class RMSNorm(nnx.Module):
         if workspace is None:
             add = lambda *args: add_rms_norm(*args, eps=self.eps)
             return self.rules.shard_map(add, (row, row, (None,)), (row, row))(x_BTD, y_BTD, gain)
-        (axis,) = self.rules.mesh_axes("kv_head_shards")
+        (axis,) = self.rules.mesh_axes("mlp")  # as all that is summed (`Workspace.shapes`)
         options: Any = {"axis": axis, "eps": self.eps, "dtype": self.compute_dtype}
         add = lambda x, y, *args: all_reduce_add_rms_norm(x, y[0], *args, **options)
-        part = ("kv_head_shards",)
+        part = ("mlp",)
         # All devices return the same; the check cannot infer that.
         mapped = self.rules.shard_map(
             add, (row, (*part, *row), (None,), Workspace(part, part)), (row, row), check_vma=False

@@ -283,7 +283,7 @@ class Transformer(WithLayout):
         require(LogitsOf, logits=logits)
         start_B = cache.lengths
         workspace = None
-        if self.rules.size("kv_head_shards") > 1:
+        if self.rules.size("mlp") > 1:
             workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
         with jax.named_scope("embed"):
             x_BTD, h_BTD = self._embed(tokens_BT, workspace)

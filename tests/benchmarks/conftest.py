@@ -14,7 +14,7 @@ def few_layers(monkeypatch):
 
     def draw(key, x, mean):
         values = mean + 0.02 * np.random.default_rng(len(x.shape)).standard_normal(x.shape)
-        return jax.sharding.reshard(jnp.asarray(values, x.dtype), x.sharding.spec)
+        return jax.sharding.reshard(jnp.asarray(values.astype(x.dtype)), x.sharding.spec)
 
     monkeypatch.setattr(attention_layer, "MOST_LAYERS", 2)
     monkeypatch.setattr(attention_layer, "PROGRAM_US", 0.0)

@@ -171,6 +171,7 @@ def test_the_tpu_compiler_s_tables_are_written(call, tmp_path, monkeypatch):
     small = ModelConfig(d_model=256, n_heads=4, attention=attention)
     monkeypatch.setattr(tpu_static, "load_config", lambda _: types.SimpleNamespace(model=small))
     monkeypatch.setattr(tpu_static, "get_args", lambda _: ("absorbed",))
+    monkeypatch.setattr(tpu_static, "TOKENS", 512)
     compiled = []
     monkeypatch.setattr(tpu_static, "compile_static", lambda *args: compiled.append(args))
     with jax.default_matmul_precision("default"):

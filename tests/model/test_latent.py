@@ -75,24 +75,29 @@ def test_forward_and_decoding_equal_the_equations_for_any_legal_sizes(config, fo
 
     # Decoding: the same values, laid out by slot; the first rows of each sequence in one call, the rest in another.
     graph, state = nnx.split(nnx.eval_shape(lambda: make("decode")))
-    flat = nnx.traversals.flatten_mapping(jax.tree.map(jnp.asarray, params))
-    given = {".".join(path): leaf for path, leaf in flat.items()}
     made = {k: (v.sources, v.make) for k, v in LatentAttention.decode_leaves(config, rules).items()}
-    for path, _ in nnx.to_flat_state(state):
-        name = ".".join(path)
-        sources, make = made.get(name, ((name,), lambda leaf: leaf))
-        flat[path] = make(*(given[source] for source in sources))
-    decoded = {path for path, _ in nnx.to_flat_state(state)}
-    values = nnx.traversals.unflatten_mapping({k: v for k, v in flat.items() if k in decoded})
+
+    @jax.jit
+    def laid_out(params):
+        flat = nnx.traversals.flatten_mapping(params)
+        given = {".".join(path): leaf for path, leaf in flat.items()}
+        values = {}
+        for path, _ in nnx.to_flat_state(state):
+            name = ".".join(path)
+            sources, make = made.get(name, ((name,), lambda leaf: leaf))
+            values[path] = make(*(given[source] for source in sources))
+        return nnx.traversals.unflatten_mapping(values)
+
+    values = laid_out(params)
     step = jax.jit(lambda values, *args: merged(graph, state, values).decode(*args))
-    cache = Cache.create(config, rules, batch, length, page_size=2).layers[0]
+    cache = jax.jit(lambda: Cache.create(config, rules, batch, length, page_size=2))().layers[0]
     first, start = np.array([1, length - 1]), np.zeros(batch, np.int32)
     outputs = np.zeros_like(expected)
     for n_new in (first, length - first):
         chunk = np.stack(
             [np.resize(row[i : i + n], row.shape) for row, i, n in zip(x, start, n_new, strict=True)]
         )
-        y, cache = step(values, chunk, cache, jnp.asarray(start), jnp.asarray(n_new))
+        y, cache = step(values, chunk, cache, start, n_new)
         for row, (i, n) in enumerate(zip(start, n_new, strict=True)):
             outputs[row, i : i + n] = y[row, :n]
         start = start + n_new

@@ -97,7 +97,9 @@ def test_forward_gradient_and_decode_agree_inside_jit(plain, setting):
     check(plain, setting, LATENT, jax.jit)
 
 
-@pytest.mark.parametrize("setting", ["no mesh", "Auto mesh", "other axis names"])
+@pytest.mark.parametrize(
+    "setting", ["no mesh", pytest.param("Auto mesh", marks=pytest.mark.slow), "other axis names"]
+)
 def test_forward_gradient_and_decode_agree_outside_jit(plain, setting):
     check(plain, setting, LATENT, lambda f: f)
 

@@ -16,6 +16,12 @@ from mlra_jax.ops.rotary import apply_rope
 
 A100, H100, L4, T4 = "NVIDIA A100-SXM4-40GB", "NVIDIA H100 80GB HBM3", "NVIDIA L4", "Tesla T4"
 
+TOPOLOGIES = [
+    "v5e:2x2",
+    *(pytest.param(t, marks=pytest.mark.slow) for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
+]
+"""TPUs to compile for; the slow ones in CI's second stage."""
+
 newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
 compiles = pytest.mark.skipif(
     jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),

@@ -114,6 +114,7 @@ def mesh_of(devices, data=1, context=1):
         # Sums over other devices than those that the workspace connects.
         (mesh_of([Gpu(0), Gpu(1)]), AxisRules.of(kv_head_shards="tensor", mlp="context", vocab="tensor")),
         (mesh_of([Gpu(0), Gpu(1)]), AxisRules.of(kv_head_shards="tensor", mlp="tensor")),
+        (mesh_of([Gpu(0), Gpu(1)]), decode_rules(split_heads=False, split_tokens=True)),  # W_o is whole
         (
             mesh_of([Gpu(0), Gpu(1)]),
             AxisRules.of(kv_head_shards="tensor", mlp="tensor", vocab="tensor", heads="context"),
@@ -127,7 +128,7 @@ def test_there_is_no_workspace_where_no_kernel_could_use_it(mesh, rules):
 @compiles
 def test_a_workspace_is_for_the_gpus_of_one_host():
     mesh = make_mesh(MeshConfig(1, 1, 2, 1), described_devices("h100:2"))
-    for rules in (decode_rules(), decode_rules(split_heads=False)):
+    for rules in (decode_rules(), decode_rules(split_heads=False), decode_rules(split_tokens=True)):
         workspace = Workspace.shapes(mesh, rules, 3072)
         assert (workspace.rows, workspace.width) == (64, 3072)
         assert workspace.epochs.shape == (2, 64)
@@ -387,8 +388,10 @@ def test_on_two_gpus_the_kernels_give_what_psum_gives_call_after_call():
             )
             x = rng.normal(size=(rows, width)).astype(np.float32)
             found, expected = kernel(y, x, gain, workspace), psum(y, x, gain, workspace)
-            for a, b in zip(found, expected, strict=True):
-                np.testing.assert_array_equal(a, b)
+            for k in (0, 2):  # the sums
+                np.testing.assert_array_equal(found[k], expected[k])
+            # The norm sums squares in another order, which may round the other way.
+            np.testing.assert_allclose(np.float32(found[1]), np.float32(expected[1]), rtol=2**-7)
     assert np.asarray(workspace.epochs).min(axis=0)[0] == 400
 
 

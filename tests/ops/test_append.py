@@ -25,7 +25,7 @@ from mlra_jax.ops.append.mosaic_tpu import MosaicTPU
 from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.rotary import frequencies, rotate
 from mlra_jax.sharding import decode_rules
-from tests.ops.common import H100, interpreter, newer_jax
+from tests.ops.common import H100, TOPOLOGIES, interpreter, newer_jax
 
 S = 128
 POSITIONS = st.one_of(st.integers(0, S - 1), st.sampled_from([-1, -(2**31), S, S + 1, 2**31 - 1]))
@@ -140,16 +140,7 @@ def test_what_the_kernels_do_not_take_is_declined_and_left_to_the_reference(
     assert why["append"]["reference"] is None
 
 
-@pytest.mark.parametrize(
-    "topology",
-    [
-        "v5e:2x2",
-        *(
-            pytest.param(t, marks=pytest.mark.slow)
-            for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-        ),
-    ],
-)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_the_decode_step_on_tpu_copies_no_cache(topology):
     mesh = topology_mesh(topology, MeshConfig(data=1, fsdp=1, tensor=4, context=-1))
     config = dataclasses.replace(load_config("mlra_4").model, n_layers=1)

@@ -17,6 +17,7 @@ from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 from mlra_jax.ops.attention.qk_parts import Joined, Joins
+from tests.ops.common import TOPOLOGIES
 
 
 def by_hand(q, k, v, scale, q_start):
@@ -228,16 +229,7 @@ def test_splash_names_why_it_declines(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize(
-    "topology",
-    [
-        "v5e:2x2",
-        *(
-            pytest.param(t, marks=pytest.mark.slow)
-            for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-        ),
-    ],
-)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_tpus_attend_with_splash_forward_and_backward(topology):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:4]
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)

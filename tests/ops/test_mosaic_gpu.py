@@ -182,7 +182,7 @@ def test_interpreted_numbers_without_races(name, config):
 def test_interpreted_queries_shared_by_heads_and_rotated_in_the_kernel(q_len, config, branches):
     case = ArgSpec((100, 190), q_len=q_len, heads=4, rows=16, width=64, max_len=192)
     short, plain = share_queries(make_call(case), branches)
-    # The kernel rounds rotated queries once, `turn` each product of them.
+    # The kernel rounds rotated queries once, `apply_rope` each product of them.
     as_exact_as_bfloat16(plain, *interpreted(short, config), atol=3e-3)
 
 

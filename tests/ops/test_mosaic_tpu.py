@@ -19,14 +19,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_tpu import Config, MosaicTPU, kernel
-from tests.ops.common import EDGES, kv_lens, make_call
+from tests.ops.common import EDGES, TOPOLOGIES, kv_lens, make_call
 
 ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
-TOPOLOGIES = [
-    "v5e:2x2",
-    *(pytest.param(t, marks=pytest.mark.slow) for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
-]
 
 
 def on_tpu(case):

@@ -47,14 +47,15 @@ class Workspace:
 
         Args:
           mesh: its devices are GPUs of one process, in the order of their ids.
-          rules: the decoding table: one mesh axis of 2 to 8 devices splits KV-head shards, MLP and vocabulary, whose
-            sums go through the workspace.
+          rules: the decoding table: one mesh axis of 2 to 8 devices splits MLP, vocabulary, and KV-head shards or query
+            heads, whose sums go through the workspace.
           width: of a row (D).
         """
-        axes, mlp, vocab, heads = (
-            dict(rules.table).get(name, ()) for name in ("kv_head_shards", "mlp", "vocab", "heads")
+        axes, vocab, shards, heads = (
+            dict(rules.table).get(name, ()) for name in ("mlp", "vocab", "kv_head_shards", "heads")
         )
-        if len(axes) != 1 or not mlp == vocab == axes or heads not in ((), axes):
+        sums_attention = {shards, heads} in ({axes}, {axes, ()})
+        if len(axes) != 1 or vocab != axes or not sums_attention:
             return None
         devices, n = list(mesh.devices.flat), mesh.shape.get(axes[0], 1)
         in_order = [d.id for d in devices] == sorted(d.id for d in devices)
