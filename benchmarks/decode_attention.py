@@ -361,7 +361,7 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
     lines = [
         f"# Decode attention on {setting.device}",
         "",
-        f"{setting.date}, {records.versions(record)}. `{setting.command}`. bfloat16; caches are contiguous unless paged.",
+        f"{setting.date}, {records.versions(record)}. `{setting.command}`. bfloat16; contiguous unless paged.",
         "",
         "*us*: device time of a call, from queries and cache to the output and its log-sum-exp: in a profile, from the",
         "first kernel's start to the last one's end in a program of many calls, over the calls; median of the runs.",
