@@ -1,5 +1,6 @@
 """Set before JAX starts: the CPU, eight simulated devices, and programs that compile quickly, each once a run."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -44,6 +45,13 @@ compilation_cache.is_cache_used = lambda backend: (
 if "tpu" not in os.environ["JAX_PLATFORMS"]:
     # Once libtpu has compiled for a TPU, its profiler would take part in any profile, and crash: there is no TPU.
     xla_bridge._profiler.register_plugin_profiler = lambda c_api: None
+
+
+def pytest_collection_finish() -> None:
+    """Leaves the modules, half a million objects, out of what the garbage collector goes through time and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 def pytest_unconfigure() -> None:

@@ -21,16 +21,18 @@ from mlra_jax.sharding import decode_rules, make_mesh
 SAMPLING = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.01)
 N_NEW = 12
 
-# (data, tensor, context), and whether the query heads of W_qb and W_o are split.
+# (data, tensor, context), and whether the query heads of W_qb and W_o are split; tests/model/test_sharded.py holds the
+# logits of the slow ones to the full forward pass.
 LAYOUTS = [
     ((1, 1, 1), True),
     ((1, 2, 1), False),
     ((1, 4, 1), True),
-    ((1, 4, 1), False),
     ((1, 4, 2), True),
-    ((1, 8, 1), True),
-    ((1, 8, 1), False),
     pytest.param((2, 2, 2), True, marks=pytest.mark.smoke),
+    *(
+        pytest.param(*layout, marks=pytest.mark.slow)
+        for layout in (((1, 4, 1), False), ((1, 8, 1), True), ((1, 8, 1), False))
+    ),
 ]
 
 
@@ -105,7 +107,9 @@ def test_it_is_said_why_devices_exchange_by_psum(engine):
         assert decode(one) is None  # it has nothing to exchange
 
 
-@pytest.mark.parametrize("variant", ["mla", "gla_2", "gqa"])
+@pytest.mark.parametrize(
+    "variant", ["mla", *(pytest.param(v, marks=pytest.mark.slow) for v in ("gla_2", "gqa"))]
+)
 def test_fewer_cached_heads_than_devices_are_held_by_several(variant, engine, rollout, prompts, tokens_of):
     rows = engine(variant, (1, 4, 1)).start(prompts, [N_NEW] * 4)
     assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)

@@ -98,7 +98,8 @@ def test_forward_gradient_and_decode_agree_inside_jit(plain, setting):
 
 
 @pytest.mark.parametrize(
-    "setting", ["no mesh", pytest.param("Auto mesh", marks=pytest.mark.slow), "other axis names"]
+    "setting",
+    ["no mesh", *(pytest.param(s, marks=pytest.mark.slow) for s in ("Auto mesh", "other axis names"))],
 )
 def test_forward_gradient_and_decode_agree_outside_jit(plain, setting):
     check(plain, setting, LATENT, lambda f: f)

@@ -215,7 +215,10 @@ def test_gradients_add_up_in_float32_when_parameters_are_bfloat16(config, mesh_o
 @pytest.mark.parametrize(
     ("remat", "attention", "sizes"),
     [
-        *((remat, None, (1, 1, 1, 1)) for remat in ("products", "mlp", "full")),
+        *(
+            pytest.param(remat, None, (1, 1, 1, 1), marks=pytest.mark.slow)
+            for remat in ("products", "mlp", "full")
+        ),
         ("dots", GroupedAttentionConfig(n_kv_heads=2, d_head=8), (1, 1, 1, 1)),
         ("products", None, (1, 1, 2, 1)),
         ("dots", None, (1, 1, 1, 2)),  # where no product adds to the sum of gradients itself
