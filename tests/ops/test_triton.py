@@ -114,7 +114,7 @@ def installs(monkeypatch):
     ],
 )
 def test_libraries_that_do_not_fit_are_declined_with_versions_and_what_to_install(
-    on, installs, bridge, triton, jax_version, said
+    compiled_for, installs, bridge, triton, jax_version, said
 ):
     """Some pairs import and trace, and would fail when the program is compiled, after `xla` could have been taken."""
     compiled_for(A100)
