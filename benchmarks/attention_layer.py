@@ -1,12 +1,11 @@
-"""The decode step of whole attention layers on a mesh, or one device's share of it: compiled, filled and timed.
+"""Compiles and times the decode step of whole attention layers on a mesh, or one device's share of it.
 
-A layer is the product's own module in the decode layout: projections, absorption, append, attention, up-projection and
-output, with the exchanges between devices that they need. The next layer takes what the one before gives, as in a
-model; a compiled loop goes over a few layers, each with weights and a cache of its own, that together do not fit the
-second-level cache of a GPU.
+A layer is the package's own module in the decode layout: projections, absorption, append, attention, up-projection and
+output, with their collectives, by the kernels that a model's step has. Layers are chained as in a model; a compiled
+loop runs over a few of them, each with its own weights and cache, which together exceed a GPU's L2 cache.
 
 One device's share of a layer on T devices is a smaller layer: it has the device's latent (or KV) heads, the query heads
-that these serve, and all that is whole on each device. It takes as long as the device would if exchanges took no time.
+that these serve, and everything that is replicated. It takes as long as the device would if collectives were free.
 """
 
 from __future__ import annotations
@@ -28,33 +27,34 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.decode_step import describe, filled, random_values
-from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, measure, rotation, together
+from benchmarks.measure import COMPILING_AT_ONCE, Timing, attempt, kernel_ops, measure, rotation, together
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.generation.engine import LENGTH_UNIT, compiler_options, free_bytes, round_up
+from mlra_jax.ops.all_reduce import Workspace, all_reduce
 from mlra_jax.sharding import AxisRules, check_decode_layout, decode_rules, make_mesh, on_mesh
 
 PROGRAM_US = 1500.0
-"""About how long a program takes."""
+"""Approximate duration of a program."""
 MOST_LAYERS = 8
-"""Of a program: what is smaller than an eighth of the second-level cache is not worth more compiling."""
+"""Maximum per program: layers smaller than an eighth of the L2 cache are not worth more compile time."""
 
 EXCHANGE = re.compile(
     r"nccl|^(?!loop_|input_|wrapped_).*(all.?reduce|psum|all.?gather|reduce.?scatter|all.?to.?all|collective)",
     re.IGNORECASE,
 )
-"""Kernels that exchange something between devices."""
+"""Kernels of collectives."""
 ATTENTION = re.compile(r"(decode|merge)_attention|/attend/")
-"""Kernels of decode attention, by their names or by what XLA says that they are of."""
+"""Kernels of decode attention, by their names or XLA's operation names."""
 
 
 def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
-    """The model that is as large as one device's part of `config` split over so many devices.
+    """A model as large as one device's share of `config` split over `tensor` devices.
 
-    Of MLRA the part is that of the layout with whole query heads (`--split-heads no`): W_qb and W_o are whole on each
-    device, and the one exchange of a layer is the sum of the devices' outputs. Where a device's latent heads serve
-    only some of the query heads (MLRA-2 on four), attention counts all of them: it reads no more cache for that.
+    For MLRA the share is that of the layout with whole query heads (`--split-heads no`): W_qb and W_o are replicated,
+    and a layer's only collective sums the devices' outputs. Where a device's latent heads serve only some query heads
+    (MLRA-2 on four devices), attention counts all of them, which reads no more cache.
 
     Raises:
       ConfigError: a size does not divide.
@@ -86,35 +86,43 @@ def share_of(config: ModelConfig, tensor: int) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A model's place on devices."""
+    """A model's layout on devices."""
 
     variant: str
     config: ModelConfig
-    """Of the whole model."""
+    """The whole model."""
     tensor: int = 1
     data: int = 1
     split_heads: bool = True
     """Whether the query heads of W_qb and W_o are split over `tensor`."""
     share: bool = False
-    """Whether only one device's share of it is run, without the others and without exchanges."""
+    """Whether to run only one device's share, without collectives."""
+    split_tokens: bool = False
+    """Whether the devices split the tokens of the cache instead of its heads (decode context parallelism)."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        tokens = " split tokens" if self.split_tokens else ""
+        return f"{self.variant} tensor {self.tensor} {self.heads}{tokens}"
 
     @property
     def heads(self) -> str:
-        """How query heads lie."""
+        """Layout of the query heads."""
         return "split" if self.split_heads or self.tensor == 1 else "whole"
 
     @property
     def runs(self) -> ModelConfig:
-        """The model that is run."""
+        """The model to run."""
         return share_of(self.config, self.tensor) if self.share else self.config
 
     @property
     def rules(self) -> AxisRules:
         """The decoding table."""
-        return decode_rules(self.split_heads)
+        return decode_rules(self.split_heads, split_tokens=self.split_tokens)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Over the first devices (of all, or of those given).
+        """A mesh of the first devices, of all or of those given.
 
         Raises:
           ConfigError: the model cannot be laid out.
@@ -126,19 +134,26 @@ class Place:
 
 
 def places(variant: str, config: ModelConfig, tensor: int, n_devices: int) -> list[Place]:
-    """The places of a model that is split over `tensor` devices: on them, or as a share where there are fewer.
+    """The layouts of a model split over `tensor` devices: on them, or as a share if there are fewer.
 
-    MLRA has two: with query heads split, and whole.
+    MLRA has two layouts: with query heads split, and whole. MLA has its whole cache on each device, or splits the
+    cache's tokens, with query heads split and whole; the latter two need the devices.
     """
-    if config.attention.n_branches == 1 or tensor == 1:
-        return [Place(variant, config, tensor, share=tensor > n_devices)]
-    whole = Place(variant, config, tensor, split_heads=False, share=tensor > n_devices)
-    return [whole] if whole.share else [dataclasses.replace(whole, split_heads=True), whole]
+    share = tensor > n_devices
+    if tensor == 1:
+        return [Place(variant, config, share=share)]
+    if config.attention.n_branches > 1:
+        found = [Place(variant, config, tensor, split_heads=split) for split in (True, False)]
+        return [dataclasses.replace(found[-1], share=True)] if share else found
+    found = [Place(variant, config, tensor, share=share)]
+    if config.cached_heads == 1 and not share:
+        found += [Place(variant, config, tensor, split_heads=s, split_tokens=True) for s in (True, False)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A layer's decode step as measured."""
+    """Measurement of a layer's decode step."""
 
     variant: str
     tensor: int
@@ -146,45 +161,46 @@ class Row:
     heads: str
     share: bool
     batch: int
-    """Rows on all devices that ran."""
+    """Batch size over all devices that ran."""
     context: int
-    """Tokens that each row attends to, the new one among them."""
+    """Tokens that each row attends to, the new one included."""
     timing: Timing
-    """In a profile, where XLA launches kernels one by one, with gaps where the host is slow."""
+    """Device time from a profile, in which XLA launches kernels one by one, with gaps where the host is slow."""
     wall_us: float
-    """By the host's clock without a profile, from a program's call to its result, over the layers that it runs."""
+    """Host time without a profile, from a program's call to its result, per layer."""
     attention_us: float | None
     """Kernels of attention over the cache; None where the profile shows no GPU."""
     exchange_us: float | None
-    """Exchanges between devices, waiting for the others included."""
+    """Collectives, including waiting for other devices."""
     weight_bytes: int
-    """On each device."""
+    """Per device."""
     cache_bytes: int
-    """That a step reads on each device."""
+    """Read in a step, per device."""
     bandwidth: float | None
-    """Bytes a second of a device, by its data sheet."""
+    """Memory bandwidth of a device by its data sheet, in bytes per second."""
+    split_tokens: bool = False
+    """See `Place`."""
 
     @property
     def bound_us(self) -> float | None:
-        """Time to read weights and cache once."""
+        """Time to read weights and cache once, in us."""
         return 1e6 * (self.weight_bytes + self.cache_bytes) / self.bandwidth if self.bandwidth else None
 
     @property
     def us(self) -> float:
-        """Time of a layer: the smaller of the two, as neither is less than what the devices take."""
+        """Time of a layer: the smaller of the two measurements, each of which is at least the devices' time."""
         return min(self.timing.us, self.wall_us)
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a JSON object."""
         return dataclasses.asdict(self) | {"us": self.us, "bound_us": self.bound_us}
 
 
 def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None, float | None]:
-    """Of the kernels of a layer (us by name): those of attention over the cache, and those that exchange."""
+    """Sums a layer's kernels (us by name): those of attention over the cache, and those of collectives."""
     if not kernels:
         return None, None
-    named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
-    ops = {re.sub(r"\W", "_", name): op for name, op in named}
+    ops = kernel_ops(hlo)
     exchanges = {name for name in kernels if EXCHANGE.search(name)}
     attention = {name for name in kernels if ATTENTION.search(name) or ATTENTION.search(ops.get(name, ""))}
     total = lambda names: sum(kernels[name] for name in names)
@@ -192,7 +208,7 @@ def split_kernels(kernels: Mapping[str, float], hlo: str) -> tuple[float | None,
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the arrays, or of what describes them, on each device."""
+    """Bytes per device of arrays, concrete or abstract."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -200,10 +216,10 @@ class Layers:
     """A few attention layers in a compiled loop.
 
     Args:
-      place: of the layers.
+      place: layout of the layers.
       batch: rows, over all devices that run.
-      contexts: that will be measured, in tokens.
-      devices: if not all that there are, such as some that are only described.
+      contexts: context lengths to measure, in tokens.
+      devices: devices to use, possibly only described; None: all present ones.
 
     Raises:
       ConfigError: the model cannot be laid out.
@@ -214,10 +230,11 @@ class Layers:
     ):
         self.place, self.batch, self.mesh = place, batch, place.mesh(devices)
         config, rules = place.runs, place.rules
+        self._workspace = Workspace.shapes(self.mesh, rules, config.d_model)
         capacity = round_up(max(contexts), LENGTH_UNIT)
 
         def abstract(n: int) -> tuple[Any, Cache, Any]:
-            """`n` layers, their caches, and what goes into the first."""
+            """`n` layers, their caches, and the input of the first."""
             sizes = dataclasses.replace(config, n_layers=n)
             new = lambda: config.attention.module()(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
             cache = jax.eval_shape(functools.partial(Cache.create, sizes, rules, batch, capacity))
@@ -236,22 +253,25 @@ class Layers:
             self._abstract = abstract(self.n_layers)
 
     def compile(self) -> jax.stages.Compiled:
-        """The program: of the layers' leaves, caches (donated) and the first input it gives caches and last output.
+        """Compiles the program: from the layers' leaves, caches (donated) and first input to caches and last output.
 
-        Makes `fill` ready too, but for devices that are only described.
+        On present devices, also compiles what `fill` needs.
         """
         layers, cache, x = self._abstract
-        leaves, treedef = jax.tree.flatten(layers)
+        leaves, treedef = jax.tree.flatten((layers, self._workspace))
         rounds = self.calls // self.n_layers
 
         def many(leaves: list[Any], cache: Cache, x_BTD: jax.Array) -> tuple[Cache, jax.Array]:
-            layers = jax.tree.unflatten(treedef, leaves)
+            layers, workspace = jax.tree.unflatten(treedef, leaves)
             one_B = jnp.ones_like(cache.lengths)
 
             def once(_: jax.Array, carry: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
                 caches, x_BTD = list(carry[0]), carry[1]
                 for i, layer in enumerate(layers):
-                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B)
+                    reduce = workspace is None
+                    x_BTD, caches[i] = layer.decode(x_BTD, caches[i], cache.lengths, one_B, reduce=reduce)
+                    if workspace is not None:
+                        x_BTD = self._sum(x_BTD, workspace)
                 return tuple(caches), x_BTD
 
             caches, x_BTD = jax.lax.fori_loop(0, rounds, once, (cache.layers, x_BTD))
@@ -264,8 +284,15 @@ class Layers:
             lowered = jax.jit(many, donate_argnums=1).lower(*on_mesh((leaves, cache, x), self.mesh))
             return lowered.compile(compiler_options=compiler_options(self.mesh))
 
+    def _sum(self, parts: jax.Array, workspace: Workspace) -> jax.Array:
+        """What the devices' parts of a layer's output [P, B, 1, D] add up to, in the compute type."""
+        part, row = ("mlp",), ("batch", None, None)
+        add = lambda y, workspace: all_reduce(y[0], workspace, axis="tensor").astype(self._abstract[2].dtype)
+        names = ((*part, *row), Workspace(part, part))
+        return self.place.rules.shard_map(add, names, row, check_vma=False)(parts, workspace)
+
     def fill(self) -> tuple[list[jax.Array], Cache, jax.Array]:
-        """Random arguments of the program, once it is compiled: leaves, caches without lengths, and input.
+        """Makes random arguments of the compiled program: leaves, caches without lengths, and input.
 
         Raises:
           ConfigError: the devices have too little memory.
@@ -274,24 +301,23 @@ class Layers:
         for device in self.mesh.local_devices:
             if needed > (free := free_bytes(device)):
                 raise ConfigError(
-                    [
-                        f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
-                        f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
-                    ]
+                    f"{self.n_layers} layers with a batch of {self.batch} and their caches need "
+                    f"{needed / 2**30:.1f} GiB; {device} has {free / 2**30:.1f} GiB free."
                 )
         *_, x = self._abstract
         with jax.set_mesh(self.mesh):
             layers, cache = self._random(jax.random.key(0))
         draw = np.random.default_rng(0).standard_normal(x.shape, np.float32)
-        return jax.tree.leaves(layers), cache, self._by_row(draw.astype(x.dtype))
+        workspace = Workspace.create(self.mesh, self.place.rules, self.place.runs.d_model)
+        return jax.tree.leaves((layers, workspace)), cache, self._by_row(draw.astype(x.dtype))
 
     def _by_row(self, value: np.ndarray) -> jax.Array:
-        """Rows of a batch, laid out on the mesh."""
+        """Lays out the rows of a batch on the mesh."""
         with jax.set_mesh(self.mesh):
             return jax.device_put(value, NamedSharding(self.mesh, self.place.rules.spec("batch")))
 
     def at(self, cache: Cache, context: int) -> Cache:
-        """The caches with so many tokens in each row that the next one attends to `context`, itself among them."""
+        """Sets the lengths of the caches so that the next token attends to `context` tokens, itself included."""
         return dataclasses.replace(cache, lengths=self._by_row(np.full(self.batch, context - 1, np.int32)))
 
     def measure(self, program: jax.stages.Compiled, contexts: Sequence[int], runs: int) -> list[Row]:
@@ -334,6 +360,7 @@ class Layers:
                     self.weight_bytes,
                     int(self._bytes_per_token * context),
                     chip.bandwidth if chip else None,
+                    place.split_tokens,
                 )
             )
         return rows
@@ -342,12 +369,12 @@ class Layers:
 def measure_layers(
     jobs: Sequence[tuple[Place, int]], contexts: Mapping[int, Sequence[int]], runs: int
 ) -> Iterator[list[Row] | tuple[str, str]]:
-    """Rows of each place and batch in turn, or its name and why it could not be measured.
+    """Measures each layout and batch in turn; yields rows, or a name and why it could not be measured.
 
     Args:
-      jobs: places, and the rows of the batch on the devices that run.
-      contexts: by batch.
-      runs: that are timed of each.
+      jobs: layouts, and batch sizes on the devices that run.
+      contexts: context lengths by batch size.
+      runs: timed runs of each.
     """
     for start in range(0, len(jobs), COMPILING_AT_ONCE):
         group = jobs[start : start + COMPILING_AT_ONCE]
@@ -364,7 +391,9 @@ def measure_layers(
                 rows = attempt(functools.partial(layers.measure, program, contexts[batch], runs))
                 gc.collect()  # the next ones need the memory
             if isinstance(rows, Exception):
-                name = f"{place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-                yield name, f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}"
+                yield (
+                    f"{place.name} batch {batch}",
+                    f"{type(rows).__name__}: {str(rows).strip().splitlines()[0]}",
+                )
             else:
                 yield rows

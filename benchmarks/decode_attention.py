@@ -3,26 +3,21 @@
     python -m benchmarks.decode_attention                       # the table of docs/kernels.md
     python -m benchmarks.decode_attention --cases 'mla *' 'gqa 1x*' 'mlra_4 3x20000' --implementation triton
 
-What is timed is all from queries and cache to the output and its log-sum-exp: from the first kernel's start to the last
-one's end in a profile, of a program that makes many calls, each with queries of its own, over caches in turn that do
-not fit the GPU's second-level cache together. Lengths are the same in all calls, as in the layers of a model, so what
-depends on them alone is worked out once. A reader times the same bytes in the same way.
+A call is timed from queries and cache to the output and its log-sum-exp: in a profile, from the first kernel's start to
+the last one's end, of a program that makes many calls. Each call has its own queries; caches are rotated so that they
+do not fit the GPU's L2 cache together. Lengths are the same in all calls, as in the layers of a model, so what depends
+on them alone is computed once. A plain read of the same bytes is timed in the same way.
 
 Results go to `benchmarks/results/decode_attention_DEVICE.md` and `.json`.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import datetime
 import fnmatch
 import functools
-import importlib.metadata
-import json
 import pathlib
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -32,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from benchmarks import records
 from benchmarks.measure import (
     COMPILING_AT_ONCE,
     UNROLL,
@@ -44,40 +40,30 @@ from benchmarks.measure import (
     sum_xla,
     together,
 )
+from benchmarks.records import Setting, parse_size
+from mlra_jax.markdown import head
+from mlra_jax.markdown import row as markdown_row
 from mlra_jax.ops.decode import IMPLEMENTATIONS
-from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES, Call, Case, abstract_call
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, SHARES, ArgSpec, Call, abstract_call
 from mlra_jax.ops.hopper import find_processors
 from mlra_jax.ops.tuning import slug
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 PROGRAM_US = 1500.0
 """About how long a program of many calls takes."""
-K = 1024
 
-CASES: Mapping[str, Case] = {
+CASES: Mapping[str, ArgSpec] = {
     **BENCHMARKS,
     **{f"mlra_4 q_len {t} 1x2M": dataclasses.replace(BENCHMARKS["mlra_4 1x2M"], q_len=t) for t in (2, 4)},
     **{
         f"mlra_4 {rows} rows 1x512K": dataclasses.replace(BENCHMARKS["mlra_4 1x512K"], rows=rows)
         for rows in (16, 24, 32, 64)
     },
-    "tiny 2x256": Case((256, 256), rows=8, width=64, rope=32),
+    "tiny 2x256": ArgSpec((256, 256), rows=8, width=64, rope=32),
 }
-"""What can be measured, by name; the last one is small enough for a CPU. `find_case` knows more."""
+"""What can be measured, by name; the last one is small enough for a CPU. `find_case` takes more names."""
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """`16x32K` as rows and tokens of each; K is 1024, M is 1024 K.
-
-    Raises:
-      ValueError: it has another form.
-    """
-    if not (match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)([KM]?)", text)):
-        raise ValueError(f"{text!r} is not a batch and a context such as 8x32K.")
-    return int(match[1]), int(match[2]) * {"": 1, "K": K, "M": K * K}[match[3]]
-
-
-def find_case(name: str) -> Case:
+def find_case(name: str) -> ArgSpec:
     """The case of `CASES` with this name, or a share of `SHARES` at any size: `VARIANT BATCHxTOKENS`.
 
     Raises:
@@ -97,7 +83,7 @@ def find_case(name: str) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What others take for a case on an H100 80GB HBM3, and what we want to, in us."""
+    """What other kernels take for a case on an H100 80GB HBM3, and what ours should take, in us."""
 
     theirs: float | None = None
     """FlashMLA for MLA, else FlashAttention-3, as measured for this project on such a card."""
@@ -139,7 +125,7 @@ TARGETS: Mapping[str, Target] = {
 }
 """The rows of the table."""
 SPREAD_OF_ROWS = 1.03
-"""The slowest of 16 to 64 rows takes at most so many times what the fastest takes."""
+"""Goal for the slowest of 16 to 64 rows over the fastest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +135,13 @@ class Row:
     case: str
     implementation: str
     bytes: int
-    """Of cache that a call must read."""
+    """Bytes of cache that a call must read."""
     timing: Timing
     read: Timing
     reader: str
     target: Target
     verdict: str
-    """Goal, floor or miss; empty where nothing is asked, or of another device."""
+    """Goal, floor or miss; empty if there is no target for the case or the device."""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -186,7 +172,7 @@ def split_arguments(call: Call) -> tuple[list[Any], list[Any], list[Any]]:
     return queries, list(call.args[n : n + 2]), list(call.args[n + 2 :])
 
 
-def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
+def compile_calls(case: ArgSpec, attend: Callable[..., Any]) -> tuple[Callable[..., Any], int, int]:
     """A program of many calls of `attend(*arguments of the op)`; how many buffers, and how many calls.
 
     The program takes the first query of each call, the other queries, the buffers of the cache, and the rest.
@@ -202,7 +188,7 @@ def compile_calls(case: Case, attend: Callable[..., Any]) -> tuple[Callable[...,
     return compiled, buffers, calls
 
 
-def prepare(case: Case, implementations: Sequence[str]) -> Program:
+def prepare(case: ArgSpec, implementations: Sequence[str]) -> Program:
     """The program of the first implementation that takes the case.
 
     Raises:
@@ -238,7 +224,7 @@ class Memory:
         draw = lambda: self.rng.standard_normal(shape.shape, np.float32)
         return [jnp.asarray(draw(), shape.dtype) for _ in range(number)]
 
-    def arguments(self, case: Case, buffers: int, calls: int) -> tuple[Any, ...]:
+    def arguments(self, case: ArgSpec, buffers: int, calls: int) -> tuple[Any, ...]:
         """What the program of `compile_calls` takes; free the third, which is large, when done."""
         (first, *others), cache, (kv_len, table) = split_arguments(abstract_call(case))
         earlier = np.arange(case.q_len - 1, -1, -1)
@@ -317,10 +303,20 @@ def judge(timing: Timing, read: Timing, target: Target, kind: str) -> str:
     return "MISS"
 
 
-HEADER = (
-    "| case | back end | us | spread | GB/s | read, us | of read | others, us | floor | goal | | kernels, us |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+COLUMNS = (
+    "case",
+    "back end",
+    "us",
+    "spread",
+    "GB/s",
+    "read, us",
+    "of read",
+    "others, us",
+    "floor",
+    "goal",
+    "",
 )
+HEADER = "\n".join(head((*COLUMNS, "kernels, us")))
 
 
 def format_row(row: Row) -> str:
@@ -344,30 +340,7 @@ def format_row(row: Row) -> str:
         row.verdict,
         kernels,
     )
-    return "| " + " | ".join(cells) + " |"
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Where, when and how the rows were measured."""
-
-    device: str
-    versions: dict[str, str]
-    date: str
-    command: str
-
-    @classmethod
-    def here(cls, module: str, argv: Sequence[str]) -> Setting:
-        """This process; the command without `--out`, which says nothing of what is measured."""
-        versions = {}
-        for name in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton"):
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-        where = {i for i, arg in enumerate(argv) if arg == "--out" or (i and argv[i - 1] == "--out")}
-        command = shlex.join(["python", "-m", module, *(a for i, a in enumerate(argv) if i not in where)])
-        return cls(jax.devices()[0].device_kind, versions, datetime.date.today().isoformat(), command)
+    return markdown_row(cells)
 
 
 def compare_rows(rows: Sequence[Row]) -> str | None:
@@ -384,11 +357,11 @@ def compare_rows(rows: Sequence[Row]) -> str | None:
 
 def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, stem: pathlib.Path) -> None:
     """Writes `stem`.md and `stem`.json."""
-    versions = ", ".join(f"{name} {version}" for name, version in setting.versions.items())
+    record = as_record(rows, failures, setting)
     lines = [
         f"# Decode attention on {setting.device}",
         "",
-        f"{setting.date}, {versions}. `{setting.command}`. bfloat16; contiguous caches unless it says `--page`.",
+        f"{setting.date}, {records.versions(record)}. `{setting.command}`. bfloat16; caches are contiguous unless paged.",
         "",
         "*us*: device time of a call, from queries and cache to the output and its log-sum-exp: in a profile, from the",
         "first kernel's start to the last one's end in a program of many calls, over the calls; median of the runs.",
@@ -401,18 +374,14 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
     ]
     if comparison := compare_rows(rows):
         lines += ["", comparison]
-    lines += [line for name, why in failures.items() for line in ("", f"{name}: not measured. {why}")]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    stem.with_suffix(".json").write_text(json.dumps(as_record(rows, failures, setting), indent=2) + "\n")
+    records.write(stem, record, lines + records.not_measured(failures))
 
 
 def as_record(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting) -> dict[str, Any]:
     """What is kept of a run, for JSON."""
-    records = [
-        dataclasses.asdict(r) | {"gigabytes_per_second": r.gigabytes_per_second, "ratio": r.ratio}
-        for r in rows
-    ]
-    return dataclasses.asdict(setting) | {"rows": records, "failures": dict(failures)}
+    derived = lambda r: {"gigabytes_per_second": r.gigabytes_per_second, "ratio": r.ratio}
+    measured = [dataclasses.asdict(r) | derived(r) for r in rows]
+    return dataclasses.asdict(setting) | {"rows": measured, "failures": dict(failures)}
 
 
 def select(patterns: Sequence[str] | None, quick: bool) -> list[str]:
@@ -446,7 +415,7 @@ def run(
     rows: list[Row] = []
     failures: dict[str, str] = {}
     kind = jax.devices()[0].device_kind
-    cases = {name: dataclasses.replace(find_case(name), page=page) for name in names}
+    cases = {name: dataclasses.replace(find_case(name), page_size=page) for name in names}
     memory = Memory() if any(case.cache_bytes > 2**24 for case in cases.values()) else Memory(2**16)
     readers = Readers(memory, runs)
 
@@ -480,7 +449,7 @@ def run(
 
 
 def measure_case(
-    name: str, case: Case, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
+    name: str, case: ArgSpec, program: Program, memory: Memory, readers: Readers, runs: int, kind: str
 ) -> Row:
     """Times a program and a read of as many bytes."""
     args = memory.arguments(case, program.buffers, program.calls)
@@ -497,18 +466,17 @@ def measure_case(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.decode_attention", description=(__doc__ or "").splitlines()[0]
+    parser = records.parser("benchmarks.decode_attention", __doc__)
+    parser.add_argument(
+        "--cases", nargs="+", metavar="GLOB", help="names of cases (default: all of the table)"
     )
     parser.add_argument(
-        "--cases", nargs="+", metavar="GLOB", help="names of cases; all of the table if left out"
+        "--implementation",
+        choices=list(IMPLEMENTATIONS),
+        help="back end (default: the first that takes the call)",
     )
-    parser.add_argument(
-        "--implementation", choices=list(IMPLEMENTATIONS), help="the dispatcher's choice if left out"
-    )
-    parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
-    parser.add_argument("--quick", action="store_true", help="three runs of the cases under 300 MB")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
+    parser.add_argument("--quick", action="store_true", help="only cases under 300 MB, three runs each")
     options = parser.parse_args(argv)
     try:
         names = select(options.cases, options.quick)
@@ -518,7 +486,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     setting = Setting.here("benchmarks.decode_attention", argv)
     suffix = f"_{options.implementation}" if options.implementation else ""
     stem = options.out / f"decode_attention_{slug(setting.device)}{suffix}"
-    options.out.mkdir(parents=True, exist_ok=True)
     print(f"{setting.device}, {setting.versions}\n{HEADER}", flush=True)
     rows, failures = run(
         names,

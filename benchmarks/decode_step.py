@@ -2,11 +2,10 @@
 
     python -m benchmarks.decode_step --profile --out benchmarks/results/decode_step_h100
 
-The model has random weights in the decode layout, made on the device; the cache holds random values. A batch is
-measured in one compiled loop of steps (`mlra_jax.generation.engine.run`), as `decode.py` generates, on the host's clock
-from the call to the last token. With --profile, one run more is traced, and its device time is shown by what the
-kernels do; XLA launches them one by one then and not as CUDA graphs, so that gaps between them are longer. Contexts of
-a batch share one cache, as long as the longest that fits, so that each batch is compiled once.
+Weights, in the decode layout, and cache are random. A batch is timed in one compiled loop of steps
+(`mlra_jax.generation.engine.run`), as in `decode.py`, by the host's clock from the call to the last token. With
+--profile one more run is traced, and its device time shown by kernel; XLA then launches kernels one by one rather than
+as CUDA graphs, with longer gaps. The contexts of a batch share one cache, so that each batch is compiled once.
 
 Ideal: (bytes of the weights + bytes of what the cache holds) / bandwidth. The embedding counts once: its rows are the
 logits' weights. FLOPs of prefill, of T tokens: 2 T (parameters without the embedding) + 2 V D, and for attention in the
@@ -19,18 +18,14 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import datetime
 import functools
 import gc
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
 import re
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,35 +37,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.profiler import ProfileData
 
-from benchmarks.measure import gpu_events
+from benchmarks import records
+from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.generation.sampling import GREEDY
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, State, round_up
+from mlra_jax.generation.sampling import GREEDY, RowSampling
+from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
-from mlra_jax.ops.product.api import PRODUCT
+from mlra_jax.ops.skinny_gemm.api import SKINNY_GEMM
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 CASES = ("1x1K", "1x32K", "1x128K", "8x1K", "8x32K", "8x128K", "64x1K", "64x32K", "64x128K")
 SCOPES = (
     "embed", "norm", "latents", "queries", "absorb", "append", "attend", "values", "output", "mlp", "logits", "sample",
 )  # fmt: skip
-"""Parts of a step, as the model names them."""
-
-
-def parse_case(text: str) -> tuple[int, int]:
-    """`8x32K` as batch and context."""
-    if not (match := re.fullmatch(r"(\d+)x(\d+)(K?)", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a batch and a context such as 8x32K.")
-    return int(match[1]), int(match[2]) * (1024 if match[3] else 1)
+"""Named scopes of the model, by which a step's time is split."""
 
 
 def parse_option(text: str) -> tuple[str, str | bool | int]:
-    """`NAME=VALUE` with the value in the type that XLA wants."""
+    """Parses `NAME=VALUE`, with the value in the type that XLA expects."""
     name, _, value = text.partition("=")
     if value in ("true", "false"):
         return name, value == "true"
@@ -84,7 +74,7 @@ def _random(key: jax.Array, x: jax.ShapeDtypeStruct, mean: float) -> jax.Array:
 
 
 def describe(make: Callable[[], Any]) -> Any:
-    """What `make` makes on the current mesh, without values; gains are float32, as `load_model` has them."""
+    """The abstract result of `make` on the current mesh; gains are float32, as in `load_model`."""
 
     def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         dtype = jnp.float32 if "gain" in jax.tree_util.keystr(path) else x.dtype
@@ -94,7 +84,7 @@ def describe(make: Callable[[], Any]) -> Any:
 
 
 def random_values(described: Any, key: jax.Array) -> Any:
-    """Random parameters for what is only described, laid out over the current mesh; gains are about 1."""
+    """Random parameters in place of abstract ones, laid out over the current mesh; gains are about 1."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(described)
     gain = lambda path: float("gain" in jax.tree_util.keystr(path))
     values = [_random(jax.random.fold_in(key, i), x, gain(path)) for i, (path, x) in enumerate(leaves)]
@@ -102,16 +92,16 @@ def random_values(described: Any, key: jax.Array) -> Any:
 
 
 def random_model(config: ModelConfig, rules: AxisRules | None = None) -> Transformer:
-    """A model in the decode layout on the current mesh, as `load_model` would leave it, of random weights."""
+    """A model of random weights in the decode layout on the current mesh, as `load_model` would return it."""
     rules = rules or decode_rules()
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode")
     return random_values(describe(make), jax.random.key(0))
 
 
 def filled(cache: Cache, key: jax.Array) -> Cache:
-    """A cache of these shapes with random values, the same ones again every `LENGTH_UNIT` tokens, and no lengths.
+    """A cache of these shapes with random values, repeated every `LENGTH_UNIT` tokens, and zero lengths.
 
-    Inside a compiled function the key must be an argument, or the compiler would work out the values.
+    Inside a compiled function the key must be an argument, or the compiler would compute the values.
     """
 
     def fill(i: int, x: jax.ShapeDtypeStruct) -> jax.Array:
@@ -126,7 +116,7 @@ def filled(cache: Cache, key: jax.Array) -> Cache:
 
 
 def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
-    """See the head of this file."""
+    """FLOPs of prefill; the formula is in the docstring of this module."""
     embedding = config.vocab_size * config.d_model
     attention = config.n_layers * config.attention.decode_flops(config.n_heads) * tokens**2 / 2
     return 2 * tokens * (n_weights - embedding) + 2 * embedding + attention
@@ -134,7 +124,7 @@ def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
 
 @dataclasses.dataclass
 class Benchmark:
-    """An engine with what is known of its model."""
+    """An engine, sizes of its model, and results."""
 
     engine: Engine
     args: argparse.Namespace
@@ -143,18 +133,19 @@ class Benchmark:
     results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def rows(self, batch: int, capacity: int) -> Rows:
-        """A batch whose cache is full of random values; `set_length` says how much of it counts."""
+        """A batch whose cache is full of random values, of which `set_length` selects a prefix."""
         engine = self.engine
         with jax.set_mesh(engine.mesh):
             create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
             cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
             zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            scalars = engine.put(np.uint32(0)), engine.put(np.int32(-1))
-            state = State(cache, zeros(), zeros(), zeros(), *scalars)
-        return Rows(engine, state, zeros(), GREEDY, capacity)
+            no_eos = engine.put(np.full(batch, NO_TOKEN, np.int32))
+            sampling = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
+            state = State(cache, zeros(), zeros(), no_eos, jax.tree.map(engine.put, sampling))
+        return Rows(engine, state, zeros(), capacity)
 
     def set_length(self, rows: Rows, length: int) -> None:
-        """Makes each row hold so many tokens, and want more than will be asked for."""
+        """Sets each row to `length` cached tokens, with more to generate than will be run."""
         engine, state = self.engine, rows.state
         b = len(rows.first_B)
         with jax.set_mesh(engine.mesh):
@@ -165,7 +156,7 @@ class Benchmark:
         )
 
     def steps(self, rows: Rows, context: int) -> float:
-        """Seconds of a run of steps around a context."""
+        """Time of a run of steps around a context, in seconds."""
         n = self.args.steps
         self.set_length(rows, context - n // 2)
         jax.block_until_ready(rows.state)
@@ -176,7 +167,7 @@ class Benchmark:
         return seconds
 
     def measure(self, rows: Rows, context: int) -> None:
-        """Measures one context of a batch, prints it and keeps it."""
+        """Measures, prints and records one context of a batch."""
         batch, n = len(rows.first_B), self.args.steps
         self.steps(rows, context)
         times = [self.steps(rows, context) / n for _ in range(self.args.runs)]
@@ -198,12 +189,10 @@ class Benchmark:
             (program,) = [p for k, p in self.engine.programs.items() if k[:3] == ("run", *rows._key[:2])]
             result["profile"] = profile(lambda: self.steps(rows, context), program.as_text() or "", n)
         self.results.append(result)
-        print(row(result), flush=True)
-        for line in profile_table(result):
-            print(line, flush=True)
+        print(line(result), *profile_table(result), sep="\n", flush=True)
 
     def prefill(self, tokens: int) -> dict[str, Any]:
-        """Time to fill the cache with a prompt of so many tokens, compiled before."""
+        """Times prefill of a prompt, after compilation."""
         engine = self.engine
         prompt = np.random.default_rng(0).integers(0, engine.n_vocab, tokens).tolist()
 
@@ -232,21 +221,14 @@ class Benchmark:
 
 
 def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
-    """Device time of one call by part of the step and by kernel; empty where the profile shows no GPU."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            once()
-        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        events = gpu_events(ProfileData.from_file(str(file)))
+    """Device time of one call, by scope and by kernel; empty if the profile shows no GPU."""
+    events = trace(once)
     if not events:
         return {}
-    # XLA names a kernel after its instruction; the instruction's metadata say which part of the model it is of.
     scopes = {}
-    for name, op in re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo):
+    for name, op in kernel_ops(hlo).items():
         found = [part for part in re.split(r"[/()]", op) if part in SCOPES]
-        scopes[re.sub(r"\W", "_", name)] = found[-1] if found else "other"
+        scopes[name] = found[-1] if found else "other"
     by_scope, by_kernel = collections.Counter[str](), collections.Counter[tuple[str, str]]()
     launches, kernel_launches = collections.Counter[str](), collections.Counter[tuple[str, str]]()
     for start, end, name in events:
@@ -266,38 +248,32 @@ def profile(once: Callable[[], Any], hlo: str, steps: int) -> dict[str, Any]:
     }
 
 
-HEAD = [
-    "| batch | context | step, ms | spread | ideal, ms | ratio | tokens/s |",
-    "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-]
+HEAD = head(("batch", "context", "step, ms", "spread", "ideal, ms", "ratio", "tokens/s"), "r")
 
 
-def row(r: dict[str, Any]) -> str:
+def line(r: dict[str, Any]) -> str:
     """A line of the table of steps."""
-    return (
-        f"| {r['batch']} | {r['context']:,} | {r['step_ms']:.3f} | {r['spread_ms']:.3f} | {r['ideal_ms']:.3f} | "
-        f"{r['ratio']:.2f} | {r['tokens_per_second']:,.0f} |"
+    times = (f"{r[name]:.3f}" for name in ("step_ms", "spread_ms", "ideal_ms"))
+    return row(
+        (r["batch"], f"{r['context']:,}", *times, f"{r['ratio']:.2f}", f"{r['tokens_per_second']:,.0f}")
     )
 
 
 def profile_table(r: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: device time by part and by kernel; none without a profile."""
+    """Lines of Markdown: device time by scope and by kernel; none without a profile."""
     if not (p := r.get("profile")):
         return []
-    lines = [
+    parts = [(name, f"{us:,.1f}", f"{n:.0f}") for name, us, n in p["parts"]]
+    top = [(part, f"`{name}`", f"{us:,.1f}", f"{n:.0f}") for part, name, us, n in p["top"]]
+    return [
         "",
         f"{p['kernels']:.0f} kernels, busy {p['busy_us']:,.0f} us of {p['span_us']:,.0f} us.",
         "",
-        "| part | us | kernels |",
-        "| --- | ---: | ---: |",
-        *(f"| {name} | {us:,.1f} | {n:.0f} |" for name, us, n in p["parts"]),
+        *table(("part", "us", "kernels"), parts, "lr"),
         "",
-        "| part | kernel | us | kernels |",
-        "| --- | --- | ---: | ---: |",
-        *(f"| {part} | `{name}` | {us:,.1f} | {n:.0f} |" for part, name, us, n in p["top"]),
+        *table(("part", "kernel", "us", "kernels"), top, "llr"),
         "",
     ]
-    return lines
 
 
 def prefill_lines(r: dict[str, Any]) -> list[str]:
@@ -311,30 +287,32 @@ def prefill_lines(r: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser("benchmarks.decode_step", __doc__, out=False)
     parser.add_argument("--config", default="mlra_4", help="name or path of a configuration")
-    parser.add_argument("--cases", nargs="*", type=parse_case, default=[parse_case(c) for c in CASES])
-    parser.add_argument("--steps", type=int, default=32, help=f"of a run, at most {STEPS_PER_RUN}")
-    parser.add_argument("--runs", type=int, default=5, help="timed")
-    parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
-    parser.add_argument("--prefill", type=int, default=32768, help="tokens of the prompt; 0: none")
-    parser.add_argument("--profile", action="store_true", help="device time by kernel as well")
-    parser.add_argument("--bandwidth", type=float, default=2.88e12, help="bytes a second, of the ideal")
-    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s, of the ideal")
+    parser.add_argument("--cases", nargs="*", type=records.case, default=[parse_size(c) for c in CASES])
+    parser.add_argument("--steps", type=int, default=32, help=f"steps per run, at most {STEPS_PER_RUN}")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="start no other measurement after so long"
+        "--prefill", type=int, default=32768, help="tokens of the prompt for prefill; 0: skip prefill"
     )
-    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="of XLA's compiler")
+    parser.add_argument("--profile", action="store_true", help="also measure device time by kernel")
+    parser.add_argument(
+        "--bandwidth", type=float, default=2.88e12, help="bytes per second, for the ideal time"
+    )
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s, for the share of peak")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no further measurement after this time"
+    )
+    parser.add_argument("--option", nargs="*", default=[], metavar="NAME=VALUE", help="XLA compiler option")
     parser.add_argument(
         "--products",
         nargs="*",
         default=[],
-        choices=PRODUCT,
-        help="back ends of products of few rows, first to last; default: the first that takes the call",
+        choices=SKINNY_GEMM,
+        help="back ends of skinny GEMM, in the order in which they are tried; default: the first that takes the call",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="writes OUT.md and OUT.json")
+    parser.add_argument("--out", type=pathlib.Path, help="write OUT.md and OUT.json")
     args = parser.parse_args()
     if not 1 <= args.steps <= STEPS_PER_RUN:
         parser.error(f"--steps must be from 1 to {STEPS_PER_RUN}; got {args.steps}.")
@@ -352,12 +330,10 @@ def main() -> int:
     jax.block_until_ready(engine.leaves)
     weight_bytes = sum(x.nbytes for x in engine.leaves)
     benchmark = Benchmark(engine, args, weight_bytes, sum(x.size for x in engine.leaves))
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
-    command = "python -m benchmarks.decode_step " + " ".join(sys.argv[1:])
+    setting = Setting.here("benchmarks.decode_step", sys.argv[1:])
     about = [
-        f"{jax.devices()[0].device_kind}, {today}, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
-        f"`{command}`",
+        f"{setting.device}, {setting.date}, {records.versions(vars(setting))}",
+        f"`{setting.command}`",
         f"{args.config}, {config.n_layers} layers, weights of {weight_bytes / 1e9:.2f} GB ({config.param_dtype}); "
         f"ideal at {args.bandwidth / 1e12:.2f} TB/s; {args.runs} runs of {args.steps} steps each, median.",
     ]
@@ -369,22 +345,20 @@ def main() -> int:
     def save() -> None:
         if not args.out:
             return
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"about": about, "steps": benchmark.results, "prefill": prefill, "refused": refused}
-        args.out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         lines = ["# Decode steps and prefill", "", *(line + "\n" for line in about), *HEAD]
-        lines += [row(r) for r in benchmark.results] + ["", *refused, ""]
+        lines += [line(r) for r in benchmark.results] + ["", *refused, ""]
         lines += prefill_lines(prefill) if prefill else []
         for r in benchmark.results:
-            if table := profile_table(r):
-                lines += ["", f"## Batch {r['batch']}, {r['context']:,} tokens", *table]
-        args.out.with_suffix(".md").write_text("\n".join(lines).rstrip() + "\n")
+            if profiled := profile_table(r):
+                lines += ["", f"## Batch {r['batch']}, {r['context']:,} tokens", *profiled]
+        records.write(args.out, content, lines)
 
     batches: dict[int, list[int]] = {}
     for batch, context in args.cases:
         batches.setdefault(batch, []).append(context)
     names = tuple(dict.fromkeys((*args.products, "reference")))
-    with choose(product=names, swiglu=names) if args.products else contextlib.nullcontext():
+    with choose(skinny_gemm=names, swiglu=names) if args.products else contextlib.nullcontext():
         for batch, contexts in batches.items():
             fitting = []
             for context in sorted(contexts):

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks: lines over numbers of tokens, ours beside published ones."""
+"""Figures of the benchmarks: curves over numbers of tokens, ours beside published ones."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Series:
     label: str
     color: str
     points: Mapping[float, float]
-    """By horizontal position."""
+    """Values by horizontal position."""
     faint: bool = False
-    """Dashed, with open marks: what others published."""
+    """Dashed with open markers, for published results."""
 
 
 def draw_series(axes: Axes, lines: Sequence[Series], *, x_label: str, y_label: str, log: bool) -> None:
-    """Draws lines over numbers of tokens, which are spaced by their logarithm."""
+    """Draws lines over numbers of tokens, on a logarithmic axis."""
     for line in lines:
         if line.points:
             xs, ys = zip(*sorted(line.points.items()), strict=True)
@@ -61,14 +61,14 @@ def draw(
     note: str,
     log: bool = False,
 ) -> None:
-    """Writes a figure of one or more sets of lines, side by side.
+    """Writes a figure of one or more panels, side by side.
 
     Args:
-      path: the suffix says the format.
+      path: file, in the format of its suffix.
       panels: lines by title; those without points are left out.
-      x_label: of the horizontal axes: numbers of tokens.
-      y_label: of the vertical ones.
-      note: small print below: device, versions, date and command, and whose the dashed lines are.
+      x_label: label of the horizontal axes, which are numbers of tokens.
+      y_label: label of the vertical axes.
+      note: small print below: device, versions, date and command, and the source of dashed lines.
       log: whether the vertical axes are logarithmic.
     """
     figure = Figure(figsize=(8 if len(panels) == 1 else 6 * len(panels), 5.5), layout="constrained")

@@ -60,11 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rate", type=float, default=1e6, help="tokens per second that this host feeds")
-    parser.add_argument("--sequences", type=int, default=480, help="of a global batch")
+    parser.add_argument("--rate", type=float, default=1e6, help="tokens per second to feed")
+    parser.add_argument("--sequences", type=int, default=480, help="sequences per global batch")
     parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--steps", type=int, default=20, help="timed; two before them are not")
-    parser.add_argument("--tokens", type=int, default=200_000_000, help="in the shards")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps, after two that are not timed")
+    parser.add_argument("--tokens", type=int, default=200_000_000, help="tokens in the shards")
     parser.add_argument("--threads", type=int, default=DataConfig.read_threads)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Device time of a compiled program, and what reading memory costs, for the benchmarks."""
+"""Device time of compiled programs, and of plain memory reads."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -19,48 +20,45 @@ from jax import lax
 from jax.profiler import ProfileData
 
 PAUSE_S = 2e-3
-"""Between runs: longer than any pause inside one, so that a profile shows where each begins."""
+"""Pause between runs, longer than any inside one, so that a profile shows where each begins."""
 L2_BYTES = 64 * 1024**2
-"""More than the second-level cache of the GPUs that we know holds (50 MB, H100)."""
+"""More than the L2 cache of any GPU here (50 MB, H100)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Of one call among the many of a program."""
+    """Time of one of a program's many calls."""
 
     us: float
-    """Median over the runs of the program: from its first kernel's start to its last one's end, over its calls."""
+    """Median over runs of the program: from its first kernel's start to its last one's end, per call."""
     spread_us: float
-    """Slowest run less fastest."""
+    """Slowest run minus fastest."""
     kernels: dict[str, float]
-    """By kernel: its share of a call, in us. Kernels that overlap, and gaps, make the sum differ from `us`."""
+    """Time per call by kernel, in us. The sum differs from `us` where kernels overlap or leave gaps."""
     clock: str
-    """`device`: by a profile of the first GPU; `wall`: by the host's clock, where the profile shows no GPU."""
+    """`device`: from a profile of the first GPU; `wall`: the host's clock, if the profile shows no GPU."""
 
 
 def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, runs: int) -> Timing:
-    """Time of each of the equal calls that a compiled program makes.
+    """Times each of the equal calls that a compiled program makes.
 
     Args:
-      program: compiled.
-      args: of it, on the device.
-      calls: that it makes.
-      runs: of the program; one more before them is not counted.
+      program: compiled program.
+      args: its arguments, on the device.
+      calls: number of calls that it makes.
+      runs: timed runs of the program, after one that is not timed.
     """
     jax.block_until_ready(program(*args))
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    options.host_tracer_level = 1
     wall = []
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(runs):
-                time.sleep(PAUSE_S)
-                start = time.perf_counter()
-                jax.block_until_ready(program(*args))
-                wall.append(time.perf_counter() - start)
-        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        events = gpu_events(ProfileData.from_file(str(file)))
+
+    def run_all() -> None:
+        for _ in range(runs):
+            time.sleep(PAUSE_S)
+            start = time.perf_counter()
+            jax.block_until_ready(program(*args))
+            wall.append(time.perf_counter() - start)
+
+    events = trace(run_all)
     if not events:
         us = [1e6 * w / calls for w in wall]
         return Timing(statistics.median(us), max(us) - min(us), {}, "wall")
@@ -72,10 +70,27 @@ def measure(program: Callable[..., Any], args: Sequence[Any], *, calls: int, run
     return Timing(statistics.median(us), max(us) - min(us), dict(kernels), "device")
 
 
-def gpu_events(profile: ProfileData) -> list[tuple[float, float, str]]:
-    """Start and end, in ns, and name of what ran on the streams of the first GPU, by start.
+def trace(call: Callable[[], object]) -> list[tuple[float, float, str]]:
+    """The `gpu_events` of a call; empty if the profile shows no GPU."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            call()
+        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
+        return gpu_events(ProfileData.from_file(str(file)))
 
-    Of several GPUs, which run the same program, any one shows the time: what it waits for is in its exchanges.
+
+def kernel_ops(hlo: str) -> dict[str, str]:
+    """The operation that each kernel comes from: XLA names a kernel after its instruction, whose metadata name it."""
+    named = re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
+    return {re.sub(r"\W", "_", name): op for name, op in named}
+
+
+def gpu_events(profile: ProfileData) -> list[tuple[float, float, str]]:
+    """Start and end, in ns, and name of the kernels on the streams of the first GPU, by start.
+
+    With several GPUs any one shows the time: waiting for others is part of its collectives.
     """
     for plane in sorted((p for p in profile.planes if "GPU" in p.name), key=lambda p: p.name):
         events = [
@@ -94,7 +109,7 @@ T = TypeVar("T")
 
 
 def attempt(job: Callable[[], T]) -> T | Exception:
-    """What a job gives, or why it fails: one case that does not compile, or fit, is no reason to lose the others."""
+    """Returns a job's result or its exception: a case that does not compile, or fit, must not lose the others."""
     try:
         return job()
     except Exception as e:
@@ -102,14 +117,14 @@ def attempt(job: Callable[[], T]) -> T | Exception:
 
 
 def together(jobs: Sequence[Callable[[], T]]) -> list[T | Exception]:
-    """`attempt` of jobs that compile, several at once; nothing is timed meanwhile."""
+    """Runs `attempt` on compile jobs, several at once; nothing is timed meanwhile."""
     with concurrent.futures.ThreadPoolExecutor(COMPILING_AT_ONCE) as pool:
         return list(pool.map(attempt, jobs))
 
 
 def split_runs(intervals: Sequence[tuple[float, float]], runs: int) -> list[tuple[float, float]]:
-    """Start and end of each run, given its kernels' by start: the longest pauses lie between runs."""
-    ends: list[float] = []  # of all kernels so far: they may overlap
+    """Start and end of each run, given all kernels' by start: the longest pauses are those between runs."""
+    ends: list[float] = []  # running maximum: kernels may overlap
     for _, end in intervals:
         ends.append(max(end, ends[-1] if ends else end))
     pauses = sorted(range(1, len(intervals)), key=lambda i: intervals[i][0] - ends[i - 1])
@@ -118,11 +133,11 @@ def split_runs(intervals: Sequence[tuple[float, float]], runs: int) -> list[tupl
 
 
 def rotation(size: int, microseconds: float) -> tuple[int, int]:
-    """How many buffers of so many bytes to rotate, and how many calls to make of them in one program.
+    """The number of buffers to rotate, and of calls that use them, in one program.
 
     Args:
-      size: of a buffer, in bytes. Between two uses of one, more than the cache holds is read: two at least.
-      microseconds: that the program should take, were the memory to give 2.5 TB/s; but 100 calls at most.
+      size: bytes of a buffer. Between two uses of one, more than the L2 cache holds is read: at least two buffers.
+      microseconds: target duration of the program at 2.5 TB/s, in at most 100 calls.
     """
     buffers = 1 + max(1, -(-L2_BYTES // size))
     calls = min(100, microseconds / (size / 2.5e6 + 5))

@@ -1,6 +1,6 @@
-"""What the paper publishes of decoding, to stand beside what is measured here (arXiv 2603.02188).
+"""The paper's published decoding results, for comparison (arXiv 2603.02188).
 
-Measured by its authors on H100 GPUs with bfloat16 in paged caches. Tokens are counted in K = 1024.
+Measured by its authors on H100 GPUs with bfloat16 in paged caches. K is 1024 tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ LATENCY_US = _by_tokens(
     gla_2=(63.5, 93.0, 152.3, 267.1, 493.4),
     mlra_4=(48.4, 68.4, 103.5, 173.2, 308.2),
 )
-"""Decode attention, batch 1, 64 query heads, one device's share, by cached tokens: us, without projections and without
-exchanges between devices. Read off the vector figure of the authors' page."""
+"""Decode attention in us by cached tokens: batch 1, 64 query heads, one device's share, without projections and
+collectives. Read off the vector figure of the authors' page."""
 
 THROUGHPUT = _by_tokens(
     (1 * K, 4 * K, 8 * K, 16 * K),
@@ -43,7 +43,8 @@ THROUGHPUT = _by_tokens(
     gla_2=(542, 488, 438, 369),
     mlra_4=(860, 714, 595, 458),
 )
-"""The attention layer on eight H100, by cached tokens: tokens/ms. 128 query heads, model width 7168, batch 128."""
+"""Throughput of the attention layer on eight H100 in tokens/ms, by cached tokens: 128 query heads, model width 7168,
+batch 128."""
 
 
 def series(variant: str, points: Mapping[int, float], *, paper: bool) -> Series:

@@ -4,8 +4,8 @@
     python -m benchmarks.paper_latency --lengths 1K 4K          # what a CPU can do; it is timed by the host's clock
     python -m benchmarks.paper_latency --redraw RESULTS.json    # the figure alone, without a device
 
-Measures as `benchmarks.decode_attention` does, the op from queries and cache to the output, without projections and
-without exchanges between devices. The shares are those whose cached widths the paper's figure shows: one of MLRA-4's
+Like `benchmarks.decode_attention`, measures the op from queries and cache to the output, without projections and
+collectives. The shares are those whose cached widths the paper's figure shows: one of MLRA-4's
 four latent heads (192 values a token), one of GLA-2's two (320), all of MLA (576), one KV head of GQA (256). Caches are
 paged, as the paper's are.
 
@@ -15,16 +15,17 @@ Writes `paper_latency_DEVICE.json`, `.md` and `.png`; the figure has the paper's
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import paper
+from benchmarks import paper, records
 from benchmarks.decode_attention import HEADER as DETAILS
-from benchmarks.decode_attention import RESULTS, Row, Setting, as_record, format_row, parse_size, run
+from benchmarks.decode_attention import Row, as_record, format_row, run
 from benchmarks.figures import draw, show_tokens
+from benchmarks.records import Setting, parse_size
+from mlra_jax import markdown
 from mlra_jax.ops.decode import IMPLEMENTATIONS
 from mlra_jax.ops.tuning import slug
 
@@ -40,7 +41,7 @@ def parse_length(text: str) -> int:
 
 
 def points(record: Mapping[str, Any]) -> dict[str, dict[int, float]]:
-    """Of each variant: us by tokens, from what this benchmark or `benchmarks.decode_attention` has written."""
+    """Times in us by variant and tokens, from results of this benchmark or of `benchmarks.decode_attention`."""
     found: dict[str, dict[int, float]] = {variant: {} for variant in VARIANTS}
     for row in record["rows"]:
         variant, _, size = row["case"].rpartition(" ")
@@ -53,8 +54,7 @@ def points(record: Mapping[str, Any]) -> dict[str, dict[int, float]]:
 
 def describe(record: Mapping[str, Any]) -> str:
     """Device, versions, date and command."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{record['device']}, {versions}, {record['date']}.\n{record['command']}"
+    return f"{record['device']}, {records.versions(record)}, {record['date']}.\n{record['command']}"
 
 
 def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -77,30 +77,25 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown: our times, the paper's, and the paper's over ours; last, MLA's time over MLRA-4's."""
+    """Lines of Markdown: our times, the paper's and their ratio, and MLA's time over MLRA-4's."""
     ours = points(record)
-    names = [f"{paper.NAMES[v]} | paper | ratio" for v in VARIANTS]
-    lines = [
-        f"| tokens | {' | '.join(names)} | MLA over MLRA-4 | paper |",
-        "| ---: |" + " ---: |" * (3 * len(VARIANTS) + 2),
-    ]
     number = lambda x, digits=1: "" if x is None else f"{x:.{digits}f}"
     over = lambda x, y: x / y if x and y else None
+    rows = []
     for tokens in sorted({tokens for found in ours.values() for tokens in found}):
         here = {v: ours[v].get(tokens) for v in VARIANTS}
         theirs = {v: paper.LATENCY_US[v].get(tokens) for v in VARIANTS}
         cells = [show_tokens(tokens)]
         for v in VARIANTS:
             cells += [number(here[v]), number(theirs[v]), number(over(theirs[v], here[v]), 2)]
-        cells += [number(over(us["mla"], us["mlra_4"]), 2) for us in (here, theirs)]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append([*cells, *(number(over(us["mla"], us["mlra_4"]), 2) for us in (here, theirs))])
+    names = [name for v in VARIANTS for name in (paper.NAMES[v], "paper", "ratio")]
+    return markdown.table(("tokens", *names, "MLA over MLRA-4", "paper"), rows, "r")
 
 
 def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, stem: pathlib.Path) -> None:
     """Writes `stem`.json, `.md` and `.png`."""
     record = as_record(rows, failures, setting)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     device, command = describe(record).split("\n")
     lines = [
         "# The paper's latency of decode attention",
@@ -114,45 +109,36 @@ def write(rows: Sequence[Row], failures: Mapping[str, str], setting: Setting, st
         "",
         DETAILS,
         *map(format_row, rows),
-        *(line for name, why in failures.items() for line in ("", f"{name}: not measured. {why}")),
+        *records.not_measured(failures),
     ]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    records.write(stem, record, lines)
     draw_figure(record, stem.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper_latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--cases", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants")
+    parser = records.parser("benchmarks.paper_latency", __doc__)
+    parser.add_argument("--cases", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants to measure")
     lengths = sorted(paper.LATENCY_US["mla"])
-    parser.add_argument("--lengths", nargs="+", type=parse_length, default=lengths, help="tokens")
-    parser.add_argument("--page", type=int, default=64, help="tokens of a page; 0: a contiguous cache")
+    parser.add_argument(
+        "--lengths", nargs="+", type=parse_length, default=lengths, help="numbers of cached tokens"
+    )
+    parser.add_argument("--page", type=int, default=64, help="tokens per page; 0: a contiguous cache")
     parser.add_argument(
         "--implementation", choices=list(IMPLEMENTATIONS), help="default: the dispatcher's choice"
     )
-    parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each program")
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="draw what is in a file of results"
+        "--redraw", type=pathlib.Path, metavar="JSON", help="redraw the figure of a results file"
     )
     parser.add_argument(
-        "--figure", type=pathlib.Path, help="with --redraw: what to write (JSON with suffix .png)"
+        "--figure", type=pathlib.Path, help="with --redraw: figure to write; default: JSON with suffix .png"
     )
     options = parser.parse_args(argv)
     if options.redraw:
         figure = options.figure or options.redraw.with_suffix(".png")
-        try:
-            record = json.loads(options.redraw.read_text())
-            draw_figure(record, figure)
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            parser.error(
-                f"{options.redraw} cannot be drawn; it must be what this command has written ({e!r})."
-            )
+        record = records.redraw(parser, options.redraw, lambda record: draw_figure(record, figure))
         print("\n".join(table(record)))
         print(f"Written to {figure}")
         return 0
@@ -162,7 +148,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     implementations = [options.implementation] if options.implementation else list(IMPLEMENTATIONS)
     setting = Setting.here("benchmarks.paper_latency", argv)
     stem = options.out / f"paper_latency_{slug(setting.device)}"
-    options.out.mkdir(parents=True, exist_ok=True)
     names = [f"{v} 1x{show_tokens(tokens)}" for tokens in options.lengths for v in options.cases]
     print(f"{setting.device}, {setting.versions}\n{DETAILS}", flush=True)
     rows, failures = run(

@@ -1,4 +1,4 @@
-"""The paper's table of decode throughput, as far as the devices at hand allow: the whole attention layer, tokens/ms.
+"""The paper's table of decode throughput on the devices at hand: the whole attention layer, in tokens/ms.
 
     python -m benchmarks.paper_throughput                                  # on a GPU, or eight
     python -m benchmarks.paper_throughput --size tiny --contexts 256       # on a CPU
@@ -10,19 +10,17 @@ attention layer: projections, absorption, append, attention, up-projection and o
 say: a query rank of 1536 and latents of 512 in all (as in DeepSeek-V3), 8 KV heads of GQA, heads of 128 + 64,
 contiguous caches.
 
-With eight devices the real mesh runs. With fewer, the device groups of `data` that there is room for run, each with its
-part of the batch: nothing passes between these groups, so that the others would add their tokens at the same time. With
-fewer devices than `tensor`, one device's share of heads, weights and batch runs alone, **without the collectives**
-(`benchmarks/attention_layer.py` says what a share is). Tokens/ms are always those of the whole batch.
+With eight devices the paper's mesh runs. With fewer, as many of its `data` groups run as fit, each with its part of the
+batch: groups do not communicate, so the others would add their tokens in the same time. With fewer devices than
+`tensor`, one device's share of heads, weights and batch runs alone, **without the collectives**
+(`benchmarks/attention_layer.py` defines a share). Tokens/ms are always those of the whole batch.
 
 Writes `paper_throughput_DEVICE.json`, `.md` and `.png`; the figure has the paper's points beside ours.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,12 +28,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import paper
+from benchmarks import paper, records
 from benchmarks.attention_layer import Place, measure_layers
-from benchmarks.decode_attention import RESULTS, Setting
 from benchmarks.figures import draw, show_tokens
 from benchmarks.paper_latency import describe, parse_length
+from benchmarks.records import Setting
 from benchmarks.tensor_parallel import LAYER_HEAD, layer_line, number, tiny
+from mlra_jax import markdown
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import AttentionConfig, ModelConfig
@@ -49,24 +48,17 @@ HEADS: Mapping[str, tuple[int, int]] = {"mla": (1, 1), "gla_2": (2, 1), "mlra_4"
 
 
 def model_config(variant: str, size: str = "paper") -> ModelConfig:
-    """A model with the attention that the paper's table is of; the rest of it is never run."""
+    """A model with the attention of the paper's table; the rest of it is never run."""
     attention: AttentionConfig = GroupedAttentionConfig(n_kv_heads=8, d_head=128)
     if variant in HEADS:
         attention = LatentAttentionConfig(*HEADS[variant], q_lora_rank=1536, kv_lora_rank=512)
-    config = ModelConfig(
-        n_layers=1,
-        d_model=7168,
-        n_heads=128,
-        d_ff=18432,
-        vocab_size=129280,
-        attention=attention,
-        param_dtype="bfloat16",
-    )
+    sizes = {"n_layers": 1, "d_model": 7168, "n_heads": 128, "d_ff": 18432, "vocab_size": 129280}
+    config = ModelConfig(**sizes, attention=attention, param_dtype="bfloat16")
     return config if size == "paper" else tiny(config)
 
 
 def place(variant: str, config: ModelConfig, n_devices: int, split_heads: bool) -> Place:
-    """Where it runs: on the paper's mesh, on as many of its groups as there is room for, or one device's share."""
+    """The layout to run: the paper's mesh, as many of its groups as fit, or one device's share."""
     tensor, data = MESHES[variant]
     if tensor > n_devices:
         return Place(variant, config, tensor, split_heads=config.attention.n_branches == 1, share=True)
@@ -75,7 +67,7 @@ def place(variant: str, config: ModelConfig, n_devices: int, split_heads: bool) 
 
 
 def what_ran(layer: Mapping[str, Any]) -> str:
-    """In words."""
+    """Describes what ran."""
     tensor, data = MESHES[layer["variant"]]
     if layer["share"]:
         return f"one device's share of {tensor} x {data}, without the collectives"
@@ -86,14 +78,14 @@ def what_ran(layer: Mapping[str, Any]) -> str:
 
 
 def tokens_per_ms(layer: Mapping[str, Any]) -> float:
-    """Of the whole batch: all groups of `data` step at the same time."""
+    """Throughput of the whole batch: all groups of `data` step at the same time."""
     _, data = MESHES[layer["variant"]]
     groups = 1 if layer["share"] else layer["data"]
     return 1e3 * layer["batch"] * data / groups / layer["us"]
 
 
 def fastest(record: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]]:
-    """By variant and context: the layer with the more tokens/ms, where query heads were split and whole."""
+    """The faster layout of the query heads, by variant and context."""
     found: dict[str, dict[int, Mapping[str, Any]]] = {v: {} for v in MESHES}
     for layer in sorted(record["layers"], key=tokens_per_ms):
         found[layer["variant"]][layer["context"]] = layer
@@ -103,28 +95,28 @@ def fastest(record: Mapping[str, Any]) -> dict[str, dict[int, Mapping[str, Any]]
 def table(record: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: tokens/ms of each variant, and the paper's."""
     found = fastest(record)
-    lines = [
-        "| context | " + " | ".join(f"{paper.NAMES[v]} | paper" for v in MESHES) + " |",
-        "| ---: |" + " ---: |" * 2 * len(MESHES),
-    ]
+    rows = []
     for context in sorted({c for by_context in found.values() for c in by_context}):
         cells = [show_tokens(context)]
         for v in MESHES:
             layer, theirs = found[v].get(context), paper.THROUGHPUT[v].get(context)
             cells += [number(tokens_per_ms(layer), 0) if layer else "", number(theirs, 0)]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        f"\n{paper.NAMES[v]}: {what_ran(layer)}; query heads {layer['heads']}."
-        for v in MESHES
-        for layer in list(found[v].values())[:1]
+        rows.append(cells)
+    names = [name for v in MESHES for name in (paper.NAMES[v], "paper")]
+    return [
+        *markdown.table(("context", *names), rows, "r"),
+        *(
+            f"\n{paper.NAMES[v]}: {what_ran(layer)}; query heads {layer['heads']}."
+            for v in MESHES
+            for layer in list(found[v].values())[:1]
+        ),
     ]
-    return lines
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def page(record: Mapping[str, Any]) -> list[str]:
     """All tables."""
     device, command = describe(record).split("\n")
-    lines = [
+    return [
         f"# The paper's throughput of the attention layer on {record['n_devices']} x {record['device']}",
         "",
         f"{device} `{command}`",
@@ -138,16 +130,13 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         *LAYER_HEAD,
         *map(layer_line, record["layers"]),
-        *(line for name, why in record["failures"].items() for line in ("", f"{name}: not measured. {why}")),
+        *records.not_measured(record["failures"]),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
     """Writes `stem`.json, `.md` and `.png`."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(record))
+    records.write(stem, record, page(record))
     lines, labels = [], []
     for v, by_context in fastest(record).items():
         points = {context: tokens_per_ms(layer) for context, layer in by_context.items()}
@@ -168,38 +157,31 @@ def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 where a case failed."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper_throughput",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--cases", nargs="+", choices=list(MESHES), default=list(MESHES), help="variants")
-    contexts = sorted(paper.THROUGHPUT["mla"])
-    parser.add_argument("--contexts", nargs="+", type=parse_length, default=contexts, help="tokens")
-    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
-    parser.add_argument("--runs", type=int, default=7, help="timed, of each program")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser = records.parser("benchmarks.paper_throughput", __doc__)
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="write table and figure of a JSON again"
+        "--cases", nargs="+", choices=list(MESHES), default=list(MESHES), help="variants to measure"
+    )
+    contexts = sorted(paper.THROUGHPUT["mla"])
+    parser.add_argument(
+        "--contexts", nargs="+", type=parse_length, default=contexts, help="context lengths in tokens"
+    )
+    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: sizes for a CPU")
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each program")
+    parser.add_argument(
+        "--redraw", type=pathlib.Path, metavar="JSON", help="rewrite table and figure of a results file"
     )
     args = parser.parse_args(argv)
     if args.runs < 1:
         parser.error("--runs must be at least 1.")
     if args.redraw:
-        try:
-            record = json.loads(args.redraw.read_text())
-            write(record, args.redraw.with_suffix(""))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            parser.error(f"{args.redraw} cannot be drawn; it must be what this command has written ({e!r}).")
+        record = records.redraw(
+            parser, args.redraw, lambda record: write(record, args.redraw.with_suffix(""))
+        )
         print("\n".join(table(record)))
         return 0
     n_devices, setting = len(jax.devices()), Setting.here("benchmarks.paper_throughput", argv)
-    record = dataclasses.asdict(setting) | {
-        "n_devices": n_devices,
-        "batch": BATCH,
-        "layers": [],
-        "failures": {},
-    }
+    about = {"n_devices": n_devices, "batch": BATCH, "layers": [], "failures": {}}
+    record: dict[str, Any] = dataclasses.asdict(setting) | about
     stem = args.out / f"paper_throughput_{slug(setting.device)}"
     print(f"{n_devices} x {setting.device}, {setting.versions}", *LAYER_HEAD, sep="\n", flush=True)
     jobs = []

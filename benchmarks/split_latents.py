@@ -19,6 +19,7 @@ from mlra_jax.checkpoints import lazy_params, load_config
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.convert import split_latents
 from mlra_jax.data.pipeline import EvalBatches
+from mlra_jax.markdown import head, row
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
 from mlra_jax.training.step import make_eval_step
 
@@ -49,8 +50,8 @@ def main() -> None:
 
         before = loss(config.model, params)
         print(f"Before: {before:.3f} nats per token.\n")
-        print("| L | J | cut as it lies | mixed, keys as they are | mixed, keys times the pieces |")
-        print("| ---: | ---: | ---: | ---: | ---: |")
+        names = ("L", "J", "not mixed", "mixed, keys unscaled", "mixed, keys scaled (default)")
+        print(*head(names, "r"), sep="\n")
         for heads, branches in SPLITS:
             columns = []
             for seeds, key_scale in (((None,), None), (SEEDS, 1.0), (SEEDS, None)):
@@ -64,7 +65,7 @@ def main() -> None:
                 losses = [loss(model, split) for split, model in made]
                 columns.append(", ".join(f"{x:.3f}" for x in losses))
             if columns:
-                print(f"| {heads} | {branches} | {' | '.join(columns)} |", flush=True)
+                print(row((heads, branches, *columns)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Decoding on 1, 2 and 4 devices that split the latent heads: attention, its whole layer, and the 2.9 B model.
+"""Tensor-parallel decoding on 1, 2 and 4 devices: attention, whole attention layers, and the 2.9 B model.
 
     python -m benchmarks.tensor_parallel                                   # on as many devices as there are
     python -m benchmarks.tensor_parallel --parts layer --variants mlra_4 mla --cases 1x128K 1x2M 64x8K
     python -m benchmarks.tensor_parallel --size tiny --cases 1x256 --model-cases 1x256      # on a CPU
 
-Where there are fewer devices, one device's share is timed alone, without the exchanges between devices, and marked so
-(`benchmarks/attention_layer.py` says what a share is). Three parts:
+With fewer devices, one device's share is timed alone, without collectives, and marked (`benchmarks/attention_layer.py`
+defines a share). Three parts:
 
-- layer: the decode step of an attention layer as the paper's 2.9 B models have it, but with 64 query heads (GQA: 8 KV
-  heads). Its attention kernels and its exchanges are told apart by a profile. MLRA is timed with the query heads of
-  W_qb and W_o split over the devices, and whole on each.
+- layer: the decode step of an attention layer of the paper's 2.9 B models, but with 64 query heads (GQA: 8 KV heads). A
+  profile separates attention kernels and collectives. MLRA is timed with the query heads of W_qb and W_o split over the
+  devices, and whole on each. MLA is timed with its whole cache on each device, and as `MLA (context)` with the cache's
+  tokens split over the devices, query heads split and whole: decode context parallelism, as vLLM and SGLang decode MLA.
 - model: steps of the 2.9 B model in the engine of `decode.py`, as `benchmarks.decode_step` times them.
-- check: greedy tokens on all numbers of devices, in float32 and highest precision, which must be equal; and the largest
-  difference of logits in bfloat16, of a prompt and of steps after it. Needs the devices.
+- check: greedy tokens for each number of devices, in float32 and highest precision, which must be equal; and the
+  largest difference of bfloat16 logits, of a prompt and of steps after it. Needs the devices.
 
 Writes `tensor_parallel_DEVICE.json`, `.md` and `.png`.
 """
@@ -22,21 +23,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
 
-from benchmarks import decode_step, paper
+from benchmarks import decode_step, paper, records
 from benchmarks.attention_layer import EXCHANGE, Place, device_bytes, measure_layers, places
-from benchmarks.decode_attention import RESULTS, Setting, parse_size
 from benchmarks.figures import Series, draw, show_tokens
+from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.registry import attention_name
 from mlra_jax.cli.configs import load_config
@@ -44,23 +44,21 @@ from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
 from mlra_jax.generation.load import abstract_params
+from mlra_jax.markdown import head, row, table
 from mlra_jax.model import to_decode
 from mlra_jax.ops.tuning import slug
 
 VARIANTS = ("mlra_4", "mlra_2", "gla_2", "mla", "gqa")
 CASES = ("1x16K", "1x128K", "1x512K", "1x2M", "16x4K", "16x32K", "64x8K", "128x4K", "128x32K")
-MODEL_CASES = ("1x16K", "1x128K", "16x4K", "64x8K")
+MODEL_CASES = ("1x1K", "1x16K", "1x128K", "1x2M", "16x4K", "64x8K")
 PARTS = ("layer", "model", "check")
+CONTEXT = "mla_context"
+"""Stands for MLA with the tokens of its cache split."""
+ROWS = (*VARIANTS, CONTEXT)
+NAMES = {**paper.NAMES, CONTEXT: "MLA (context)"}
+COLORS = {**paper.COLORS, CONTEXT: "tab:brown"}
 HEADS = 64
 """Query heads of the paper's decode shape."""
-
-
-def case(text: str) -> tuple[int, int]:
-    """`16x32K` as batch and context, for argparse."""
-    try:
-        return parse_size(text)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 TINY = {
@@ -96,7 +94,7 @@ def model_config(variant: str, size: str) -> ModelConfig:
 
 
 def layer_config(variant: str, size: str) -> ModelConfig:
-    """The same with the query heads of the paper's decode shape."""
+    """The same model with the query heads of the paper's decode shape."""
     config = model_config(variant, size)
     if size != "paper":
         return config
@@ -118,7 +116,7 @@ def by_batch(cases: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
 
 
 def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse.Namespace) -> Iterator[Any]:
-    """Results of `benchmarks.decode_step` of each case, with where the model lies; or a name and why there is none."""
+    """Yields `benchmarks.decode_step`'s results for each case, with the layout; or a name and why there is none."""
     mesh, config = place.mesh(), place.runs
     with jax.set_mesh(mesh):
         engine = Engine(decode_step.random_model(config, place.rules), mesh, config.vocab_size)
@@ -130,12 +128,15 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
     weight_bytes = device_bytes(engine.leaves)
     benchmark = decode_step.Benchmark(engine, options, weight_bytes, sum(x.size for x in engine.leaves))
     for batch, contexts in by_batch(cases).items():
-        capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
-        name = f"model {place.variant} tensor {place.tensor} {place.heads} batch {batch}"
-        try:
-            engine.check_memory(batch, 1, capacity)
-        except ConfigError as e:
-            yield name, str(e)
+        capacity = 0
+        while contexts:
+            capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
+            try:
+                engine.check_memory(batch, 1, capacity)
+                break
+            except ConfigError as e:
+                yield f"model {place.name} batch {batch} context {show_tokens(contexts.pop())}", str(e)
+        if not contexts:
             continue
         rows = benchmark.rows(batch, capacity)
         for context in contexts:
@@ -148,6 +149,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
                 "tensor": place.tensor,
                 "heads": place.heads,
                 "share": place.share,
+                "split_tokens": place.split_tokens,
                 **result,
                 "busy_us": profile.get("busy_us"),
                 "exchange_us": exchange if profile else None,
@@ -161,7 +163,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
 
 
 def seeded_engine(place: Place) -> Engine:
-    """An engine whose parameters depend on the configuration alone, and not on how they are laid out."""
+    """An engine whose parameters depend only on the configuration, not on the layout."""
     mesh, config, rules = place.mesh(), place.config, place.rules
     abstract = abstract_params(config, rules, mesh)
     with jax.set_mesh(mesh):
@@ -170,7 +172,7 @@ def seeded_engine(place: Place) -> Engine:
 
 
 def greedy(engine: Engine, prompts: Sequence[Sequence[int]], n: int) -> np.ndarray:
-    """The most probable `n` tokens after each prompt, [prompts, n]."""
+    """Greedily decodes `n` tokens after each prompt: [prompts, n]."""
     rows = engine.start(prompts, [n] * len(prompts))
     tokens = [np.asarray(rows.first_B)[None]]
     while (done := sum(map(len, tokens))) < n:
@@ -179,7 +181,7 @@ def greedy(engine: Engine, prompts: Sequence[Sequence[int]], n: int) -> np.ndarr
 
 
 def stepped_logits(engine: Engine, tokens: np.ndarray, start: int) -> np.ndarray:
-    """Logits after the first `start` tokens of each row, and after each one more: [rows, 1 + rest, V]."""
+    """Logits after the first `start` tokens of each row, and after each further one: [rows, 1 + rest, V]."""
     b, total = tokens.shape
     max_len = round_up(total, LENGTH_UNIT)
     chunk = lambda leaves, *args: prefill(engine.model(leaves), *args)
@@ -199,9 +201,9 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 
     Args:
       variant: name of the model.
-      config: of it.
-      tensors: numbers of devices, 1 the first.
-      n_tokens: tokens that are made, and steps whose logits are compared.
+      config: its configuration.
+      tensors: numbers of devices, starting with 1.
+      n_tokens: tokens to generate, and steps whose logits to compare.
     """
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, config.vocab_size, (4, 48))
@@ -226,6 +228,7 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
                 {
                     "tensor": tensor,
                     "heads": place.heads,
+                    "split_tokens": place.split_tokens,
                     "equal_tokens": bool((tokens == alone["tokens"]).all()),
                     "largest_difference": float(np.abs(logits - alone["logits"]).max()),
                     "logits_std": float(alone["logits"].std()),
@@ -237,8 +240,13 @@ def check(variant: str, config: ModelConfig, tensors: Sequence[int], n_tokens: i
 # What is written
 
 
+def row_of(r: Mapping[str, Any], variant: str | None = None) -> str:
+    """Of a result: one of `ROWS`. Results of earlier versions have no split tokens."""
+    return CONTEXT if r.get("split_tokens") else variant or r["variant"]
+
+
 def number(x: float | None, digits: int = 1) -> str:
-    """For a table; empty for what is not known."""
+    """Formats a number for a table; empty if unknown."""
     return "" if x is None or not np.isfinite(x) else f"{x:,.{digits}f}"
 
 
@@ -247,149 +255,161 @@ def over(x: float | None, y: float | None) -> float | None:
     return x / y if x is not None and y else None
 
 
-LAYER_HEAD = [
-    "| attention | devices | query heads | batch | context | layer, us | by profile | by host | bound | of bound | "
-    "attention, us | of bandwidth | exchanges, us | of layer |",
-    "| --- | --- | --- |" + " ---: |" * 11,
-]
+LAYER_HEAD = head(
+    [
+        "attention",
+        "devices",
+        "query heads",
+        "batch",
+        "context",
+        "layer, us",
+        "by profile",
+        "by host",
+        "bound",
+        "of bound",
+        "attention, us",
+        "of bandwidth",
+        "exchanges, us",
+        "of layer",
+    ],
+    "lllr",
+)
+
+
+def percent(x: float | None) -> str:
+    """Formats a ratio for a table; empty if unknown."""
+    return "" if x is None or not np.isfinite(x) else f"{x:.0%}"
+
+
+def placed(r: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells that describe what ran: model, devices, query heads, batch and context."""
+    devices = f"{r['tensor']}{' (share)' if r['share'] else ''}"
+    return NAMES[row_of(r)], devices, r["heads"], str(r["batch"]), show_tokens(r["context"])
 
 
 def layer_line(r: Mapping[str, Any]) -> str:
     """A layer in the table."""
     us, attention, exchange, bandwidth = (r[k] for k in ("us", "attention_us", "exchange_us", "bandwidth"))
     read = 1e6 * r["cache_bytes"] / bandwidth if bandwidth else None
-    of_bound, of_read, of_layer = over(r["bound_us"], us), over(read, attention), over(exchange, us)
-    percent = lambda x: "" if x is None else f"{x:.0%}"
-    cells = [
-        paper.NAMES[r["variant"]],
-        f"{r['tensor']}{' (share)' if r['share'] else ''}",
-        r["heads"],
-        str(r["batch"]),
-        show_tokens(r["context"]),
-        number(us),
-        "" if r["timing"]["clock"] == "wall" else number(r["timing"]["us"]),
-        number(r["wall_us"]),
-        number(r["bound_us"]),
-        percent(of_bound),
-        number(attention),
-        percent(of_read),
-        "" if r["share"] else number(exchange),
-        "" if r["share"] else percent(of_layer),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    exchanges = ("", "") if r["share"] else (number(exchange), percent(over(exchange, us)))
+    return row(
+        (
+            *placed(r),
+            number(us),
+            "" if r["timing"]["clock"] == "wall" else number(r["timing"]["us"]),
+            number(r["wall_us"]),
+            number(r["bound_us"]),
+            percent(over(r["bound_us"], us)),
+            number(attention),
+            percent(over(read, attention)),
+            *exchanges,
+        )
+    )
 
 
 def quantities(r: Mapping[str, Any]) -> dict[str, float | None]:
-    """What is compared between layers, in us."""
+    """The times to compare between layers, in us."""
     attention, exchange = r["attention_us"], r["exchange_us"]
     both = None if attention is None else attention + exchange
     return {"attention": attention, "attention and exchanges": both, "layer": r["us"]}
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], Mapping[str, Any]]:
-    """By variant, batch, context and devices: the faster of the layouts."""
+    """The faster layout, by one of `ROWS`, batch, context and devices."""
     found: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for r in sorted(rows, key=lambda r: -r["us"]):
-        found[r["variant"], r["batch"], r["context"], r["tensor"]] = r
+        found[row_of(r), r["batch"], r["context"], r["tensor"]] = r
     return found
 
 
 def comparisons(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Tables of MLA over MLRA-4, and of one device over several, of the faster layout of each."""
+    """Tables of MLA over MLRA-4, and of one device over several, each in its faster layout."""
     found = fastest(rows)
     sizes = sorted({key[1:3] for key in found})
     tensors = sorted({key[3] for key in found})
     shared = {key[3] for key, r in found.items() if r["share"]}
     named = [f"{t}{' (share)' if t in shared else ''}" for t in tensors]
-    lines = ["", "## MLA's time over MLRA-4's, at equal number of devices", ""]
     what = ("attention", "attention and exchanges", "layer")
-    heads = [f"{w}, {n}" for w in what for n in named]
-    lines += [
-        "| batch | context | " + " | ".join(heads) + " |",
-        "| ---: |" * 1 + " ---: |" * (1 + len(heads)),
-    ]
-    for batch, context in sizes:
-        cells = []
-        for w in what:
-            for t in tensors:
-                pair = [found.get((v, batch, context, t)) for v in ("mla", "mlra_4")]
-                mla, mlra = (quantities(r)[w] if r else None for r in pair)
-                cells.append(number(over(mla, mlra), 2))
-        lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
-    lines += ["", "## One device's time over that of several, of the whole layer", ""]
     several = [(t, n) for t, n in zip(tensors, named, strict=True) if t > 1]
-    variants = [v for v in VARIANTS if any(key[0] == v for key in found)]
-    heads = [f"{paper.NAMES[v]}, {n}" for v in variants for _, n in several]
-    lines += ["| batch | context | " + " | ".join(heads) + " |", "| ---: |" + " ---: |" * (1 + len(heads))]
-    for batch, context in sizes:
-        cells = []
-        for v in variants:
-            one = found.get((v, batch, context, 1))
-            for t, _ in several:
-                r = found.get((v, batch, context, t))
-                cells.append(number(over(one["us"], r["us"]), 2) if one and r else "")
-        lines.append(f"| {batch} | {show_tokens(context)} | " + " | ".join(cells) + " |")
-    return lines
+    variants = [v for v in ROWS if any(key[0] == v for key in found)]
+    rivals = [(v, t, n) for v in ("mla", CONTEXT) for t, n in zip(tensors, named, strict=True)]
+    rivals = [(v, t, n) for v, t, n in rivals if v == "mla" or (t > 1 and v in variants)]
+
+    def ratios(names: Iterable[str], cells: Callable[[int, int], Iterable[float | None]]) -> list[str]:
+        rows = [(b, show_tokens(c), *(number(x, 2) for x in cells(b, c))) for b, c in sizes]
+        return table(("batch", "context", *names), rows, "r")
+
+    def over_mlra(batch: int, context: int) -> Iterator[float | None]:
+        for w in what:
+            for rival, t, _ in rivals:
+                pair = [found.get((v, batch, context, t)) for v in (rival, "mlra_4")]
+                yield over(*(quantities(r)[w] if r else None for r in pair))
+
+    def over_several(batch: int, context: int) -> Iterator[float | None]:
+        us = lambda v, t: found.get((v, batch, context, t), {}).get("us")
+        alone = lambda v: us("mla" if v == CONTEXT else v, 1)
+        return (over(alone(v), us(v, t)) for v in variants for t, _ in several)
+
+    return [
+        "",
+        "## MLA's time over MLRA-4's, at equal number of devices",
+        "",
+        *ratios([f"{NAMES[v]}: {w}, {n}" for w in what for v, _, n in rivals], over_mlra),
+        "",
+        "## One device's time over that of several, of the whole layer",
+        "",
+        *ratios([f"{NAMES[v]}, {n}" for v in variants for _, n in several], over_several),
+    ]
 
 
 def model_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of the 2.9 B model."""
-    lines = [
+    rows = []
+    for r in results:
+        exchange = None if r["share"] else over(r["exchange_us"], r["busy_us"])
+        times = [number(r[name], 3) for name in ("step_ms", "spread_ms", "ideal_ms")]
+        rates = [percent(over(1.0, r["ratio"])), number(r["tokens_per_second"], 0), percent(exchange)]
+        sizes = [number(r["weight_bytes"] / 1e9, 2), number(r["cache_bytes"] / 1e9, 3)]
+        rows.append((*placed(r), *times, *rates, *sizes))
+    names = ("model", "devices", "query heads", "batch", "context", "step, ms", "spread", "bound", "of bound")
+    more = ("tokens/s", "exchanges", "weights, GB a device", "cache, GB a device")
+    return [
         "",
         "## The 2.9 B model",
         "",
         "Steps of the engine of `decode.py`, by the host's clock. *Bound*: weights and cache read once, at the",
-        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile.",
+        "bandwidth of the data sheet. *Exchanges*: of the time in kernels, by a profile, with residual sum and norm",
+        "where one kernel does all three.",
         "",
-        "| model | devices | query heads | batch | context | step, ms | spread | bound | of bound | tokens/s | "
-        "exchanges | weights, GB a device | cache, GB a device |",
-        "| --- | --- | --- |" + " ---: |" * 10,
+        *table((*names, *more), rows, "lllr"),
     ]
-    for r in results:
-        exchange = over(r["exchange_us"], r["busy_us"])
-        cells = [
-            paper.NAMES[r["variant"]],
-            f"{r['tensor']}{' (share)' if r['share'] else ''}",
-            r["heads"],
-            str(r["batch"]),
-            show_tokens(r["context"]),
-            number(r["step_ms"], 3),
-            number(r["spread_ms"], 3),
-            number(r["ideal_ms"], 3),
-            "" if not np.isfinite(r["ratio"]) else f"{1 / r['ratio']:.0%}",
-            number(r["tokens_per_second"], 0),
-            "" if exchange is None or r["share"] else f"{exchange:.0%}",
-            number(r["weight_bytes"] / 1e9, 2),
-            number(r["cache_bytes"] / 1e9, 3),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 def check_lines(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     """The table of equal results."""
-    lines = [
-        "",
-        "## Against one device",
-        "",
-        "| model | devices | query heads | greedy tokens in float32 | largest difference in bfloat16 logits | std |",
-        "| --- | ---: | --- | --- | ---: | ---: |",
+    rows = [
+        (
+            NAMES[row_of(r, c["variant"])],
+            r["tensor"],
+            r["heads"],
+            "equal" if r["equal_tokens"] else "DIFFERENT",
+            f"{r['largest_difference']:.4f}",
+            f"{r['logits_std']:.3f}",
+        )
+        for c in checks
+        for r in c["rows"]
     ]
-    for c in checks:
-        for r in c["rows"]:
-            equal = "equal" if r["equal_tokens"] else "DIFFERENT"
-            cells = paper.NAMES[c["variant"]], str(r["tensor"]), r["heads"], equal
-            lines.append(f"| {' | '.join(cells)} | {r['largest_difference']:.4f} | {r['logits_std']:.3f} |")
-    return lines
+    names = ("model", "devices", "query heads", "greedy tokens in float32")
+    more = ("largest difference in bfloat16 logits", "std")
+    return ["", "## Against one device", "", *table((*names, *more), rows, "lrllr")]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def markdown(record: Mapping[str, Any]) -> list[str]:
     """All tables."""
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     lines = [
         f"# Tensor-parallel decoding on {record['n_devices']} x {record['device']}",
         "",
-        f"{record['date']}, {versions}. `{record['command']}`",
+        f"{record['date']}, {records.versions(record)}. `{record['command']}`",
     ]
     if record["layers"]:
         lines += [
@@ -400,7 +420,8 @@ def markdown(record: Mapping[str, Any]) -> str:
             "alone, without the exchanges. *Layer*: the smaller of its device time in a profile (the first GPU's),",
             "where XLA launches kernels one by one, and its time by the host's clock without. *Bound*: the device's",
             "weights and cache read once at the bandwidth of the data sheet. *Attention*: its kernels; *of bandwidth*:",
-            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included.",
+            "the cache read once, over that. *Exchanges*: kernels between devices, waiting included. *MLA (context)*:",
+            "with the tokens of the cache split over the devices; *MLA* has all of it on each.",
             "",
             *LAYER_HEAD,
             *map(layer_line, record["layers"]),
@@ -408,10 +429,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         ]
     lines += model_lines(record["model"]) if record["model"] else []
     lines += check_lines(record["checks"]) if record["checks"] else []
-    lines += [
-        line for name, why in record["failures"].items() for line in ("", f"{name}: not measured. {why}")
-    ]
-    return "\n".join(lines) + "\n"
+    return lines + records.not_measured(record["failures"])
 
 
 def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -423,7 +441,7 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
     panels: dict[str, list[Series]] = {}
     for what in ("attention and exchanges", "layer"):
         lines = []
-        for v in VARIANTS:
+        for v in ROWS:
             for tensor in sorted({1, most}):
                 points = {
                     key[2]: value
@@ -431,12 +449,11 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
                     if key[0] == v and key[3] == tensor and (value := quantities(r)[what]) is not None
                 }
                 share = any(r["share"] for key, r in found.items() if key[0] == v and key[3] == tensor)
-                label = f"{paper.NAMES[v]}, {tensor}{' (share)' if share else ''}"
-                lines.append(Series(label, paper.COLORS[v], points, faint=tensor == 1 and most > 1))
+                label = f"{NAMES[v]}, {tensor}{' (share)' if share else ''}"
+                lines.append(Series(label, COLORS[v], points, faint=tensor == 1 and most > 1))
         if any(line.points for line in lines):
             panels[f"{what.capitalize()}, batch 1, by devices"] = lines
-    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    note = [f"{record['n_devices']} x {record['device']}, {versions}, {record['date']}"]
+    note = [f"{record['n_devices']} x {record['device']}, {records.versions(record)}, {record['date']}"]
     note += textwrap.wrap(record["command"], 150)
     if any(r["share"] for r in found.values()):
         note.append("Share: one device of so many, alone, without the exchanges between devices.")
@@ -445,39 +462,44 @@ def draw_figure(record: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def write(record: Mapping[str, Any], stem: pathlib.Path) -> None:
     """Writes `stem`.json, `.md` and `.png`."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(markdown(record))
+    records.write(stem, record, markdown(record))
     draw_figure(record, stem.with_suffix(".png"))
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tensor_parallel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = records.parser("benchmarks.tensor_parallel", __doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="of layers")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants for the part `layer`"
+    )
     parser.add_argument("--tensor", nargs="+", type=int, default=[1, 2, 4], help="numbers of devices")
     parser.add_argument(
-        "--cases", nargs="+", type=case, default=[parse_size(c) for c in CASES], help="of layers"
+        "--cases",
+        nargs="+",
+        type=records.case,
+        default=[parse_size(c) for c in CASES],
+        help="batch x context for the part `layer`",
     )
-    parser.add_argument("--models", nargs="+", choices=VARIANTS, default=["mlra_4", "mla"], help="end to end")
-    parser.add_argument("--model-cases", nargs="+", type=case, default=[parse_size(c) for c in MODEL_CASES])
-    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: for a CPU")
-    parser.add_argument("--runs", type=int, default=5, help="timed")
     parser.add_argument(
-        "--steps", type=int, default=32, help=f"of a run of the model, at most {STEPS_PER_RUN}"
+        "--models",
+        nargs="+",
+        choices=VARIANTS,
+        default=["mlra_4", "mla"],
+        help="variants for the parts `model` and `check`",
     )
-    parser.add_argument("--check-tokens", type=int, default=32, help="tokens that are compared")
     parser.add_argument(
-        "--seconds", type=float, default=float("inf"), help="start no other measurement after so long"
+        "--model-cases", nargs="+", type=records.case, default=[parse_size(c) for c in MODEL_CASES]
     )
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--size", choices=("paper", "tiny"), default="paper", help="tiny: sizes for a CPU")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs")
+    parser.add_argument("--steps", type=int, default=32, help=f"model steps per run, at most {STEPS_PER_RUN}")
+    parser.add_argument("--check-tokens", type=int, default=32, help="tokens to compare")
     parser.add_argument(
-        "--redraw", type=pathlib.Path, metavar="JSON", help="write tables and figure of a JSON again"
+        "--seconds", type=float, default=float("inf"), help="start no further measurement after this time"
+    )
+    parser.add_argument(
+        "--redraw", type=pathlib.Path, metavar="JSON", help="rewrite tables and figure of a results file"
     )
     args = parser.parse_args(argv)
     if min(args.tensor) < 1 or args.runs < 1 or args.check_tokens < 1:
@@ -492,10 +514,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse(argv)
     if args.redraw:
-        try:
-            write(json.loads(args.redraw.read_text()), args.redraw.with_suffix(""))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            parser.error(f"{args.redraw} cannot be drawn; it must be what this command has written ({e!r}).")
+        records.redraw(parser, args.redraw, lambda record: write(record, args.redraw.with_suffix("")))
         return 0
     begin, n_devices = time.perf_counter(), len(jax.devices())
     late = lambda: time.perf_counter() - begin > args.seconds
@@ -528,8 +547,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if isinstance(result, tuple):
                 fail(*result)
             else:
-                records = [row.record() for row in result]
-                keep("layers", records, [layer_line(r) for r in records])
+                measured = [layer.record() for layer in result]
+                keep("layers", measured, [layer_line(r) for r in measured])
             if late():
                 fail("layers", f"the rest was left out after --seconds {args.seconds:g}.")
                 break

@@ -1,14 +1,14 @@
-"""What the TPU compiler expects of attention, without a TPU.
+"""The TPU compiler's estimates for attention, without a TPU.
 
-Of the decode attention kernel, its cycles against those that HBM needs; of attention in training, the cost of its two
-forms.
+For the decode attention kernel, its cycles against those that reading HBM takes; for attention in training, the cost of
+its two forms.
 
     python benchmarks/tpu_static.py --out benchmarks/results/tpu_static.md
 
-Needs `libtpu`. Each decode kernel is compiled in a process of its own, by the compiler that would run on the machine,
-which is asked to write down its schedule and its estimate. It is the shipped one but for one flag, `static`: rows are
-full, which is known when compiling, and blocks are not copied from HBM, for the estimate counts code behind a condition
-of run time as not run, and a copy as a fixed latency. What remains is what the core computes.
+Needs `libtpu`. Each decode kernel is compiled in its own process by the real compiler, which dumps its schedule and
+estimate. The kernel is the shipped one with the flag `static`: all rows are full, as known at compile time, and blocks
+are not copied from HBM, because the estimate takes code under a run-time condition as not executed, and a copy as a
+fixed latency. What remains is the core's computation.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ExecutionConfig
-from mlra_jax.ops.decode import mosaic_tpu
-from mlra_jax.ops.decode.cases import Case, abstract_call
+from mlra_jax.markdown import head, row, table
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
+from mlra_jax.ops.decode.mosaic_tpu import MosaicTPU
 
 KERNEL = "decode_attention"
 Form = Literal["absorbed", "expanded"]
@@ -52,7 +53,7 @@ class Chip:
     gigahertz: float
     """Assumed: Google does not publish clocks. They follow from peak FLOPs and the number and size of matrix units."""
     terabytes_per_second: float
-    """Of HBM, from Google Cloud's system architecture pages; of v4 and TPU7x half a chip's, which is one device."""
+    """HBM bandwidth, from Google Cloud. For v4 and TPU7x that of half a chip, which is one device."""
 
 
 CHIPS = {
@@ -80,16 +81,16 @@ UNITS = {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one kernel, by the compiler."""
+    """The compiler's estimate of one kernel."""
 
     cycles: int
-    """Of each core over the whole call."""
+    """Cycles of each core for the whole call."""
     stalls: bool
-    """Whether `cycles` counts stalls too; if not, it is the number of instruction bundles issued, a lower bound."""
+    """Whether `cycles` includes stalls; if not, it is the number of instruction bundles issued, a lower bound."""
     use: dict[str, tuple[int, float]]
-    """By unit: instructions in the kernel's code, and the share of its slots in the bundles that they fill."""
+    """Use of each unit: instructions in the kernel's code, and the share of its slots that they fill."""
     block: int
-    """Tokens of the kernel's inner loop, which is nearly all of its code."""
+    """Tokens per iteration of the kernel's inner loop, which is nearly all of its code."""
 
     @property
     def binding(self) -> str:
@@ -102,31 +103,26 @@ class Estimate:
         return self.use["VSTORE:SPILL"][0] / self.block * 1024
 
 
-def case(rows: int, lengths: tuple[int, ...]) -> Case:
+def case(rows: int, lengths: tuple[int, ...]) -> ArgSpec:
     """One latent head of MLRA, C = 128 and R = 64."""
-    return Case(lengths, rows=rows, layout="feature_major")
+    return ArgSpec(lengths, rows=rows, layout="feature_major")
 
 
 def compile_static(topology: str, rows: int, lengths: tuple[int, ...]) -> None:
-    """Compiles one kernel; the compiler writes to where `LIBTPU_INIT_ARGS` say."""
+    """Compiles one kernel; the compiler writes where `LIBTPU_INIT_ARGS` says."""
     mesh = one_device(topology)
     call = abstract_call(case(rows, lengths))
-    q_nope, q_rope, kv_latent, k_rope, kv_len, _ = (
-        None
-        if x is None
-        else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-        for x in call.args
-    )
-    attend = functools.partial(
-        mosaic_tpu.decode_attention, scale=call.static["scale"], layout="feature_major", static=True
-    )
-    run = lambda q, qr, kv, kr, n: attend(parts=[(q, kv), (qr, kr[:, None])], v=None, kv_len_BT=n)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    args = [
+        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in call.args
+    ]
+    run = functools.partial(call, implementation=MosaicTPU(static=True))
     with jax.set_mesh(mesh):
-        jax.jit(run).lower(q_nope, q_rope, kv_latent, k_rope, kv_len).compile()
+        jax.jit(run).lower(*args).compile()
 
 
 def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
-    """Compiles one kernel in a process of its own and reads what the compiler wrote."""
+    """Compiles one kernel in its own process and reads the compiler's output."""
     block = chosen_block(chip, rows, lengths)
     for with_stalls in (True, False):
         with tempfile.TemporaryDirectory() as name:
@@ -150,10 +146,10 @@ def estimate(chip: Chip, rows: int, lengths: tuple[int, ...]) -> Estimate:
 def compile_in_process(
     chip: Chip, rows: int, lengths: tuple[int, ...], folder: pathlib.Path, with_stalls: bool
 ) -> str:
-    """Has the compiler write to a folder; returns what it printed.
+    """Has the compiler write to a folder; returns its standard error.
 
-    The compiler may abort over a check in its own estimate, before it has written it (v4) or after (v5e). So what
-    counts is what was written, and without an estimate the kernel is compiled again, for its schedule alone.
+    The compiler may abort on a check in its own estimate, before writing it (v4) or after (v5e). So only the written
+    files count; without an estimate the kernel is compiled again, for its schedule alone.
     """
     flags = {
         "xla_jf_dump_to": folder,
@@ -174,18 +170,12 @@ def compile_in_process(
 
 def chosen_block(chip: Chip, rows: int, lengths: tuple[int, ...]) -> int:
     """Tokens of the block that the kernel chooses."""
-    sizes = case(rows, lengths)
-    return mosaic_tpu.heuristic(
-        widths=((1, sizes.width), (1, sizes.rope)),
-        rows=rows,
-        batch=len(lengths),
-        capacity=sizes.capacity,
-        info=pltpu.get_tpu_info_for_chip(chip.version, chip.cores),
-    ).block
+    info = pltpu.get_tpu_info_for_chip(chip.version, chip.cores)
+    return MosaicTPU(info=info).heuristic(case(rows, lengths).shape).block
 
 
 def utilization(text: str) -> dict[str, tuple[int, float]]:
-    """Reads the compiler's table of the slots that each bundle uses."""
+    """Reads the compiler's table of the slots used by each bundle."""
     _, names, capacities, _, *lines = text.splitlines()
     bundles = [[int(n) for n in line.split()] for line in lines if line.strip()]
     sums = [sum(column) for column in zip(*bundles, strict=True)]
@@ -241,27 +231,31 @@ def report(chips: list[str]) -> str:
         "of a step, rows + 64 registers for each 1024 tokens, do not fit the 64 that there are and go through VMEM;",
         "the compiler books these as spills.",
         "",
-        "| chip | assumed clock | HBM bandwidth of a device | cores of a device |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name in chips:
-        c = CHIPS[name]
-        lines.append(f"| {name} | {c.gigahertz} GHz | {c.terabytes_per_second:.3g} TB/s | {c.cores} |")
-    lines += [
+        *table(
+            ("chip", "assumed clock", "HBM bandwidth of a device", "cores of a device"),
+            [
+                (name, f"{c.gigahertz} GHz", f"{c.terabytes_per_second:.3g} TB/s", c.cores)
+                for name in chips
+                for c in [CHIPS[name]]
+            ],
+        ),
         "",
-        "| chip | context | rows | cycles | HBM | ratio | binding unit | spills |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *head(("chip", "context", "rows", "cycles", "HBM", "ratio", "binding unit", "spills")),
     ]
+
+    def add(*cells: object) -> None:
+        lines.append(row(cells))
+        print(lines[-1], file=sys.stderr, flush=True)
+
     for name in chips:
         for context, lengths in LENGTHS.items():
             for rows in ROWS:
                 chip, e = CHIPS[name], estimate(CHIPS[name], rows, lengths)
                 hbm = case(rows, lengths).cache_bytes / chip.terabytes_per_second / 1e3 * chip.gigahertz
                 least = "" if e.stalls else "≥ "
+                cycles, ratio = f"{least}{e.cycles / 1e3:.1f}K", f"{least}{e.cycles / hbm:.2f}"
                 unit = f"{UNITS[e.binding]}, {e.use[e.binding][1]:.0%}"
-                row = f"| {name} | {context} | {rows} | {least}{e.cycles / 1e3:.1f}K | {hbm / 1e3:.1f}K "
-                lines.append(row + f"| {least}{e.cycles / hbm:.2f} | {unit} | {e.spills:.0f} |")
-                print(lines[-1], file=sys.stderr, flush=True)
+                add(name, context, rows, cycles, f"{hbm / 1e3:.1f}K", ratio, unit, f"{e.spills:.0f}")
     if "v4" in chips:
         lines += [
             "",
@@ -277,18 +271,14 @@ def report(chips: list[str]) -> str:
         'both forms: as many heads, keys 192 wide, values 128. `execution.attention_form = "auto"` takes the absorbed',
         "form.",
         "",
-        "| chip | pass | form | GFLOPs | bytes accessed | temporaries |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *head(("chip", "pass", "form", "GFLOPs", "bytes accessed", "temporaries")),
     ]
     for name in chips:
         for backward in (False, True):
             for form in get_args(Form):
-                flops, accessed, temporaries = cost_of_form(CHIPS[name], form, backward)
-                lines.append(
-                    f"| {name} | {'forward and backward' if backward else 'forward'} | {form} | {flops / 1e9:.1f} "
-                    f"| {accessed / 1e6:.0f} MB | {temporaries / 1e6:.0f} MB |"
-                )
-                print(lines[-1], file=sys.stderr, flush=True)
+                flops, *sizes = cost_of_form(CHIPS[name], form, backward)
+                passes = "forward and backward" if backward else "forward"
+                add(name, passes, form, f"{flops / 1e9:.1f}", *(f"{size / 1e6:.0f} MB" for size in sizes))
     return "\n".join(lines) + "\n"
 
 

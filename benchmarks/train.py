@@ -1,4 +1,4 @@
-"""Tokens per second and MFU of the train step on the GPUs at hand, and where its time goes.
+"""Tokens per second and MFU of the train step on the GPUs at hand, and a breakdown of its time.
 
     python -m benchmarks.train                                # mlra_4, mla and gqa
     python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
@@ -27,30 +27,29 @@ import pathlib
 import re
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # as train.py
 
 import jax
 import numpy as np
-from jax.profiler import ProfileData
 from jax.sharding import NamedSharding
 
-from benchmarks.decode_attention import Setting
-from benchmarks.measure import gpu_events
+from benchmarks import records
+from benchmarks.measure import kernel_ops, trace
+from benchmarks.records import Setting
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, TrainConfig
 from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
 from mlra_jax.execution.flops import train_flops_per_token
 from mlra_jax.execution.planner import resolve
+from mlra_jax.markdown import table
 from mlra_jax.ops.tuning import slug
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
 from mlra_jax.training.step import init_state, make_train_step
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 ATTENTION_WIDTH = 3.0
 """Model FLOPs of attention, forward and backward, over those of the forward pass."""
 PARTS = (
@@ -65,9 +64,9 @@ PARTS = (
 
 
 def part_of(kernel: str, op: str) -> str:
-    """What a kernel does, by its name and by that of the operation it was made of (empty: unknown)."""
+    """Classifies a kernel by its name and that of its operation (empty: unknown)."""
     if "nccl" in kernel.lower():
-        return "exchanges"  # beside what else runs, where they overlap
+        return "exchanges"  # may overlap with others
     if re.match(r"attention(_mosaic|$)", kernel):
         return "attention forward"
     if re.match(r"attention_d[qk]", kernel):
@@ -77,20 +76,18 @@ def part_of(kernel: str, op: str) -> str:
     if re.search(r"gemm|nvjet|cublas|cutlass|xmma|splitK|wgrad|dgrad", kernel):
         return "products"
     if op and "while" not in op:
-        return "optimizer"  # and what else happens once a step
-    # Those that products do not add up themselves.
+        return "optimizer"  # and anything else that runs once a step
+    # Sums that matmuls do not accumulate themselves.
     if re.search(r"while/body/([^/]*/)?(transpose\(jvp\([^/]*/)?(checkpoint/)?add$", op):
         return "gradient sums"
     return "elementwise"
 
 
 def split_time(events: Sequence[tuple[float, float, str]], hlo: str) -> dict[str, Any]:
-    """Device time of a step in us, by part and by kernel; empty where the profile shows no GPU."""
+    """Device time of a step in us, by part and by kernel; empty if the profile shows no GPU."""
     if not events:
         return {}
-    ops = {
-        re.sub(r"\W", "_", name): op for name, op in re.findall(r"%([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo)
-    }
+    ops = kernel_ops(hlo)
     parts, kernels = collections.Counter[str](), collections.Counter[tuple[str, str]]()
     launches = collections.Counter[tuple[str, str]]()
     for start, end, name in events:
@@ -108,24 +105,13 @@ def split_time(events: Sequence[tuple[float, float, str]], hlo: str) -> dict[str
     }
 
 
-def profile(once: Callable[[], Any]) -> list[tuple[float, float, str]]:
-    """Kernels of one call: start and end in ns, name."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = options.host_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            once()
-        [file] = pathlib.Path(folder).rglob("*.xplane.pb")
-        return gpu_events(ProfileData.from_file(str(file)))
-
-
 def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Measures a configuration."""
     config: TrainConfig = load_config(name)
     model = config.model
     if args.layers:
         model = dataclasses.replace(model, n_layers=args.layers)
-    asked = {"remat": args.remat, "gather": args.gather}
+    asked = {"remat": args.remat, "gather": args.gather, "deterministic": args.deterministic}
     execution = dataclasses.replace(config.execution, **{k: v for k, v in asked.items() if v})
     mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
     n_data = mesh.size // args.tensor
@@ -166,7 +152,7 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
             begin = time.perf_counter()
             once()
             times.append(time.perf_counter() - begin)
-        traced = split_time(profile(once), step.as_text() or "") if args.profile else {}
+        traced = split_time(trace(once), step.as_text() or "") if args.profile else {}
     chip = find_accelerator(jax.devices()[0].device_kind)
     seconds, tokens = statistics.median(times), sequences * config.data.seq_len / mesh.size
     flops = train_flops_per_token(config.model, n_params, config.data.seq_len)
@@ -196,39 +182,52 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
     }
 
 
-def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
+def results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Lines of Markdown."""
-    lines = [
-        "| configuration | mesh | micro-batch | remat | gather | tokens/s | MFU | step, s | spread | "
-        "memory: planned, compiled, GiB |",
-        "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
     gib = lambda n: "" if n is None else f"{n / GIB:.1f}"
-    for r in results:
-        mfu = "" if r["mfu"] is None else f"{r['mfu']:.1%}"
-        lines.append(
-            f"| {r['config']} | {on_mesh(r)} | {r['micro_batch']} x {r['accumulation']} | {r['remat']} | "
-            f"{r['gather'] if 'fsdp' in r['mesh'] else ''} | "
-            f"{r['tokens_per_second']:,.0f} | {mfu} | {r['step_s']:.3f} | {r['spread_s']:.3f} | "
-            f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])} |"
+    rows = [
+        (
+            r["config"],
+            on_mesh(r),
+            f"{r['micro_batch']} x {r['accumulation']}",
+            r["remat"],
+            r["gather"] if "fsdp" in r["mesh"] else "",
+            f"{r['tokens_per_second']:,.0f}",
+            "" if r["mfu"] is None else f"{r['mfu']:.1%}",
+            f"{r['step_s']:.3f}",
+            f"{r['spread_s']:.3f}",
+            f"{gib(r['estimated_bytes'])}, {gib(r['compiled_bytes'])}",
         )
-    return lines
+        for r in results
+    ]
+    names = (
+        "configuration",
+        "mesh",
+        "micro-batch",
+        "remat",
+        "gather",
+        "tokens/s",
+        "MFU",
+        "step, s",
+        "spread",
+    )
+    return table((*names, "memory: planned, compiled, GiB"), rows, "llrllr")
 
 
 def on_mesh(r: Mapping[str, Any]) -> str:
-    """The mesh of a result, as far as it is not of one device."""
+    """The mesh axes of a result that are larger than 1."""
     return " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
 
 
 def title(r: Mapping[str, Any]) -> str:
-    """What was measured."""
+    """Describes what was measured."""
     on = f" on {on_mesh(r)}" if r["mesh"] else ""
     gather = f", gathered each {r['gather']}" if "fsdp" in r["mesh"] else ""
     return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}{gather}"
 
 
 def budget(r: Mapping[str, Any]) -> list[str]:
-    """Lines of Markdown: the time of each part, and what it would be at the device's peak; none without a profile."""
+    """Lines of Markdown: the time of each part, and its time at the device's peak; none without a profile."""
     if not (p := r["profile"]):
         return []
     chip = find_accelerator(r["setting"]["device"])
@@ -240,45 +239,42 @@ def budget(r: Mapping[str, Any]) -> list[str]:
     # Read: parameter, gradient, two moments; written: parameter, two moments; all float32.
     parts_of_state = r["mesh"].get("fsdp", 1) * r["mesh"].get("tensor", 1)
     bytes_moved = {"optimizer": 28 * r["parameters"] / parts_of_state}
-    lines = [
+    limits = {}
+    if chip:
+        limits |= {k: (f"{n / 1e12:,.1f} TFLOP", f"{1e3 * n / chip.flops:,.1f}") for k, n in flops.items()}
+        limits |= {
+            k: (f"{n / 1e9:,.1f} GB", f"{1e3 * n / chip.bandwidth:,.1f}") for k, n in bytes_moved.items()
+        }
+    ms = lambda us: (f"{us / 1e3:,.1f}", f"{us / p['span_us']:.1%}")
+    rows = [
+        (part, *ms(us), f"{us / r['tokens']:.2f}", *limits.get(part, ("", "")))
+        for part, us in p["parts"].items()
+    ]
+    idle = p["span_us"] - sum(p["parts"].values())
+    rows.append(("idle (negative: overlap)", *ms(idle), "", "", ""))
+    kernels = [(part, f"`{kernel}`", f"{us / 1e3:,.1f}", n) for part, kernel, us, n in p["kernels"]]
+    return [
         "",
         f"{title(r)}: one step of {r['tokens']:,.0f} tokens a device, device time {p['span_us'] / 1e3:,.1f} ms:",
         "",
-        "| part | ms | share | us/token | model FLOPs or least bytes | at peak, ms |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        *table(("part", "ms", "share", "us/token", "model FLOPs or least bytes", "at peak, ms"), rows, "lr"),
+        "",
+        *table(("part", "kernel, operation", "ms", "launches"), kernels, "llr"),
     ]
-    for part, us in p["parts"].items():
-        work, limit = "", ""
-        if part in flops and chip:
-            work, limit = f"{flops[part] / 1e12:,.1f} TFLOP", f"{1e3 * flops[part] / chip.flops:,.1f}"
-        elif part in bytes_moved and chip:
-            work, limit = (
-                f"{bytes_moved[part] / 1e9:,.1f} GB",
-                f"{1e3 * bytes_moved[part] / chip.bandwidth:,.1f}",
-            )
-        share = us / p["span_us"]
-        lines.append(
-            f"| {part} | {us / 1e3:,.1f} | {share:.1%} | {us / r['tokens']:.2f} | {work} | {limit} |"
-        )
-    idle = p["span_us"] - sum(p["parts"].values())
-    lines.append(f"| idle (negative: overlap) | {idle / 1e3:,.1f} | {idle / p['span_us']:.1%} | | | |")
-    lines += ["", "| part | kernel, operation | ms | launches |", "| --- | --- | ---: | ---: |"]
-    lines += [f"| {part} | `{kernel}` | {us / 1e3:,.1f} | {n} |" for part, kernel, us, n in p["kernels"]]
-    return lines
 
 
 KEY = "config", "layers", "mesh", "micro_batch", "accumulation", "remat", "gather"
-"""What tells results apart."""
+"""The fields that identify a result."""
 
 
 def merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """All results, of what was measured twice the new one, in its old place."""
+    """All results; a repeated measurement replaces the old one in place."""
     key = lambda r: json.dumps([r.get(name) for name in KEY])
     return list({key(r): r for r in (*old, *new)}.values())
 
 
 def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
-    """The results in a file; none where there is none.
+    """The results in a file; none if it does not exist.
 
     Raises:
       ConfigError: it is something else.
@@ -291,41 +287,47 @@ def stored(path: pathlib.Path) -> list[Mapping[str, Any]]:
             return results
     except (ValueError, KeyError, TypeError):
         pass
-    raise ConfigError([f"{path} holds no results of this command; move it, or give another --out."])
+    raise ConfigError(f"{path} holds no results of this command; move it, or give another --out.")
 
 
 def write(out: pathlib.Path, results: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `out`.md and `out`.json, beside the results that are in them."""
-    path = out.with_suffix(".json")
-    results = merged(stored(path), results)
-    lines = [f"# Training on {results[0]['setting']['device']}", "", *table(results), "", "Measured by"]
+    """Writes `out`.md and `out`.json, keeping the results already in them."""
+    results = merged(stored(out.with_suffix(".json")), results)
+    lines = [
+        f"# Training on {results[0]['setting']['device']}",
+        "",
+        *results_table(results),
+        "",
+        "Measured by",
+    ]
     for r in results:
-        setting = r["setting"]
-        versions = ", ".join(f"{name} {version}" for name, version in setting["versions"].items())
-        lines += ["", f"- {title(r)}: `{setting['command']}`, {setting['date']}, {versions}"]
+        s = r["setting"]
+        lines += ["", f"- {title(r)}: `{s['command']}`, {s['date']}, {records.versions(s)}"]
     for r in results:
         lines += budget(r)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    path.write_text(json.dumps({"results": results}, indent=1) + "\n")
+    records.write(out, {"results": results}, lines)
 
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = records.parser("benchmarks.train", __doc__)
+    parser.add_argument(
+        "--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths of configurations"
     )
-    parser.add_argument("--configs", nargs="+", default=["mlra_4", "mla", "gqa"], help="names or paths")
-    parser.add_argument("--micro-batch", type=int, default=0, help="sequences; 0: what fits")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches in a step")
-    parser.add_argument("--remat", help="see ExecutionConfig.remat; as the planner chooses if left out")
-    parser.add_argument("--fsdp", type=int, default=1, help="devices of this mesh axis; others are data")
-    parser.add_argument("--tensor", type=int, default=1, help="devices of this mesh axis")
-    parser.add_argument("--gather", help="see ExecutionConfig.gather; as the planner chooses if left out")
-    parser.add_argument("--layers", type=int, help="of the model, instead of the configuration's")
-    parser.add_argument("--steps", type=int, default=4, help="timed")
-    parser.add_argument("--no-profile", dest="profile", action="store_false", help="no split of the time")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--micro-batch", type=int, default=0, help="sequences per micro-batch; 0: what fits")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches per step")
+    parser.add_argument("--remat", help="see ExecutionConfig.remat; default: the planner's choice")
+    parser.add_argument(
+        "--fsdp", type=int, default=1, help="size of this mesh axis; further devices are data"
+    )
+    parser.add_argument("--tensor", type=int, default=1, help="size of this mesh axis")
+    parser.add_argument("--gather", help="see ExecutionConfig.gather; default: the planner's choice")
+    parser.add_argument("--deterministic", choices=("yes", "no"), help="see ExecutionConfig.deterministic")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps")
+    parser.add_argument(
+        "--no-profile", dest="profile", action="store_false", help="skip the breakdown of the time"
+    )
     args = parser.parse_args()
 
     setting = Setting.here("benchmarks.train", sys.argv[1:])
@@ -341,7 +343,7 @@ def main() -> int:
         except ConfigError as e:
             print(f"{name}: {e}", file=sys.stderr)
             return 1
-        print("\n".join([*table(results[-1:]), *budget(results[-1])]), flush=True)
+        print("\n".join([*results_table(results[-1:]), *budget(results[-1])]), flush=True)
         write(out, results)  # what is measured is kept, whatever becomes of the next
         jax.clear_caches()
         gc.collect()

@@ -1,13 +1,13 @@
-"""Attention over whole sequences on the GPU at hand, forward and backward, by back end.
+"""Attention over whole sequences on the current GPU, forward and backward, by back end.
 
     python -m benchmarks.train_attention                                  # 3 sequences of 2048 of the 2.9 B models
     python -m benchmarks.train_attention --cases mlra_4 --implementations mosaic_gpu cudnn --batch 1 --tokens 8192
     python -m benchmarks.train_attention --cases mlra_4 --cuts row_groups=2,block=128,stages=3 dk_shares=2
 
-Device time of one layer's attention from a profile, as the median of some runs, and TFLOP/s of what it must compute:
-scores and sums of the causal triangle; backward counts two and a half times forward, as is usual, whatever a kernel
-computes. What joins queries and keys for a back end that wants them whole is part of its time. `--cuts` also times the
-kernels for Hopper with some fields of their `mosaic_gpu.Config` changed.
+Prints the device time of one layer's attention from a profile, the median of several runs, and the TFLOP/s of the FLOPs
+that are necessary: those of the causal triangle, with the backward pass counted as 2.5 forward passes, as is usual,
+whatever a kernel computes. For back ends that take joined queries and keys, joining them is part of the time. `--cuts`
+also times the kernels for Hopper with some fields of their `mosaic_gpu.Config` changed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import records
 from benchmarks.measure import measure
-from mlra_jax.ops.attention import causal_attention_parts, mosaic_gpu
+from mlra_jax.ops.attention import causal_attention_parts
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
+from mlra_jax.ops.attention.mosaic_gpu import Config, MosaicGPU
+from mlra_jax.ops.attention.mosaic_gpu.config import Shape
 
 CASES: dict[str, tuple[int, int, Sequence[tuple[int, int, int]], int | None]] = {
     "mlra_4": (4, 24, ((128, 4, 4), (64, 1, 1)), None),
@@ -50,7 +53,7 @@ def make(case: str, batch: int, tokens: int) -> tuple[Any, jax.Array | None, jax
 
 
 def forward_flops(case: str, batch: int, tokens: int) -> float:
-    """Of one layer's attention."""
+    """FLOPs of one layer's attention."""
     heads, m, parts, v_width = CASES[case]
     widths = sum(w for w, *_ in parts) + (v_width or parts[0][0])
     return batch * heads * m * 2 * widths * tokens * (tokens + 1) / 2
@@ -58,17 +61,11 @@ def forward_flops(case: str, batch: int, tokens: int) -> float:
 
 def parse_cut(text: str) -> dict[str, int]:
     """Fields of a `mosaic_gpu.Config` in the form "block=128,stages=3"."""
-    fields = [field.name for field in dataclasses.fields(mosaic_gpu.Config)]
+    fields = [field.name for field in dataclasses.fields(Config)]
     changes = dict(re.findall(r"(\w+)=(\d+)", text))
     if not changes.keys() <= {*fields} or ",".join(f"{k}={v}" for k, v in changes.items()) != text:
         raise argparse.ArgumentTypeError(f"{text!r} is not like block=128,stages=3, of {', '.join(fields)}")
     return {name: int(value) for name, value in changes.items()}
-
-
-def cut_by(changes: Mapping[str, int], parts: Any, v: jax.Array | None) -> mosaic_gpu.Config:
-    """The heuristic's cut with some of its fields changed."""
-    shape = mosaic_gpu._shape(parts, v)
-    return dataclasses.replace(mosaic_gpu._config(None, shape, None), **changes)
 
 
 def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] | None = None) -> str:
@@ -83,8 +80,9 @@ def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] |
 
     try:
         if cut:
-            config = cut_by(cut, parts, v)
-            attend = functools.partial(mosaic_gpu.causal_attention, scale=0.07, q_start=0, config=config)
+            heuristic = MosaicGPU().heuristic(Shape.of(parts, v))
+            kernels = MosaicGPU(config=dataclasses.replace(heuristic, **cut))
+            attend = functools.partial(causal_attention_parts, scale=0.07, implementation=kernels)
         forward = measure(jax.jit(attend).lower(parts, v).compile(), (parts, v), calls=1, runs=args.runs)
         whole = measure(
             jax.jit(both).lower(parts, v, d_out).compile(), (parts, v, d_out), calls=1, runs=args.runs
@@ -102,15 +100,13 @@ def run(case: str, name: str, args: argparse.Namespace, cut: Mapping[str, int] |
 
 def main() -> int:
     """Runs the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = records.parser("benchmarks.train_attention", __doc__, out=False)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["mlra_4", "mla", "gqa"])
     parser.add_argument(
         "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=["mosaic_gpu", "cudnn"]
     )
     parser.add_argument("--batch", type=int, default=3, help="sequences")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a sequence")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
         "--cuts",
@@ -118,7 +114,7 @@ def main() -> int:
         type=parse_cut,
         default=[],
         metavar="FIELD=N,...",
-        help="of the kernels for Hopper",
+        help="fields of the Config of the kernels for Hopper to change",
     )
     args = parser.parse_args()
     print(

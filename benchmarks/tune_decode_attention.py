@@ -1,17 +1,16 @@
 """Measures configurations of the decode attention kernels on the GPU at hand and writes the fastest into its table.
 
-    python -m benchmarks.tune_decode_attention                   # the cases of the benchmark, those measured left out
+    python -m benchmarks.tune_decode_attention                   # the benchmark's cases that the table does not hold
     python -m benchmarks.tune_decode_attention --cases 'mla *' --again --limit-seconds 300
 
-From the heuristic's configuration on, one property after the other is set to the value that is fastest, twice around.
-What is faster than the heuristic by more than 1 % in a second measurement, and agrees with plain XLA, is entered into
-`mlra_jax/ops/decode/tuned/DEVICE.json`, from where the back ends take it (`mlra_jax.ops.tuning`); else the table says
-that the heuristic is best. It is written after each case, and entries for others stay.
+Starting from the heuristic's configuration, one property after the other is set to its fastest value, in two rounds. If
+the result is more than 1 % faster than the heuristic in a second measurement, and agrees with plain XLA, it is entered
+into `mlra_jax/ops/decode/tuned/DEVICE.json`, where the back ends find it (`mlra_jax.ops.tuning`); otherwise the table
+says that the heuristic is best. The table is written after each case; its other entries stay.
 """
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -20,27 +19,23 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from benchmarks.decode_attention import (
-    CASES,
-    COMPILING_AT_ONCE,
-    TARGETS,
-    Memory,
-    Setting,
-    compile_calls,
-    free,
-    select,
-    split_arguments,
-)
+from benchmarks import records
+from benchmarks.decode_attention import CASES, COMPILING_AT_ONCE, TARGETS, Memory, compile_calls, free, select
 from benchmarks.measure import measure
+from benchmarks.records import Setting
 from mlra_jax.ops import hopper
-from mlra_jax.ops.decode import latent_decode_attention, mosaic_gpu, triton
-from mlra_jax.ops.decode.cases import Call, Case, abstract_call
-from mlra_jax.ops.tuning import DECODE, Entry, Sizes, read_table, table_path, update, write_table
+from mlra_jax.ops.decode import mosaic_gpu, mosaic_tpu, triton
+from mlra_jax.ops.decode.api import Layout
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
+from mlra_jax.ops.decode.back_end import TUNED, DecodeKernel
+from mlra_jax.ops.decode.mosaic_gpu.config import value_groups
+from mlra_jax.ops.decode.triton.config import MAX_SPLITS
+from mlra_jax.ops.tuning import Entry, distance, read_table, table_path, update, write_table
 
 GAIN = 1.01
 """How many times faster than the heuristic's a configuration must be to be entered."""
@@ -49,140 +44,112 @@ TOLERANCE = 1e-2
 ROUNDS = 2
 
 
-def sizes_of(case: Case) -> Sizes:
-    """What the table knows a case by."""
-    latent = case.value is None
-    return Sizes(
-        heads=case.heads,
-        rows=case.rows,
-        q_len=case.q_len,
-        widths=(case.width, case.rope) if case.rope and latent else (case.width,),
-        v_width=case.value or case.width,
-        latent=latent,
-        batch=len(case.lengths),
-        capacity=case.capacity,
-    )
+class Space:
+    """Configurations of a back end for one call, around the heuristic's."""
+
+    kernel: ClassVar[type[DecodeKernel[Any]]]
+    layout: ClassVar[Layout] = "token_major"
+
+    def __init__(self, spec: ArgSpec):
+        self.shape = spec.shape
+
+    def heuristic(self) -> Any:
+        """Where the search starts."""
+        return self.kernel().heuristic(self.shape)
+
+    def fits(self, config: Any) -> bool:
+        """Whether the device can run the call so."""
+        raise NotImplementedError
+
+    def changes(self, config: Any) -> list[list[Any]]:
+        """For each property in turn, configurations that differ from this one in it."""
+        raise NotImplementedError
+
+    def neighbours(self, config: Any) -> list[list[Any]]:
+        """Those of `changes` that fit."""
+        return [[c for c in configs if self.fits(c)] for configs in self.changes(config)]
 
 
-class Mosaic:
+class MosaicGPUSpace(Space):
     """Configurations of the Mosaic GPU kernel."""
 
-    attend = staticmethod(mosaic_gpu.decode_attention)
+    kernel = mosaic_gpu.MosaicGPU
 
-    def __init__(self, case: Case, kind: str):
-        processors = hopper.find_processors(kind)
-        if processors is None:
-            raise ValueError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
-        self.processors = processors
-        sizes = sizes_of(case)
-        pages = 1 if case.page is None else case.capacity // case.page
-        self.shape = mosaic_gpu.Shape(
-            batch=sizes.batch,
-            q_len=sizes.q_len,
-            heads=sizes.heads,
-            rows_per_query=sizes.rows,
-            widths=sizes.widths,
-            shared=(False, sizes.heads > 1)[: len(sizes.widths)],
-            v_width=sizes.v_width,
-            latent=sizes.latent,
-            page=case.page or case.capacity,
-            pages=sizes.batch * pages,
-            row_pages=None if case.page is None else pages,
-        )
+    def fits(self, config: mosaic_gpu.Config) -> bool:
+        """See `Space.fits`."""
+        return config.fits(self.shape)
 
-    def heuristic(self) -> mosaic_gpu.Config:
-        """Where the search starts."""
-        return mosaic_gpu.Config.heuristic(self.shape, self.processors)
-
-    def tiles(self, row_groups: int) -> int:
-        """Tiles of query rows of all heads."""
-        return self.shape.heads * -(-self.shape.rows // (hopper.ROWS * row_groups))
-
-    def neighbours(self, config: mosaic_gpu.Config) -> list[list[mosaic_gpu.Config]]:
-        """For each property in turn, configurations that differ from this one in it."""
-        one_each = lambda tiles: max(1, self.processors // tiles)
+    def changes(self, config: mosaic_gpu.Config) -> list[list[mosaic_gpu.Config]]:
+        """See `Space.changes`."""
+        shape, processors = self.shape, self.kernel().target()
         change = functools.partial(dataclasses.replace, config)
-        groups = range(1, 4) if self.shape.value_groups == 1 else (1,)
-        groups = [n for n in groups if n == 1 or (n - 1) * hopper.ROWS < self.shape.rows]
-        grouped = [
-            change(row_groups=n, n_splits=1 if config.n_splits == 1 else one_each(self.tiles(n)))
-            for n in groups
-        ]
-        tiles = self.tiles(config.row_groups)
-        even = one_each(tiles)
-        splits = {even, max(1, even - max(1, even // 32)), 2 * even}
+        tiles = lambda row_groups: shape.heads * -(-shape.rows // (hopper.ROWS * row_groups))
+        one_each = lambda row_groups: max(1, processors // tiles(row_groups))
+        groups = range(1, 4) if value_groups(shape) == 1 else (1,)
+        groups = [n for n in groups if n == 1 or (n - 1) * hopper.ROWS < shape.rows]
+        grouped = [change(row_groups=n, n_splits=1 if config.n_splits == 1 else one_each(n)) for n in groups]
+        even = one_each(config.row_groups)
+        splits = {n for n in (even, max(1, even - max(1, even // 32)), 2 * even) if n > 1}
         # A program for each sequence, with nothing to merge, needs about as many of them as there are processors.
-        splits = {n for n in splits if n > 1}
-        if tiles * self.shape.batch >= 0.5 * self.processors:
+        if tiles(config.row_groups) * shape.batch >= 0.5 * processors:
             splits.add(1)
         split = [change(n_splits=n) for n in sorted(splits)]
-        # Two programs a processor: as many more shares, of which each has half the room for a ring.
-        other = 3 - config.resident
-        scaled = (
-            config.n_splits if config.n_splits == 1 else max(2, config.n_splits * other // config.resident)
-        )
-        split += [change(n_splits=scaled, resident=other, stages=s) for s in (2, 3, 4)]
         ring = [change(block=b, stages=s) for b, s in itertools.product((64, 128), range(2, 7))]
-        return [[c for c in cs if c.fits(self.shape)] for cs in (grouped, split, ring)]
+        return [grouped, split, ring]
 
 
-class Triton:
+class TritonSpace(Space):
     """Configurations of the Triton kernel."""
 
-    attend = staticmethod(triton.decode_attention)
-
-    def __init__(self, case: Case, kind: str):
-        chip = triton.find_chip(kind)
-        if chip is None:
-            raise ValueError(f"the Triton kernel does not know {kind}; add it to mlra_jax.ops.device.CHIPS.")
-        self.chip, self.sizes, self.page = chip, sizes_of(case), case.page
-
-    def heuristic(self) -> triton.Config:
-        """Where the search starts."""
-        return triton.heuristic_for(self.sizes, self.page, self.chip)
+    kernel = triton.Triton
 
     def fits(self, config: triton.Config) -> bool:
-        """Whether pages hold whole blocks, and shared memory queries, weights and blocks."""
-        key, value = sum(self.sizes.widths), 0 if self.sizes.latent else self.sizes.v_width
-        queries = 2 * config.block_rows * (key + config.block_tokens)
-        blocks = 2 * config.stages * config.block_tokens * (key + value)
-        whole = self.page is None or self.page % config.block_tokens == 0
-        return whole and queries + blocks <= self.chip.shared_bytes
+        """See `Space.fits`."""
+        return config.fits(self.shape, self.kernel().target())
 
-    def neighbours(self, config: triton.Config) -> list[list[triton.Config]]:
-        """For each property in turn, configurations that differ from this one in it."""
+    def changes(self, config: triton.Config) -> list[list[triton.Config]]:
+        """See `Space.changes`."""
         change = functools.partial(dataclasses.replace, config)
-        rows = self.sizes.q_len * self.sizes.rows
         blocks = [
             change(block_rows=r, block_tokens=t)
             for r, t in itertools.product((16, 32, 64), (32, 64, 128))
-            if r == 16 or r < 2 * rows
+            if r == 16 or r < 2 * self.shape.rows
         ]
-        most = min(triton.MAX_SPLITS, max(1, self.sizes.capacity // config.block_tokens))
+        most = min(MAX_SPLITS, max(1, self.shape.capacity // config.block_tokens))
         splits = {config.splits // 2, config.splits - 1, config.splits + 1, 2 * config.splits, 1}
         if config.splits > 8:
             splits.discard(1)
         split = [change(splits=n) for n in sorted(splits) if 1 <= n <= most]
         depth = [change(warps=w, stages=s) for w, s in itertools.product((4, 8), range(1, 6))]
-        return [[c for c in cs if self.fits(c)] for cs in (blocks, split, depth)]
+        return [blocks, split, depth]
 
 
-BACK_ENDS: Mapping[str, Callable[[Case, str], Any]] = {"mosaic_gpu": Mosaic, "triton": Triton}
+class MosaicTPUSpace(Space):
+    """Configurations of the Mosaic TPU kernel."""
+
+    kernel = mosaic_tpu.MosaicTPU
+    layout = "feature_major"
+
+    def fits(self, config: mosaic_tpu.Config) -> bool:
+        """See `Space.fits`."""
+        return config.fits(self.shape, self.kernel().target())
+
+    def changes(self, config: mosaic_tpu.Config) -> list[list[mosaic_tpu.Config]]:
+        """See `Space.changes`."""
+        change = functools.partial(dataclasses.replace, config)
+        powers = [2**i for i in range(7, 15)]
+        blocks = [change(block=n, step=min(config.step, n), tail=min(config.tail, n)) for n in powers]
+        steps = [change(step=n) for n in powers]
+        tails = [change(tail=n) for n in powers]
+        return [blocks, steps, tails, [change(shares=n) for n in (1, 2)]]
 
 
-def op_with(call: Call, attend: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    """The op of a call by a back end's function with this configuration; takes the op's arguments."""
-
-    def run(*args: Any) -> Any:
-        queries, cache, (kv_len, page_table) = split_arguments(dataclasses.replace(call, args=args))
-        if call.op is latent_decode_attention:
-            keys, v = [cache[0], cache[1][:, None]], None
-            parts = [(q, k) for q, k in zip(queries, keys, strict=True) if q.shape[-1]]
-        else:
-            parts, v = [(queries[0], cache[0])], cache[1]
-        return attend(parts, v, kv_len, page_table=page_table, config=config, **call.static)
-
-    return run
+SPACES: Mapping[str, type[Space]] = {
+    "mosaic_gpu": MosaicGPUSpace,
+    "triton": TritonSpace,
+    "mosaic_tpu": MosaicTPUSpace,
+}
+"""What can be tuned, by the name of the back end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,17 +167,17 @@ class Tuner:
 
     Args:
       case: what to run.
-      back_end: one of `BACK_ENDS`, made for it.
+      space: one of `SPACES`, made for it.
       memory: to fill caches from.
       deadline: by `time.monotonic`.
     """
 
-    def __init__(self, case: Case, back_end: Any, memory: Memory, deadline: float):
-        self.case, self.back_end, self.deadline = case, back_end, deadline
+    def __init__(self, case: ArgSpec, space: Space, memory: Memory, deadline: float):
+        self.case, self.space, self.deadline = case, space, deadline
         self.call = abstract_call(case)
         self.programs: dict[Any, tuple[Any, int]] = {}
         self.times: dict[Any, float] = {}
-        start = self.compile(back_end.heuristic())
+        start = self.compile(space.heuristic())
         self.args = memory.arguments(case, start[2], start[1])
         firsts, others, caches, rest = self.args
         xla = jax.jit(functools.partial(self.call, implementation="xla"))
@@ -218,7 +185,9 @@ class Tuner:
 
     def compile(self, config: Any) -> tuple[Any, int, int]:
         """The program of a configuration, its calls and its buffers."""
-        run, buffers, calls = compile_calls(self.case, op_with(self.call, self.back_end.attend, config))
+        run, buffers, calls = compile_calls(
+            self.case, functools.partial(self.call, implementation=self.space.kernel(config=config))
+        )
         self.programs[config] = run, calls
         return run, calls, buffers
 
@@ -272,14 +241,14 @@ class Tuner:
           TimeoutError: the deadline has passed.
           ValueError: the heuristic's does not run, or is wrong.
         """
-        start = best = self.back_end.heuristic()
+        start = best = self.space.heuristic()
         self.times.update(self.time([start], 5))
         if start not in self.times:
             raise ValueError("the heuristic's configuration failed")
         for _ in range(ROUNDS):
             before = best
-            for i in range(len(self.back_end.neighbours(best))):
-                candidates = [c for c in self.back_end.neighbours(best)[i] if c not in self.times]
+            for i in range(len(self.space.neighbours(best))):
+                candidates = [c for c in self.space.neighbours(best)[i] if c not in self.times]
                 self.times.update(self.time(candidates, 5))
                 best = min(self.times, key=lambda c: self.times[c])
             if best == before:
@@ -304,10 +273,10 @@ def tune(
     memory = Memory() if any(CASES[n].cache_bytes > 2**24 for n in names) else Memory(2**16)
     left = []
     for name in names:
-        case = dataclasses.replace(CASES[name], page=page)
-        sizes = sizes_of(case)
+        case = dataclasses.replace(CASES[name], page_size=page, layout=SPACES[implementation].layout)
+        sizes = case.shape.tuning_key
         entries = read_table(path)
-        known = any(e.back_end == implementation and e.sizes.distance(sizes) == (0, 0) for e in entries)
+        known = any(e.back_end == implementation and distance(e.sizes, sizes) == (0, 0) for e in entries)
         if known and not again:
             print(f"{name}: in the table", flush=True)
             continue
@@ -317,7 +286,7 @@ def tune(
         print(f"{name}:", flush=True)
         tuner = None
         try:
-            tuner = Tuner(case, BACK_ENDS[implementation](case, setting.device), memory, deadline)
+            tuner = Tuner(case, SPACES[implementation](case), memory, deadline)
             best = tuner.search()
         except TimeoutError:
             left.append(name)
@@ -353,20 +322,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     kind = jax.devices()[0].device_kind
     default = "triton" if hopper.find_processors(kind) is None else "mosaic_gpu"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tune_decode_attention", description=(__doc__ or "").splitlines()[0]
-    )
+    default = "mosaic_tpu" if jax.default_backend() == "tpu" else default
+    parser = records.parser("benchmarks.tune_decode_attention", __doc__, out=False)
     parser.add_argument(
         "--cases",
         nargs="+",
         metavar="GLOB",
-        help=f"names of cases; if left out, the benchmark's {len(TARGETS)}",
+        help=f"names of cases (default: the benchmark's {len(TARGETS)})",
     )
-    parser.add_argument("--implementation", choices=list(BACK_ENDS), default=default, help=f"here {default}")
-    parser.add_argument("--page", type=int, help="tokens of a page; a contiguous cache if left out")
-    parser.add_argument("--again", action="store_true", help="also what the table holds already")
-    parser.add_argument("--limit-seconds", type=float, default=float("inf"), help="stop after so long")
-    parser.add_argument("--out", type=pathlib.Path, default=DECODE, help="folder of the tables")
+    parser.add_argument(
+        "--implementation", choices=list(SPACES), default=default, help="back end (default: %(default)s)"
+    )
+    parser.add_argument("--page", type=int, help="tokens of a page (default: a contiguous cache)")
+    parser.add_argument("--again", action="store_true", help="measure also what the table holds already")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=float("inf"), help="stop after this many seconds"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=TUNED, help="folder of the tables (default: that of the package)"
+    )
     options = parser.parse_args(argv)
     try:
         names = select(options.cases, quick=False)

@@ -5,29 +5,22 @@ order in which the official code's eight processes read it. `mlra-prepare` write
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+import mlra_jax as mlra
+
+GetConfig = Callable[[], mlra.TrainConfig]
 
 
-def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainConfig:
+def paper_config(name: str, *, attention: mlra.AttentionConfig, d_ff: int) -> GetConfig:
     """The run `name`: 24 layers 3072 wide with 24 query heads; `d_ff` brings each variant to 2.87 B parameters."""
-    return TrainConfig(
+    return lambda: mlra.TrainConfig(
         name=name,
-        model=ModelConfig(
+        model=mlra.ModelConfig(
             vocab_size=50304, n_layers=24, d_model=3072, n_heads=24, d_ff=d_ff, attention=attention
         ),
-        data=DataConfig(
+        data=mlra.DataConfig(
             path="data/fineweb_edu",
             tokenizer="gpt2",
             seq_len=2048,
@@ -36,7 +29,7 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
             order="official",
             official_ranks=8,
         ),
-        optim=OptimConfig(
+        optim=mlra.OptimConfig(
             lr=1.6e-4,
             min_lr=1.6e-5,
             warmup_steps=2000,
@@ -47,38 +40,53 @@ def paper_config(name: str, *, attention: AttentionConfig, d_ff: int) -> TrainCo
             weight_decay=0.1,
             clip_norm=1.0,
         ),
-        mesh=MeshConfig(data=1, fsdp=-1),
-        checkpoint=CheckpointConfig(every=1000, keep=2, keep_every=5000),
-        log=LogConfig(every=10, eval_every=1000, eval_sequences=200),
+        mesh=mlra.MeshConfig(data=1, fsdp=-1),
+        checkpoint=mlra.CheckpointConfig(every=1000, keep=2, keep_every=5000),
+        log=mlra.LogConfig(every=10, eval_every=1000, eval_sequences=200),
         steps=100_001,
         seed=5000,
     )
 
 
-def _changed(base: TrainConfig, suffix: str, **changes: Any) -> TrainConfig:
-    """The run `base` with these fields of its model changed, named after it."""
-    return dataclasses.replace(
-        base, name=f"{base.name}_{suffix}", model=dataclasses.replace(base.model, **changes)
+def latent(n_latent_heads: int, *, n_branches: int, q_lora_rank: int) -> mlra.LatentAttentionConfig:
+    """Latent attention as the paper has it: latents 512 wide in all, heads of 128, and 64 that rotate."""
+    return mlra.LatentAttentionConfig(
+        n_latent_heads, n_branches, q_lora_rank=q_lora_rank, kv_lora_rank=512, d_nope=128, d_rope=64
     )
 
 
-def gated(base: TrainConfig) -> TrainConfig:
+def grouped(n_kv_heads: int, *, d_head: int = 128, q_lora_rank: int = 0) -> mlra.GroupedAttentionConfig:
+    """Attention with key-value heads."""
+    return mlra.GroupedAttentionConfig(n_kv_heads, d_head, q_lora_rank=q_lora_rank)
+
+
+def _changed(base: GetConfig, suffix: str, change: Callable[[mlra.ModelConfig], dict[str, Any]]) -> GetConfig:
+    """The run `base` with some fields of its model changed, named after it."""
+
+    def get_config() -> mlra.TrainConfig:
+        config = base()
+        model = dataclasses.replace(config.model, **change(config.model))
+        return dataclasses.replace(config, name=f"{config.name}_{suffix}", model=model)
+
+    return get_config
+
+
+def gated(base: GetConfig) -> GetConfig:
     """With a sigmoid gate on the heads' output; the MLP gives up 1024 of its width for the gate's parameters."""
-    return _changed(base, "gated", gated_attention=True, d_ff=base.model.d_ff - 1024)
+    return _changed(base, "gated", lambda m: {"gated_attention": True, "d_ff": m.d_ff - 1024})
 
 
-def no_scale(base: TrainConfig) -> TrainConfig:
+def no_scale(base: GetConfig) -> GetConfig:
     """Without the scales of latent attention: the paper's ablation of them."""
-    assert isinstance(base.model.attention, LatentAttentionConfig)
-    attention = dataclasses.replace(base.model.attention, scale_latents=False)
-    return _changed(base, "no_scale", attention=attention)
+    unscaled = lambda a: dataclasses.replace(a, scale_latents=False)
+    return _changed(base, "no_scale", lambda m: {"attention": unscaled(m.attention)})
 
 
-def double_heads(base: TrainConfig, *, d_ff: int) -> TrainConfig:
+def double_heads(base: GetConfig, *, d_ff: int) -> GetConfig:
     """With twice the query heads, and the same latent or KV heads; `d_ff` keeps the number of parameters."""
-    return _changed(base, "double_heads", n_heads=2 * base.model.n_heads, d_ff=d_ff)
+    return _changed(base, "double_heads", lambda m: {"n_heads": 2 * m.n_heads, "d_ff": d_ff})
 
 
-def normal_initialization(base: TrainConfig) -> TrainConfig:
+def normal_initialization(base: GetConfig) -> GetConfig:
     """With output projections that start from N(0, 0.02) in place of zero: the paper's ablation of that."""
-    return _changed(base, "normal_initialization", output_init="normal")
+    return _changed(base, "normal_initialization", lambda m: {"output_init": "normal"})

@@ -3,16 +3,11 @@
     python train.py configs/gta_normal_initialization.py
 
 Parameters  2,872,003,584 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      not run
 """
-
-from mlra_jax.config import TrainConfig
 
 from . import gta
 from ._paper import normal_initialization
 
-
-def get_config() -> TrainConfig:
-    return normal_initialization(gta.get_config())
+get_config = normal_initialization(gta.get_config)

@@ -3,27 +3,10 @@
     python train.py configs/mla.py
 
 Parameters  2,872,052,736 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      perplexity 9.284 on FineWeb-Edu, 13.727 mean of seven corpora; 58.75 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import TrainConfig
+from ._paper import latent, paper_config
 
-from ._paper import paper_config
-
-
-def get_config() -> TrainConfig:
-    return paper_config(
-        "mla",
-        attention=LatentAttentionConfig(
-            n_latent_heads=1,
-            n_branches=1,
-            q_lora_rank=1536,
-            kv_lora_rank=512,
-            d_nope=128,
-            d_rope=64,
-        ),
-        d_ff=9448,
-    )
+get_config = paper_config("mla", attention=latent(1, n_branches=1, q_lora_rank=1536), d_ff=9448)

@@ -3,16 +3,11 @@
     python train.py configs/mla_no_scale.py
 
 Parameters  2,872,052,736 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      perplexity 13.779 mean of seven corpora (from the paper)
 """
-
-from mlra_jax.config import TrainConfig
 
 from . import mla
 from ._paper import no_scale
 
-
-def get_config() -> TrainConfig:
-    return no_scale(mla.get_config())
+get_config = no_scale(mla.get_config)

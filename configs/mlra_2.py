@@ -3,27 +3,10 @@
     python train.py configs/mlra_2.py
 
 Parameters  2,872,630,272 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      perplexity 9.242 on FineWeb-Edu, 13.804 mean of seven corpora; 58.68 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import TrainConfig
+from ._paper import latent, paper_config
 
-from ._paper import paper_config
-
-
-def get_config() -> TrainConfig:
-    return paper_config(
-        "mlra_2",
-        attention=LatentAttentionConfig(
-            n_latent_heads=4,
-            n_branches=2,
-            q_lora_rank=1024,
-            kv_lora_rank=512,
-            d_nope=128,
-            d_rope=64,
-        ),
-        d_ff=10048,
-    )
+get_config = paper_config("mlra_2", attention=latent(4, n_branches=2, q_lora_rank=1024), d_ff=10048)

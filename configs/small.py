@@ -10,30 +10,25 @@ Wall time   not trained to its end
 Result      not trained to its end
 """
 
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import CheckpointConfig, DataConfig, LogConfig, ModelConfig, OptimConfig, TrainConfig
+import mlra_jax as mlra
 
 
-def get_config() -> TrainConfig:
+def get_config() -> mlra.TrainConfig:
     steps = 20_000
-    return TrainConfig(
+    # The proportions of the 2.9 B model: A = D/3, C = H, R = H/2.
+    attention = mlra.LatentAttentionConfig(
+        n_latent_heads=4, n_branches=4, q_lora_rank=256, kv_lora_rank=256, d_nope=64, d_rope=32
+    )
+    return mlra.TrainConfig(
         name="small",
-        model=ModelConfig(
-            vocab_size=50304,
-            n_layers=12,
-            d_model=768,
-            n_heads=12,
-            d_ff=2432,
-            # The proportions of the 2.9 B model: A = D/3, C = H, R = H/2.
-            attention=LatentAttentionConfig(
-                n_latent_heads=4, n_branches=4, q_lora_rank=256, kv_lora_rank=256, d_nope=64, d_rope=32
-            ),
+        model=mlra.ModelConfig(
+            vocab_size=50304, n_layers=12, d_model=768, n_heads=12, d_ff=2432, attention=attention
         ),
-        data=DataConfig(
+        data=mlra.DataConfig(
             path="data/fineweb_edu", tokenizer="gpt2", seq_len=1024, global_batch=480, micro_batch=16
         ),
-        optim=OptimConfig(lr=6e-4, min_lr=6e-5, warmup_steps=700, decay_steps=steps - 1),
-        checkpoint=CheckpointConfig(every=1000, keep=2),
-        log=LogConfig(every=10, eval_every=500, eval_sequences=400),
+        optim=mlra.OptimConfig(lr=6e-4, min_lr=6e-5, warmup_steps=700, decay_steps=steps - 1),
+        checkpoint=mlra.CheckpointConfig(every=1000, keep=2),
+        log=mlra.LogConfig(every=10, eval_every=500, eval_sequences=400),
         steps=steps,
     )

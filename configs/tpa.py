@@ -3,24 +3,14 @@
     python train.py configs/tpa.py
 
 Parameters  2,873,183,232 (measured: counted from the shapes)
-Hardware    8 x H100 80 GB (from the paper's repository)
-Wall time   not run
+Hardware    8 x H100 80 GB (from the paper's repository); Wall time: not run
 Result      perplexity 9.333 on FineWeb-Edu, 13.985 mean of seven corpora; 57.87 % zero-shot mean (from the paper)
 """
 
-from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
-from mlra_jax.config import TrainConfig
+import mlra_jax as mlra
 
 from ._paper import paper_config
 
-
-def get_config() -> TrainConfig:
-    return paper_config(
-        "tpa",
-        attention=TensorProductAttentionConfig(
-            rank=2,
-            q_rank=6,
-            d_head=128,
-        ),
-        d_ff=10760,
-    )
+get_config = paper_config(
+    "tpa", attention=mlra.TensorProductAttentionConfig(rank=2, q_rank=6, d_head=128), d_ff=10760
+)

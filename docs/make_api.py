@@ -29,8 +29,9 @@ INTRODUCTION = """\
 import mlra_jax as mlra
 ```
 
-offers the names on this page; each is imported when it is first used. The examples are tested, in this order, on a CPU.
-Letters in shapes are those of [notation.md](notation.md). What is not here may move between versions.
+provides the names on this page; each is imported when it is first used. The examples are tested, in this order, on a
+CPU. Letters in shapes are those of [notation.md](notation.md). Names that are not listed here may change between
+versions.
 """
 
 CONFIG_ERROR = """
@@ -193,6 +194,8 @@ for event in generator.stream(prompts, options):
         print(event.text, end="")
     elif isinstance(event, mlra.Completion):
         print(event.finish_reason, event.tokens)
+# Each prompt in its own way: greedy, and sampled.
+generator.generate(prompts, sampling=[mlra.Sampling(), sampling], max_new_tokens=[4, 2])
 """
 
 SECTIONS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
@@ -235,6 +238,7 @@ METHODS = {
     "Transformer": ("__call__", "hidden", "decode"),
     "Cache": ("create", "repeat", "bytes_per_device"),
     "Generator": ("from_checkpoint", "generate", "complete", "stream"),
+    "Sampling": ("filtered_logits",),
     "AxisRules": ("of", "spec", "size"),
 }
 """Methods for users of a class. What there is for authors of an attention docs/extending.md says."""

@@ -2,15 +2,15 @@
 
     RUN/checkpoints/STEP/params      nested dictionary of arrays, as the model names them
                          optimizer   the optax state and the step
-                         guard       what tells which updates to leave out
+                         guard       the statistics that decide which updates are skipped
                          config      the resolved TrainConfig, JSON
                          digests     a checksum of each array and of the configuration, JSON
 
-STEP is the number of updates made. A step's folder appears under its name only when it is complete (in a bucket: only
-then holds its commit file). What a disk, a copy or a person did to it later shows in the digests, with which everything
-that is read here is compared: a run moves a damaged checkpoint aside, never deletes it, and continues from the one
-before; all others refuse it. Arrays are stored in pieces with their
-shapes: a checkpoint knows no mesh, and each process reads just what its own devices hold.
+STEP is the number of updates made. A step's folder gets its name only when it is complete (in a bucket, its commit file
+is written only then). Later damage shows in the digests, with which everything read here is compared: a run moves a
+damaged checkpoint aside, never deletes it, and continues from the one before; everything else refuses it. Arrays are
+stored in pieces with their shapes, so that a checkpoint does not depend on a mesh, and each process reads only what its
+own devices hold.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import math
 import os
 import re
 import zlib
@@ -46,31 +45,31 @@ FOLDER = "checkpoints"
 
 
 class CheckpointError(UserError):
-    """A checkpoint is absent or damaged, or does not fit what it is wanted for."""
+    """A checkpoint is absent, damaged, or not of the model that it is needed for."""
 
 
 class DamagedError(CheckpointError):
-    """A checkpoint is not what was saved."""
+    """A checkpoint differs from what was saved."""
 
 
 class SaveError(ExplainedError, RuntimeError):
-    """A checkpoint (or what belongs to a run) could not be written; the message says why, and what is safe."""
+    """A checkpoint (or another file of a run) could not be written; the message says why, and what is safe."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a run continues from."""
+    """The checkpoint that a run continues from."""
 
     step: int
-    """Updates made."""
+    """Number of updates made."""
     state: TrainState | None
-    """The state; None: the checkpoint holds parameters alone."""
+    """The training state; None if the checkpoint holds only parameters."""
     params: dict[str, Any]
     """Its parameters."""
     changes: list[str]
-    """How the configuration differs from the stored one: "field: stored -> current" each."""
+    """Differences of the configuration from the stored one, each as "field: stored -> current"."""
     damaged: list[str]
-    """One sentence for each newer checkpoint that could not be used."""
+    """One sentence for each newer checkpoint that is damaged."""
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -90,9 +89,9 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state as a checkpoint keeps them."""
+    """The items of a checkpoint that hold a state."""
     optimizer = {"state": state.opt_state, "step": state.step}
-    return {"params": state.params, "optimizer": optimizer, "guard": state.guard}
+    return {"params": state.params, "optimizer": optimizer, "guard": state.skip_state}
 
 
 def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path:
@@ -100,10 +99,10 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder, or one step's folder; local or a bucket URL.
-      step: which one; None: the latest (or the one that `checkpoint` is).
+      step: number of its updates; None: the latest, or that of `checkpoint`.
 
     Raises:
-      CheckpointError: there is none, with the steps that there are.
+      CheckpointError: there is none; the message lists the steps that there are.
       StorageError: the library for the bucket is not installed.
     """
     root = _absolute(checkpoint)
@@ -125,7 +124,7 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
 
 
 def load_config(checkpoint: epath.PathLike, step: int | None = None) -> TrainConfig:
-    """The configuration of the run that wrote a checkpoint; how it was computed is left to be chosen.
+    """The configuration of the run that wrote a checkpoint, without what was chosen for the run's devices.
 
     Args:
       checkpoint: see `find_step`.
@@ -141,7 +140,7 @@ def load_config(checkpoint: epath.PathLike, step: int | None = None) -> TrainCon
 
 
 def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
-    """Compares the stored shapes with the wanted ones, before anything is read.
+    """Compares the stored shapes with the expected ones, before anything is read.
 
     Raises:
       CheckpointError: every missing, extra or misshapen array, with both shapes.
@@ -150,15 +149,9 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     stored = {k: tuple(v.shape) for k, v in _flat(handler.metadata(step_dir / item).tree).items()}
     wanted = {k: tuple(v.shape) for k, v in _flat(abstract).items()}
     faults = [
-        f"{k}: not in the checkpoint, the model has {wanted[k]}" for k in sorted(wanted.keys() - stored)
-    ]
-    faults += [
-        f"{k}: {stored[k]} in the checkpoint, not in the model" for k in sorted(stored.keys() - wanted)
-    ]
-    faults += [
-        f"{k}: {stored[k]} in the checkpoint, {wanted[k]} in the model"
-        for k in sorted(wanted.keys() & stored)
-        if wanted[k] != stored[k]
+        f"{k}: {stored.get(k, 'not')} in the checkpoint, {wanted.get(k, 'not')} in the model"
+        for k in sorted(stored | wanted)
+        if stored.get(k) != wanted.get(k)
     ]
     if faults:
         raise CheckpointError(
@@ -168,9 +161,9 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
 
 
 def _digest(x: Any) -> Any:
-    """Sum of the bits of all elements modulo 2^32, each mixed first; integers add up to the same on any mesh.
+    """The sum modulo 2^32 of the mixed bits of all elements, which is the same on any mesh.
 
-    The mixing is one-to-one, so that one changed element always shows, and several but once in 2^32.
+    The mixing is one-to-one: one changed element always changes the digest, and several miss it once in 2^32.
     """
     bits = x.view(f"uint{8 * x.dtype.itemsize}").astype("uint32")
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):  # Wellons' "lowbias32"
@@ -179,18 +172,17 @@ def _digest(x: Any) -> Any:
 
 
 def _digest_on_host(x: np.ndarray) -> int:
-    """The same of a NumPy array, in pieces that take little memory."""
+    """`_digest` of a NumPy array, in pieces that take little memory."""
     flat, step = np.ascontiguousarray(x).reshape(-1), 1 << 22
     return sum(int(_digest(flat[i : i + step])) for i in range(0, flat.size, step)) % 2**32
 
 
-# One program: several small ones with collectives, all under way at once, have been seen to wait for one another on
-# the CPU for ever.
+# One program: several small ones with collectives, in flight at once, have deadlocked on the CPU.
 _digest_each = jax.jit(lambda arrays: jnp.stack([_digest(x) for x in arrays]))
 
 
 def _digests(items: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Of each item, the digest of each array, of JAX or of NumPy, by its path."""
+    """The digests of each item's arrays (JAX or NumPy), by path."""
     found: dict[str, dict[str, int]] = {item: {} for item in items}
     names, arrays = [], []
     for item, tree in items.items():
@@ -216,11 +208,11 @@ def _read_json(step_dir: epath.Path, item: str) -> Any:
 
 
 def _read_config(step_dir: epath.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The configuration and the digests that were stored; None: by a version that had none.
+    """The stored configuration and digests, the latter None if an earlier version wrote the checkpoint.
 
     Raises:
-      DamagedError: the configuration is not the one that was stored.
-      Exception: what reading a damaged file raises.
+      DamagedError: the configuration differs from what was saved.
+      Exception: whatever reading a damaged file raises.
     """
     config = _read_json(step_dir, "config")
     if not (step_dir / "digests").exists():
@@ -232,15 +224,15 @@ def _read_config(step_dir: epath.Path) -> tuple[dict[str, Any], dict[str, Any] |
 
 
 def _read(step_dir: epath.Path, item: str, abstract: Any) -> Any:
-    """One item of a checkpoint, laid out as `abstract` says; nothing here waits for other processes."""
+    """One item of a checkpoint, laid out as `abstract` says, without waiting for other processes."""
     return ocp.StandardCheckpointHandler().restore(step_dir / item, args=ocp.args.StandardRestore(abstract))
 
 
 def _check_digests(step_dir: epath.Path, items: dict[str, Any], digests: dict[str, Any] | None) -> None:
-    """Compares the arrays that were read with those that were saved.
+    """Compares arrays that were read with the digests of those that were saved.
 
     Raises:
-      DamagedError: naming the arrays that differ.
+      DamagedError: some differ; the message names them.
     """
     if digests is None:
         return
@@ -260,8 +252,8 @@ def _read_params(
     """Some parameters as they are stored, by dotted path, laid out as in `abstract` (NumPy arrays without a sharding).
 
     Raises:
-      DamagedError: they are not those that were saved.
-      Exception: what reading a damaged file raises.
+      DamagedError: they differ from what was saved.
+      Exception: whatever reading a damaged file raises.
     """
     tree = nnx.traversals.unflatten_mapping(abstract, sep=".")
     args = ocp.args.PyTreeRestore(
@@ -273,7 +265,7 @@ def _read_params(
 
 
 def _reason(error: BaseException) -> str:
-    """Why something failed, short: the system's words if it has some, else the first of the library's."""
+    """Why something failed, in short: the system's message if there is one, else the library's first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = str(error) or type(error).__name__
@@ -287,7 +279,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _explaining_damage(step_dir: epath.Path) -> Iterator[None]:
-    """Turns whatever goes wrong while a checkpoint is read into a `CheckpointError`."""
+    """Converts any failure to read a checkpoint into a `CheckpointError`."""
     try:
         yield
     except Exception as error:
@@ -302,10 +294,10 @@ _T = TypeVar("_T")
 
 
 def _on_all(act: Callable[[], _T]) -> _T:
-    """Result of `act`, if it succeeds on every process.
+    """The result of `act`, if it succeeds on every process.
 
     Raises:
-      DamagedError: it failed on some; raised on all of them, so that none waits for the others.
+      DamagedError: it failed on some process; raised on all of them, so that none waits for the others.
     """
     result, fault = None, ""
     try:
@@ -322,12 +314,12 @@ def _on_all(act: Callable[[], _T]) -> _T:
 
 
 def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | None = None) -> Any:
-    """The parameters of a checkpoint, read straight into the wanted layout; the optimizer's state is never read.
+    """The parameters of a checkpoint, read directly into the given layout; the optimizer's state is not read.
 
     Args:
       checkpoint: see `find_step`.
-      abstract_params: nested dictionary of `jax.ShapeDtypeStruct` with concrete shardings (any mesh); each array is
-        converted to the `dtype` given here, those that change one after the other.
+      abstract_params: nested dictionary of `jax.ShapeDtypeStruct` with concrete shardings (any mesh); arrays are
+        converted to the `dtype` given here one at a time.
       step: see `find_step`.
 
     Raises:
@@ -346,7 +338,7 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
         }
         kept = [name for name, x in wanted.items() if x.dtype == stored[name].dtype]
         params: dict[str, Any] = {}
-        # One at a time, so that no more than one array is there in both types.
+        # One at a time, so that at most one array exists in both types.
         for names in filter(None, (kept, *([name] for name in wanted if name not in kept))):
             read = _read_params(step_dir, {name: as_stored[name] for name in names}, digests)
             params |= {name: read[name].astype(wanted[name].dtype) for name in names}
@@ -366,7 +358,7 @@ def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:
 
 @contextmanager
 def _explained(directory: epath.Path) -> Iterator[None]:
-    """Turns what the storage of `directory` refuses while saving into a `SaveError`; says of a bug what is safe."""
+    """Converts failures of `directory`'s storage into a `SaveError`; adds to other errors what is safe."""
     try:
         yield
     except ExplainedError:
@@ -387,7 +379,7 @@ def _explained(directory: epath.Path) -> Iterator[None]:
 
 
 def _of_storage(error: BaseException | None) -> bool:
-    """Whether a disk or a bucket is the cause, as the system or TensorStore says."""
+    """Whether a disk or a bucket is the cause, according to the system or TensorStore."""
     while error is not None:
         status = isinstance(error, ValueError) and re.match(
             r"[A-Z]+(_[A-Z]+)*: ", str(error)
@@ -400,9 +392,9 @@ def _of_storage(error: BaseException | None) -> bool:
 
 @contextmanager
 def owned(run_dir: epath.PathLike) -> Iterator[None]:
-    """Keeps other processes from writing into the run's folder while inside; of several processes, the first one does.
+    """Locks the run's folder against other runs' processes; the first process of a run holds the lock.
 
-    A run in a bucket is not guarded: nothing there dies with a process.
+    A run in a bucket is not locked: nothing there ends with a process.
 
     Raises:
       UserError: another process writes there.
@@ -423,7 +415,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig):
-        # Step 0 is written by `save_params` alone: what was converted is not the run's to delete.
+        # Only `save_params` writes step 0: converted parameters are not the run's to delete.
         kept: list[Any] = [policies.LatestN(config.keep), policies.CustomSteps([0])]
         if config.keep_every:
             kept.append(policies.EveryNSteps(config.keep_every))
@@ -431,27 +423,26 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
             ),
         )
 
     def latest_step(self) -> int | None:
-        """Updates made by the latest complete checkpoint (or the one being written); None when there is none."""
+        """The step of the latest complete checkpoint (or the one being written), or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, config: TrainConfig) -> None:
-        """Copies the state to the host and writes it in the background; returns when the copy is made.
+        """Copies the state to the host and writes it in the background; returns once the copy is made.
 
         Does nothing if `step` is saved already. A failure in the background is raised by the next call.
 
         Args:
-          step: updates made.
-          state: may be donated as soon as this returns.
-          config: stored as JSON.
+          step: number of updates made.
+          state: the state, which may be donated as soon as this returns.
+          config: the run's configuration, stored as JSON.
 
         Raises:
-          SaveError: this one, or the one before it, could not be written.
+          SaveError: this checkpoint or the previous one could not be written.
         """
         if step == self.latest_step():
             return
@@ -469,13 +460,13 @@ class Checkpoints:
             )
 
     def check_config(self, step: int, config: TrainConfig) -> list[str]:
-        """Compares a checkpoint's configuration with `config`, which is to continue it.
+        """Compares a checkpoint's configuration with that of the run that continues it.
 
         Returns:
-          What differs without harm: "field: stored -> current" each.
+          Harmless differences, each as "field: stored -> current".
 
         Raises:
-          CheckpointError: the model is another one; every field that differs is named.
+          CheckpointError: the model differs; the message names every field that does.
         """
         stored = from_dict(_read_config(find_step(self.directory, step))[0])
         differences = config_differences(stored, config)
@@ -488,20 +479,20 @@ class Checkpoints:
         return differences
 
     def restore(self, config: TrainConfig, abstract_state: TrainState) -> Restored | None:
-        """The latest checkpoint that is whole, laid out as `abstract_state` says; the mesh that saved it is irrelevant.
+        """The latest intact checkpoint, laid out as `abstract_state` says, whatever mesh saved it.
 
-        Newer ones, which are damaged, are moved aside once it is read. Processes need not see the same damage: they
-        agree on a checkpoint that all of them can read.
+        Newer, damaged ones are moved aside once it has been read. Processes may see different damage: they agree on a
+        checkpoint that all of them can read.
 
         Args:
-          config: of the run that is to continue.
+          config: the configuration of the run that continues.
           abstract_state: `TrainState` of `jax.ShapeDtypeStruct` with concrete shardings.
 
         Returns:
-          What to continue from; None if there is no checkpoint.
+          The checkpoint to continue from; None if there is none.
 
         Raises:
-          CheckpointError: the model is another one (every field that differs is named), or no checkpoint is whole.
+          CheckpointError: the model differs (the message names every field that does), or every checkpoint is damaged.
         """
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -530,7 +521,7 @@ class Checkpoints:
 
         Raises:
           DamagedError: it is damaged.
-          CheckpointError: the model is another one.
+          CheckpointError: the model differs.
         """
         step_dir = find_step(self.directory, step)
         _, digests = _on_all(lambda: _read_config(step_dir))
@@ -539,7 +530,7 @@ class Checkpoints:
         if step == 0 and not (step_dir / "optimizer").exists():
             wanted = {"params": wanted["params"]}  # what `save_params` wrote
         elif not (step_dir / "guard").exists():
-            del wanted["guard"]  # of a version that had none
+            del wanted["guard"]  # written by a version that skipped no updates
 
         def read() -> dict[str, Any]:
             _check_tree(step_dir, "params", wanted["params"])
@@ -550,13 +541,13 @@ class Checkpoints:
         state = None
         if "optimizer" in items:
             fresh = lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding)
-            guard = items.get("guard") or jax.tree.map(fresh, abstract_state.guard)
+            skip_state = items.get("guard") or jax.tree.map(fresh, abstract_state.skip_state)
             optimizer = items["optimizer"]
-            state = TrainState(items["params"], optimizer["state"], optimizer["step"], guard)
+            state = TrainState(items["params"], optimizer["state"], optimizer["step"], skip_state)
         return Restored(step, state, items["params"], changes, [])
 
     def _move_aside(self, step: int) -> epath.Path:
-        """Takes a checkpoint out of the run without deleting it; its new path."""
+        """Moves a checkpoint aside without deleting it, and returns its new path."""
         names = (f"{step}.damaged" + (f".{n}" if n else "") for n in itertools.count())
         target = next(path for path in (self.directory / name for name in names) if not path.exists())
         if jax.process_index() == 0:
@@ -564,7 +555,7 @@ class Checkpoints:
         return target
 
     def wait(self) -> None:
-        """Blocks until what `save` started is complete.
+        """Waits until the checkpoint that `save` started is complete.
 
         Raises:
           SaveError: it could not be written.
@@ -573,10 +564,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then releases the threads.
+        """Waits for the last checkpoint, then releases the threads.
 
         Raises:
-          SaveError: what `save` started could not be written.
+          SaveError: the last checkpoint could not be written.
         """
         with _explained(self.directory):
             self._manager.close()
@@ -587,9 +578,9 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 class _LazyHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `LazyTensor`s and `LazyStack`s into the format of arrays, one after the other and layer by layer.
+    """Writes `LazyTensor`s and `LazyStack`s in the format of arrays, one at a time and layer by layer.
 
-    So no more than one layer of a large stack is in memory. (Should Orbax rename the functions overridden here, arrays
+    At most one layer of a large stack is thus in memory. (Should Orbax rename the functions overridden here, arrays
     would be written whole, and have no digests.)
     """
 
@@ -597,7 +588,7 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
         super().__init__(deepcopy_host_arrays=False)
         self._progress, self._name = progress, ""
         self.digests: dict[str, int] = {}
-        """Of what has been written, by dotted path."""
+        """Digests of the arrays written so far, by dotted path."""
 
     async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
         for value, info, arg in zip(values, infos, args, strict=True):
@@ -618,16 +609,16 @@ class _LazyHandler(ocp.type_handlers.NumpyHandler):
 def save_params(
     run_dir: epath.PathLike, params: Any, config: TrainConfig, progress: Callable[[int], Any] = lambda n: None
 ) -> None:
-    """Writes step 0 of a run with parameters and configuration alone; decoding reads it like any other.
+    """Writes step 0 of a run with only parameters and configuration; decoding reads it like any other checkpoint.
 
-    The step's folder appears when it is complete; its digests, which are known only then, are added to it.
+    The step's folder appears when it is complete; its digests, which are known only then, are added afterwards.
 
     Args:
-      run_dir: must hold no checkpoint yet.
-      params: nested dictionary, in the training layout, of JAX or NumPy arrays; or of `LazyTensor`s and `LazyStack`s,
+      run_dir: folder of the run, without any checkpoint yet.
+      params: nested dictionary, in the training layout, of JAX or NumPy arrays, or of `LazyTensor`s and `LazyStack`s,
         which are made one at a time, large stacks layer by layer.
-      config: stored as JSON, in the checkpoint and as `config.json` of the run.
-      progress: called with the number of bytes of each lazy array, or layer of one, that is written.
+      config: the run's configuration, stored as JSON in the checkpoint and as the run's `config.json`.
+      progress: called with the number of bytes of each lazy array, or layer of one, as it is written.
     """
     lazy = _LazyHandler(progress)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -679,14 +670,14 @@ def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
 
 
 def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str, Any]:
-    """The parameters of a checkpoint, as they are stored, each read when it is asked for.
+    """The parameters of a checkpoint as they are stored, each read on demand.
 
     Returns:
-      Nested dictionary of `LazyTensor`s, and of `LazyStack`s under `layers`. The two parameters read last are kept, so
-      that going through the layers of one or two of them in turn reads each once.
+      Nested dictionary of `LazyTensor`s, and of `LazyStack`s under `layers`. The last two parameters read are kept, so
+      that iterating over the layers of one or two of them reads each once.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or it is damaged; what is wrong with an array shows when it is read.
+      CheckpointError: there is no such checkpoint, or it is damaged; a damaged array is reported when it is read.
     """
     step_dir = find_step(checkpoint, step)
     with _explaining_damage(step_dir):
@@ -711,8 +702,3 @@ def lazy_params(checkpoint: epath.PathLike, step: int | None = None) -> dict[str
         return LazyStack(tuple(map(layer, range(x.shape[0]))))
 
     return jax.tree_util.tree_map_with_path(lazy, stored)
-
-
-def state_bytes(abstract: Any) -> int:
-    """Bytes of all arrays of a tree, over all devices, each counted once."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract))

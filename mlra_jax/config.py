@@ -1,13 +1,9 @@
 """Frozen configuration dataclasses and their validation.
 
 A configuration is plain data: it can be printed, compared, derived with `dataclasses.replace`, parsed from the
-command line and stored as JSON beside the weights. Derived quantities are properties. A field's type hint says which
-values are legal, with a `Range` where not every number is; `faults()` returns one sentence for each thing that is
-wrong, and `validate()` raises `ConfigError` with all of them at once.
-
-Letters in shapes: B batch, T query positions, S cached positions, D `d_model`, N `n_heads`, K KV heads, L
-`n_latent_heads`, C `d_latent`, M `heads_per_latent`, H `d_nope` or `d_head` (also the value width), R `d_rope`,
-J `n_branches`, G = L / J.
+command line and stored as JSON beside the weights. Derived quantities are properties. A field's type hint, narrowed by
+a `Range` where needed, says which values are legal; `faults()` returns one sentence for each thing that is wrong, and
+`validate()` raises `ConfigError` with all of them at once. Letters are those of docs/notation.md.
 """
 
 from __future__ import annotations
@@ -38,32 +34,29 @@ from typing import (
 
 from tyro.conf import arg
 
-from mlra_jax.errors import UserError
+from mlra_jax.errors import FaultsError
 
 if TYPE_CHECKING:
     from mlra_jax.attention.base import Attention
 
 
-class ConfigError(UserError):
+class ConfigError(FaultsError):
     """One or more faults in a configuration; the message lists all of them."""
 
-    def __init__(self, faults: list[str]):
-        self.faults = faults
-        many = f"{len(faults)} faults in the configuration:\n  - " if len(faults) > 1 else ""
-        super().__init__(many + "\n  - ".join(faults))
+    where = "the configuration"
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a field may hold, in its type: `Annotated[int, Range(ge=1)]`. NaN never is one of them."""
+    """The numbers that a field may hold, as part of its type: `Annotated[int, Range(ge=1)]`. NaN is never allowed."""
 
     ge: float | None = None
     gt: float | None = None
     le: float | None = None
     lt: float | None = math.inf
-    """None lets infinity in."""
+    """None: infinity is allowed too."""
     also: tuple[float, ...] = ()
-    """Values outside the range that have a meaning of their own."""
+    """Values outside the range that are allowed too, such as 0 for "off"."""
 
     def __contains__(self, value: float) -> bool:
         ends = (
@@ -93,13 +86,13 @@ _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "True o
 
 
 def nearest(name: object, known: Any) -> str:
-    """The hint `Did you mean X?`, after a space, if one of the `known` names is like `name`; else empty."""
+    """The hint ` Did you mean X?` if one of the `known` names is close to `name`; else an empty string."""
     close = difflib.get_close_matches(str(name), list(map(str, known)), n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def value_faults(name: str, value: Any, hint: Any, limits: Range = Range()) -> list[str]:
-    """What is wrong with `value` for a field or argument `name` whose type hint is `hint`; empty if nothing is."""
+    """The faults of `value` as the field or argument `name` with the type hint `hint`; empty if there are none."""
     options = get_args(hint)
     if get_origin(hint) is Annotated:
         return value_faults(name, value, options[0], *(o for o in options[1:] if isinstance(o, Range)))
@@ -133,10 +126,10 @@ def value_faults(name: str, value: Any, hint: Any, limits: Range = Range()) -> l
 
 
 def require(hint: Any, **arguments: Any) -> None:
-    """Refuses arguments of a function whose values are not legal for the type hint.
+    """Checks arguments of a function against a type hint.
 
     Raises:
-      ConfigError: names each of them.
+      ConfigError: names each illegal argument.
     """
     if faults := [fault for name, value in arguments.items() for fault in value_faults(name, value, hint)]:
         raise ConfigError(faults)
@@ -151,13 +144,13 @@ OPTION = "--"
 
 
 class Validated:
-    """A dataclass that can say what is wrong with it: its fields' type hints and ranges, and `conflicts`."""
+    """Base of dataclasses that check themselves: each field against its type hint, then `conflicts` between fields."""
 
     at: ClassVar[str] = ""
-    """What comes before the names of the fields in messages; `OPTION` for those of a command alone."""
+    """Prefix of field names in messages; `OPTION` for the arguments of a command."""
 
     def conflicts(self) -> list[str]:
-        """One sentence for each way in which fields, each legal by itself, do not fit together."""
+        """One sentence for each combination of fields that are legal alone but not together."""
         return []
 
     def faults(self) -> list[str]:
@@ -178,22 +171,22 @@ class CacheArray(NamedTuple):
     """One array of an attention layer's cache."""
 
     width: int
-    """Values of a token, for each head or for all."""
+    """Values per token: of each head, or of all heads together."""
     by_head: bool = True
-    """Whether each cached head has values of its own, [B, heads, S, width]; else all share them, [B, S, width]."""
+    """Whether each cached head has its own values, [B, heads, S, width]; else all heads share them, [B, S, width]."""
 
 
 class AttentionConfig(Validated):
-    """Sizes of one attention family, and what they cost: base class of the frozen dataclasses in `mlra_jax.attention`.
+    """Sizes and costs of one attention family: base class of the frozen dataclasses in `mlra_jax.attention`.
 
-    Counts are of one layer. `n_heads` is N, the model's query heads.
+    Costs are those of one layer. `n_heads` is N, the model's query heads.
     """
 
     at: ClassVar[str] = "model.attention."
     n_branches: int = 1
-    """J: cached heads that each query head reads and sums."""
+    """J: cached heads whose outputs each query head sums."""
     cached_heads_field: ClassVar[str] = "attention.n_kv_heads"
-    """The field of the model's configuration that `cached_heads` is."""
+    """Name of the configuration field that sets `cached_heads`, for messages."""
 
     @classmethod
     def module(cls) -> type[Attention]:
@@ -201,7 +194,7 @@ class AttentionConfig(Validated):
         raise NotImplementedError
 
     def cached_heads(self, n_heads: int) -> int:
-        """Heads in the KV cache: what tensor parallelism splits when decoding."""
+        """Number of heads in the KV cache, which tensor parallelism splits when decoding."""
         raise NotImplementedError
 
     def cache_arrays(self) -> dict[str, CacheArray]:
@@ -209,48 +202,40 @@ class AttentionConfig(Validated):
         raise NotImplementedError
 
     def train_flops(self, n_heads: int, keys: float) -> float:
-        """FLOPs of the forward pass of one query token that sees `keys` keys, weights' products left out.
+        """Forward FLOPs of one query token that attends to `keys` keys, without the products with weights.
 
-        Counted as the attention is defined, whatever form or kernel computes it.
+        They follow the attention's definition, whatever form or kernel computes it.
         """
         raise NotImplementedError
 
     def decode_flops(self, n_heads: int) -> int:
-        """FLOPs of one query token for each token in the cache, as decoding computes them."""
+        """FLOPs of one query token per cached token, as decoding computes them."""
         raise NotImplementedError
 
     def activation_bytes(self, n_heads: int, itemsize: int) -> int:
-        """Bytes of queries and outputs that one token takes in prefill, with elements of `itemsize` bytes."""
+        """Bytes of queries and outputs per token of prefill, with elements of `itemsize` bytes."""
         raise NotImplementedError
 
     def gathered_values(self, n_heads: int, tensor: int) -> int:
-        """Values of a token that context parallelism gathers, with `tensor` devices splitting heads that they divide.
+        """Values per token that context parallelism gathers when `tensor` devices split the heads, if they divide them.
 
-        By default those that are cached.
+        By default, the cached ones.
         """
         heads = self.cached_heads(n_heads)
         held = heads // tensor if heads % tensor == 0 else heads
         return sum(width * (held if by_head else 1) for width, by_head in self.cache_arrays().values())
 
     def share(self, cached_heads: int) -> Self:
-        """The sizes of one device's share that holds `cached_heads` heads of the cache.
+        """The sizes of one device's share, with `cached_heads` of the cached heads.
 
         Raises:
-          ConfigError: the family has no shares that run alone.
+          ConfigError: the family does not say how a share runs alone.
         """
-        raise ConfigError([f"Shares of {type(self).__name__} are not known."])
-
-    def split(self, n_latent_heads: int, n_branches: int) -> Self:
-        """The sizes with each latent head cut into several (`mlra-convert split-latents`).
-
-        Raises:
-          ConfigError: there is no latent, or it cannot be cut so.
-        """
-        raise ConfigError(["Only latent attention (MLA, GLA, MLRA) has a latent that can be split."])
+        raise ConfigError(f"{type(self).__name__} does not say how one device's share of it runs alone.")
 
 
 def uneven(config: AttentionConfig, name: str, multiple: int = 2) -> list[str]:
-    """A fault if a rotary width cannot be cut into pairs, in `multiple / 2` equal parts."""
+    """A fault if the rotary width `name` is not a multiple of `multiple`: rotary elements come in pairs."""
     if getattr(config, name) % multiple == 0:
         return []
     even = "even" if multiple == 2 else f"a multiple of {multiple}"
@@ -263,7 +248,7 @@ class ModelConfig(Validated):
 
     at: ClassVar[str] = "model."
     vocab_size: Positive = 50304
-    """Rows of the tied embedding; ids past the tokenizer's own stay in the training softmax (as in the paper)."""
+    """Rows of the tied embedding; ids beyond the tokenizer's take part in the training softmax, as in the paper."""
     n_layers: Positive = 24
     """Transformer layers."""
     d_model: Positive = 3072
@@ -273,19 +258,19 @@ class ModelConfig(Validated):
     d_ff: Positive = 9880
     """F: hidden width of the SwiGLU MLP."""
     attention: AttentionConfig = dataclasses.field(default_factory=lambda: attention_type("latent")())
-    """Which attention, and its sizes."""
+    """The attention family and its sizes."""
     gated_attention: bool = False
     """Multiply the heads' output by sigmoid(W_g x) before the output projection."""
     output_init: Literal["zeros", "normal"] = "zeros"
     """Initial output projections of attention and MLP: zeros (paper) or normal like the rest (ablation)."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the normal initialisation; TPA's factors are uniform, whatever it is."""
+    """Standard deviation of the normal initialisation; TPA's factors are initialised uniformly instead."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square in every RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of matrix products and attention; the residual stream, norms and softmax are float32 always."""
+    """Type of matrix products and attention; the residual stream, norms and softmax are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which parameters are stored: float32 for training; decoding may hold bfloat16."""
 
@@ -317,27 +302,29 @@ Gather = Literal["auto", "layer", "step"]
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig(Validated):
-    """How a model's whole sequences are computed on the devices at hand. It defines no numbers, so it is chosen afresh
-    wherever a checkpoint is read (by the planner, where it is left open)."""
+    """How whole sequences are computed on the devices at hand. It is not part of the model, so it is chosen anew
+    wherever a checkpoint is read (by the planner, where it is left on auto)."""
 
     at: ClassVar[str] = "execution."
     attention_form: Literal["auto", "expanded", "absorbed"] = "auto"
-    """How latent attention computes whole sequences: per-head keys and values (expanded), or queries moved into the
-    latent space (absorbed). They are equal; auto takes the one with fewer FLOPs. Decoding is always absorbed."""
+    """How latent attention computes whole sequences: with per-head keys and values (expanded), or with queries moved
+    into the latent space (absorbed). Both are equal; auto takes the one with fewer FLOPs. Decoding always absorbs."""
     remat: Remat = "auto"
-    """What a layer keeps for the backward pass besides its input, from the most memory to the most recomputation:
-    everything (none); all that products give and take, and attention's output (products); what products with weights
-    give, and attention's output (dots); the MLP's first products and attention's output (mlp); attention's output;
-    nothing (full). auto: training takes what fits; full where memory is unknown."""
+    """What a layer saves for the backward pass besides its input, from most memory to most recomputation: everything
+    (none); inputs and outputs of all products, and attention's output (products); outputs of products with weights, and
+    attention's output (dots); outputs of the MLP's first products, and attention's output (mlp); attention's output
+    alone (attention); nothing (full). auto: training takes what fits, or full where memory is unknown."""
 
     unroll_layers: Literal["auto", "no", "yes"] = "auto"
-    """Whether a train step is compiled with all layers in a row, or as a loop over one: the first spares the copies
-    into and out of stacked arrays, and takes longer to compile. auto: on GPUs, unless each layer's weights are gathered
-    for it."""
+    """Compile the train step with all layers unrolled instead of as a loop over one: this saves copies into and out of
+    stacked arrays, but takes longer to compile. auto: on GPUs, unless gather is layer and fsdp splits the weights."""
     gather: Gather = "auto"
-    """When training gathers the weights that fsdp splits: each layer's when they are used (layer), which takes the
-    least memory, or all once a step (step), whose gradients are summed once too; needs mesh.tensor and mesh.context of
-    1, and of a step with a single micro-batch is the same. auto: once a step on GPUs, if it fits."""
+    """When training gathers the weights that fsdp splits: each layer's when it is used (layer), which takes the least
+    memory, or all of them once per step (step), which sums gradients once per step too. step needs mesh.tensor and
+    mesh.context of 1; with a single micro-batch there is no difference. auto: step on GPUs, if it fits."""
+    deterministic: Literal["yes", "no"] = "yes"
+    """Whether training gives the same bits each time, on GPUs too: XLA then takes no operation that does not, and does
+    not choose algorithms by measuring. On CPUs and TPUs it always does."""
 
 
 MeshSize = Annotated[int, Range(ge=1, also=(-1,))]
@@ -377,9 +364,7 @@ class MeshConfig(Validated):
         elif free or known != n_devices:
             shown = " x ".join(f"{k}={v}" for k, v in sizes.items())
             raise ConfigError(
-                [
-                    f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."
-                ]
+                f"A mesh of {shown} cannot be laid out on {n_devices} device(s); the product must be {n_devices}."
             )
         return MeshConfig(**sizes)
 
@@ -400,8 +385,8 @@ class DataConfig(Validated):
     global_batch: Positive = 480
     """Sequences in one optimizer step, over all devices."""
     micro_batch: NotNegative = 0
-    """Sequences that one data-parallel device (data x fsdp) processes at a time; accumulation is derived from it.
-    0: what fits and is fastest by estimate (1 where the memory is unknown)."""
+    """Sequences that one data-parallel device (data x fsdp) processes at a time; the number of micro-batches to
+    accumulate follows. 0: the fastest that fits, by estimate (1 where memory is unknown)."""
     order: Literal["shuffled", "sequential", "official"] = "shuffled"
     """shuffled: a new permutation of windows each epoch, from the seed; sequential: file order; official: the order
     of the paper's PyTorch code, in which rank r of `official_ranks` reads every `official_ranks`-th file."""
@@ -421,7 +406,7 @@ class DataConfig(Validated):
         ]
 
     def accumulation(self, n_data_shards: int) -> int:
-        """Micro-batches in one optimizer step on `n_data_shards` = data x fsdp devices; counts `micro_batch` 0 as 1.
+        """Micro-batches in one optimizer step on `n_data_shards` = data x fsdp devices, counting `micro_batch` 0 as 1.
 
         Raises:
           ConfigError: `global_batch` is not a multiple of `micro_batch * n_data_shards`.
@@ -430,10 +415,8 @@ class DataConfig(Validated):
         per_micro = micro_batch * n_data_shards
         if self.global_batch % per_micro:
             raise ConfigError(
-                [
-                    f"data.global_batch={self.global_batch} is not a multiple of micro_batch={micro_batch} x "
-                    f"{n_data_shards} data-parallel devices (data x fsdp) = {per_micro}; change one of them."
-                ]
+                f"data.global_batch={self.global_batch} is not a multiple of micro_batch={micro_batch} x "
+                f"{n_data_shards} data-parallel devices (data x fsdp) = {per_micro}; change one of them."
             )
         return self.global_batch // per_micro
 
@@ -463,16 +446,16 @@ class OptimConfig(Validated):
     clip_norm: Annotated[float, Range(gt=0, lt=None)] = 1.0
     """Gradients are scaled down to this global norm."""
     skip_limit: NotNegative = 0
-    """Updates in a row that may be left out because loss or gradient norm is NaN, infinite or a spike; one more ends
-    the run. 0: the first NaN does, and spikes are not looked for."""
+    """Consecutive updates that may be skipped because the loss or gradient norm is NaN, infinite or a spike; one more
+    ends the run. 0: the first NaN ends it, and spikes are not looked for."""
     spike_deviations: NotNegativeFloat = 0.0
-    """A loss or gradient norm so many standard deviations above its running mean is a spike; 0: none is."""
+    """A loss or gradient norm this many standard deviations above its running mean is a spike; 0: nothing is."""
     spike_window: Annotated[int, Range(ge=2)] = 128
-    """Updates over which that mean and deviation are taken; before as many were made, nothing is a spike."""
+    """Updates over which that mean and deviation are taken; until that many were made, nothing is a spike."""
 
     @property
     def warmup(self) -> int:
-        """Steps that the warm-up really takes: short runs of a configuration made for long ones have one too."""
+        """Steps that the warm-up takes; shortened in short runs of a configuration that was made for long ones."""
         return self.warmup_steps if self.warmup_steps < self.decay_steps else self.decay_steps // 10
 
     def conflicts(self) -> list[str]:
@@ -482,7 +465,7 @@ class OptimConfig(Validated):
         if self.spike_deviations and not self.skip_limit:
             faults.append(
                 f"{at}spike_deviations={self.spike_deviations} needs {at}skip_limit, the number of updates that may be "
-                "left out in a row."
+                "skipped in a row."
             )
         return faults
 
@@ -497,7 +480,7 @@ class CheckpointConfig(Validated):
     keep: Positive = 2
     """Most recent checkpoints kept."""
     keep_every: NotNegative = 0
-    """Checkpoints at multiples of this step are kept for ever; 0: none."""
+    """Checkpoints at multiples of this step are kept forever; 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -546,7 +529,7 @@ class TrainConfig(Validated):
     steps: Positive = 100_001
     """Optimizer updates in all (steps 0 to steps - 1)."""
     seed: Seed = 5000
-    """Of the initial parameters and of the data order."""
+    """Seed of the initial parameters and of the data order."""
     compilation_cache: str = "~/.cache/mlra_jax/xla"
     """Folder in which XLA's compiled programs are kept between runs; empty: none."""
 
@@ -595,11 +578,11 @@ _FIELDS_BEFORE_TYPES = {
     "n_tied_heads": "tied",
     "rank": "tensor_product",
 }
-"""By which field of an attention without a `type`, as earlier versions wrote it, its family is known."""
+"""The field that identifies the family of an attention without a `type`, as earlier versions wrote it."""
 
 
 def upgraded(d: Any) -> Any:
-    """What an earlier version's `to_dict` wrote, as this one's would write it."""
+    """The dictionary that an earlier version's `to_dict` wrote, in the form of this version."""
     model = d.get("model") if isinstance(d, dict) else None
     if not isinstance(model, dict):
         return d
@@ -621,8 +604,8 @@ def from_dict(d: Any, *, afresh: bool = False) -> TrainConfig:
 
     Args:
       d: nested dictionaries; fields that they lack take their defaults.
-      afresh: give what says how the run is computed (`execution`, `data.micro_batch`) its defaults, for a command with
-        other devices to choose.
+      afresh: reset what was chosen for the run's devices (`execution`, `data.micro_batch`), so that a command on other
+        devices chooses for itself.
 
     Raises:
       ConfigError: fields are unknown, or their values not legal; all of them are listed.

@@ -1,7 +1,7 @@
 """Several processes as one program, and stopping all of them together.
 
-Every host of a cluster runs the same command. `initialize` makes their processes find one another; `StopSignal` turns a
-SIGTERM on any one of them into one step after which all of them stop.
+Every host of a cluster runs the same command. `initialize` connects their processes; `StopSignal` turns a SIGTERM on
+any of them into one step after which all stop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlra_jax.config import ConfigError, NotNegative, Range, Validated
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig(Validated):
-    """How this process finds the others; it differs from process to process and is no part of a run's configuration."""
+    """How this process finds the others. It differs between processes and is not part of a run's configuration."""
 
     at: ClassVar[str] = "distributed."
     auto: bool = False
@@ -36,7 +36,7 @@ class DistributedConfig(Validated):
     processes: NotNegative = 0
     """Number of processes, with `coordinator`."""
     process_id: Annotated[int, Range(ge=-1)] = -1
-    """Which of them this one is, from 0, with `coordinator`."""
+    """Index of this process, from 0, with `coordinator`."""
     timeout: Annotated[float, Range(ge=1)] = 40.0
     """Seconds within which all processes end when one of them dies."""
 
@@ -56,27 +56,21 @@ class DistributedConfig(Validated):
         return []
 
 
-def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
-    """Splits the options `--distributed.FIELD VALUE` off a command line.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
-    Returns:
-      What they say, and the other arguments.
-    """
-    mine: list[str] = []
-    others: list[str] = []
-    rest = iter(argv)
-    for arg in rest:
-        if not arg.startswith("--distributed."):
-            others.append(arg)
-            continue
-        mine.append("--" + arg.removeprefix("--distributed."))
-        if "=" not in arg and not arg.endswith((".auto", ".no-auto", ".no_auto")):
-            mine += [value for value in [next(rest, None)] if value is not None]
-    return tyro.cli(DistributedConfig, args=mine, prog="--distributed", use_underscores=True), others
+
+def take_args(argv: Sequence[str]) -> tuple[DistributedConfig, list[str]]:
+    """Takes the options `--distributed.FIELD VALUE` out of a command line; returns them and the other arguments."""
+    options, others = tyro.cli(
+        _Options, args=argv, use_underscores=True, add_help=False, return_unknown_args=True
+    )
+    return options.distributed, others
 
 
 def _launched_as_one_of_several() -> bool:
-    """Whether `srun`, `mpirun`, or what runs TPU slices under Kubernetes started this process beside others."""
+    """Whether `srun`, `mpirun` or a TPU slice under Kubernetes started this process along with others."""
     environment = os.environ
     sizes = (environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
@@ -86,13 +80,13 @@ def _launched_as_one_of_several() -> bool:
 
 
 def initialize(config: DistributedConfig) -> None:
-    """Joins this process with the others of its cluster, if there are any; call before JAX touches a device.
+    """Connects this process with the others of its cluster, if any; call before JAX touches a device.
 
     Raises:
-      ConfigError: `config` is not legal, or there are other processes of which it says nothing.
+      ConfigError: `config` is not valid, or there are other processes that it does not mention.
     """
     config.validate()
-    heartbeat = math.ceil(1.5 * config.timeout)  # the watchdog is to be first: JAX gives no reason
+    heartbeat = math.ceil(1.5 * config.timeout)  # the watchdog should come first: JAX gives no reason
     if config.coordinator:
         jax.distributed.initialize(
             config.coordinator,
@@ -105,26 +99,24 @@ def initialize(config: DistributedConfig) -> None:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
     elif jax.process_count() > 1:
         raise ConfigError(
-            [
-                f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
-            ]
+            f"This is one of {jax.process_count()} hosts of a TPU slice; add --distributed.auto on each of them."
         )
 
 
 def agree(size: int | None) -> int | None:
-    """The `size` in bytes that process 0 knows, rounded to MiB, on every process; all of them must ask."""
+    """Broadcasts process 0's `size` in bytes, rounded to MiB, to every process; all must call it."""
     if jax.process_count() == 1:
         return size
-    mib = np.int32(-1 if size is None else size // 2**20)  # JAX has no 64 bits
+    mib = np.int32(-1 if size is None else size // 2**20)  # fits JAX's 32 bits
     agreed = int(multihost_utils.broadcast_one_to_all(mib))
     return None if agreed < 0 else agreed * 2**20
 
 
 class StopSignal:
-    """Whether SIGTERM asks to stop, as a context manager.
+    """A context manager that tells whether SIGTERM has asked to stop.
 
-    One process: a flag that the signal sets. Several: JAX's preemption service, which passes a signal that any one of
-    them got on to the others and picks a step that none of them has passed.
+    One process: a flag that the signal sets. Several: JAX's preemption service, which passes a signal that any of them
+    received on to the others and picks a step that none has passed.
     """
 
     def __init__(self) -> None:
@@ -147,7 +139,7 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
-        """Whether to stop after `step`; every process must ask after every step."""
+        """Whether to stop after `step`; every process must call it after every step."""
         if jax.distributed.is_initialized():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received

@@ -1,8 +1,7 @@
-"""Faults that are not bugs of this package, and the sentence that a command shows for each of them.
+"""Errors that are not bugs of this package, and the sentence that a command shows for each.
 
-What raises one of these classes knows that the user (or the machine) is at fault, and says in one sentence what is
-wrong, where, and what to do. Everything else, a ValueError of JAX or of our own included, is a bug, whose traceback is
-needed.
+Code that raises one of these classes knows that the user (or the machine) is at fault, and says in one sentence what is
+wrong, where, and what to do. Anything else, a ValueError included, is a bug, whose traceback is needed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _PATH = {
@@ -43,18 +42,33 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 class ExplainedError(Exception):
-    """Is not a bug; its message is all that a command shows."""
+    """Not a bug: its message is all that a command shows."""
 
 
 class UserError(ExplainedError, ValueError):
-    """What was asked for cannot be had; the message says what is wrong, where, and what to do."""
+    """A request that cannot be met; the message says what is wrong, where, and what to do."""
+
+
+class FaultsError(UserError):
+    """One or more faults of one kind; the message lists all of them.
+
+    Args:
+      faults: sentences, or one of them.
+    """
+
+    where = "what was given"
+
+    def __init__(self, faults: str | Sequence[str]):
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        many = f"{len(self.faults)} faults in {self.where}:\n  - " if len(self.faults) > 1 else ""
+        super().__init__(many + "\n  - ".join(self.faults))
 
 
 def explain(error: BaseException) -> str | None:
-    """The sentence that says all about `error`; None: it is a bug, and its traceback is needed.
+    """The sentence that explains `error`; None if it is a bug, whose traceback is needed.
 
-    An `ExplainedError` is its own sentence. An OSError is about a disk, a path or a stream: the sentence names it. Only
-    where a file of this package is concerned, it is a bug.
+    An `ExplainedError` is its own sentence. For an OSError the sentence names the path or stream; it is a bug only if
+    it concerns a file of this package.
     """
     if isinstance(error, ExplainedError):
         return str(error)
@@ -74,13 +88,13 @@ def explain(error: BaseException) -> str | None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether the command has to change: a `UserError`, or a path that is wrong; else the machine is at fault."""
+    """Whether the command must be changed (a `UserError`, or a wrong path); otherwise the machine is at fault."""
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in {None, *_PATH})
 
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Says which file it was when an OSError from inside does not: a write to a full disk says only that it is full."""
+    """Adds the path to an OSError that lacks one, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Arrays that are made when they are asked for, so that what is larger than memory can be passed around."""
+"""Lazy arrays, whose values are made on demand, so that data larger than memory can be passed around."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Tensor(Protocol):
-    """Anything with a shape and a type that `np.asarray` takes: an array, a `LazyTensor`, a `LazyStack`."""
+    """Anything with a shape and a type that `np.asarray` accepts: an array, a `LazyTensor`, a `LazyStack`."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -31,13 +31,13 @@ class _Lazy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the values will take."""
+        """Bytes of the values."""
         return self.size * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(_Lazy):
-    """A tensor whose shape and type are known, and whose values are made when asked for by `np.asarray`."""
+    """A tensor of known shape and type whose values are made by `np.asarray`."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -49,18 +49,18 @@ class LazyTensor(_Lazy):
 
 @dataclasses.dataclass(frozen=True)
 class LazyStack(_Lazy):
-    """Tensors of one shape and type, stacked on a new first axis; each can be read alone."""
+    """Tensors of one shape and type, stacked on a new first axis; each can be read separately."""
 
     layers: tuple[LazyTensor, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """That of the stack."""
+        """Shape of the stack."""
         return len(self.layers), *self.layers[0].shape
 
     @property
     def dtype(self) -> np.dtype:  # type: ignore[override]
-        """Of all layers."""
+        """Type of all layers."""
         return self.layers[0].dtype
 
     def __getitem__(self, layer: int) -> LazyTensor:

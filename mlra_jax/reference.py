@@ -1,9 +1,9 @@
 """The paper's attentions as equations: no sharding, no cache, no kernels (docs/attention.md, docs/notation.md).
 
 Each family makes the queries of N heads, and the keys and values that each head reads in each of its J branches (one,
-except in MLRA); `attention` does what all families have in common. Functions take the parameters `p` of one layer in
-the training layout (`nnx.to_pure_dict(nnx.state(layer, nnx.Param))`), the model's configuration, and the normalised
-input x [B, T, D]. S counts the same positions as T, as keys. Tests hold the modules of `mlra_jax.attention` to this.
+except in MLRA); `attention` is what all families share. Functions take the parameters `p` of one layer in the training
+layout (`nnx.to_pure_dict(nnx.state(layer, nnx.Param))`), the model's configuration, and the normalised input x
+[B, T, D]. S counts the same positions as T, but of keys. Tests compare the modules of `mlra_jax.attention` with this.
 """
 
 from math import sqrt
@@ -20,7 +20,7 @@ Params = dict[str, Any]
 
 
 class Heads(NamedTuple):
-    """What the query heads attend with; queries and keys are E wide."""
+    """Queries, keys and values of the query heads; queries and keys are E wide."""
 
     q_BTNE: jax.Array
     k_JBSNE: jax.Array
@@ -59,7 +59,7 @@ def grouped(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
 
 
 def tied(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
-    """GTA: the first half of a KV head is in the key, all of it is the value; the key's rotary half is one for all."""
+    """GTA: the first half of a KV head is in the key, all of it is the value; heads share the key's rotary half."""
     r = p["w_kr"].shape[-1]
     q = jnp.einsum("BTD,DNH->BTNH", x_BTD, p["w_q"])
     kv = by_query_head(jnp.einsum("BSD,DKH->BSKH", x_BTD, p["w_kv"]), config)
@@ -80,7 +80,7 @@ def tensor_product(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
 
 
 def softmax_weights(heads: Heads) -> jax.Array:
-    """What each query gives to each position, a causal softmax in each branch: [J, B, N, T, S]."""
+    """How much each query attends to each position, by a causal softmax in each branch: [J, B, N, T, S]."""
     scores = jnp.einsum("BTNE,JBSNE->JBNTS", heads.q_BTNE, heads.k_JBSNE) / sqrt(heads.q_BTNE.shape[-1])
     return jax.nn.softmax(jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf), axis=-1)
 
@@ -114,7 +114,7 @@ FAMILIES = {attention_type(f.__name__): f for f in (latent, grouped, tied, tenso
 
 
 def heads_of(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
-    """Of the layer's family; a `NotImplementedError` for one that is not in `FAMILIES`."""
+    """The heads of the layer's family; raises `NotImplementedError` if it is not in `FAMILIES`."""
     if (kind := type(config.attention)) not in FAMILIES:
         raise NotImplementedError(f"mlra_jax.reference does not know {kind.__name__}: add it to FAMILIES.")
     return FAMILIES[kind](p, config, x_BTD)

@@ -1,12 +1,12 @@
-"""The device mesh, and the tables that map logical axis names to its axes.
+"""The device mesh, and the tables that map logical axis names to mesh axes.
 
-Parameters and activations are described by logical names ("batch", "heads", "kv_head_shards"...). An `AxisRules` table
-says which mesh axes each name is split over. Training and decoding run the same modules under two tables: training
-splits the query heads, decoding the latent heads (docs/sharding.md).
+Axes of parameters and activations have logical names ("batch", "heads", "kv_head_shards"...). An `AxisRules` table says
+which mesh axes split each name. Training and decoding run the same modules under two tables: training splits the query
+heads, decoding the latent heads (docs/sharding.md).
 
-Everything works without a mesh too (nothing is split), on a mesh with Auto axes (the table becomes constraints for
-the partitioner), and on a mesh with other axis names under a table of the caller's; names that the table or the mesh
-lacks are not split.
+Everything also works without a mesh (nothing is split), on a mesh with Auto axes (the table becomes constraints for the
+partitioner), and on a mesh with other axis names under the caller's own table. Names that the table or the mesh lacks
+are not split.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Names = tuple[str | None, ...]
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with the explicit axes `data`, `fsdp`, `tensor` and `context` over `devices` (default: all).
 
-    Where the devices form several slices (TPU slices, hosts of GPUs) with a slower network between them, these lie
-    along `data`, and along `fsdp` as far as `data` has no room; `tensor` and `context` stay inside a slice.
+    Where the devices form several slices (TPU slices, hosts of GPUs) with a slower network between them, slices are
+    laid along `data`, and along `fsdp` where `data` is too small; `tensor` and `context` stay inside a slice.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices, or to slices.
+      ConfigError: the sizes do not multiply to the number of devices, or do not fit the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = config.resolve(len(devices))
@@ -48,11 +48,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if n_slices == 1:
         try:
             return jax.make_mesh(shape, MESH_AXES, types, devices=devices)
-        except (
-            NotImplementedError
-        ):  # an axis of the mesh is no product of axes of the slice, such as 8 on 4x4x4
+        except NotImplementedError:  # a mesh axis is not a product of the slice's axes, such as 8 on 4x4x4
             laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        except AssertionError:  # of a TPU v4 whose chips are two devices each, which JAX does not lay out
+        except AssertionError:  # a TPU whose chips are two devices each, which JAX does not lay out
             laid_out = np.array(devices).reshape(shape)
         return Mesh(laid_out, MESH_AXES, axis_types=types)
     between = _slices_along(sizes, n_slices)
@@ -62,15 +60,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _slices_along(sizes: MeshConfig, n_slices: int) -> tuple[int, int, int, int]:
-    """How many slices lie along each of `MESH_AXES`."""
+    """The number of slices along each of `MESH_AXES`."""
     along_data = math.gcd(sizes.data, n_slices)
     along_fsdp = n_slices // along_data
     if sizes.fsdp % along_fsdp:
         raise ConfigError(
-            [
-                f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} cannot be laid out on {n_slices} slices (TPU slices "
-                f"or hosts of GPUs): tensor and context stay inside a slice; use --mesh.data {n_slices} or a multiple."
-            ]
+            f"mesh.data={sizes.data} x mesh.fsdp={sizes.fsdp} cannot be laid out on {n_slices} slices (TPU slices "
+            f"or hosts of GPUs): tensor and context stay inside a slice; use --mesh.data {n_slices} or a multiple."
         )
     return along_data, along_fsdp, 1, 1
 
@@ -101,7 +97,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 class AxisRules:
     """A table from logical axis names to the mesh axes that split them.
 
-    Frozen and hashable, so that a module that holds one is a static part of a compiled function's signature.
+    It is frozen and hashable, so that a module that holds one can be an argument of a compiled function.
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -128,16 +124,16 @@ class AxisRules:
         return PartitionSpec(*(a[0] if len(a) == 1 else a or None for a in axes))
 
     def size(self, name: str) -> int:
-        """Number of parts that the current mesh splits `name` into."""
+        """Number of parts into which the current mesh splits `name`."""
         mesh = jax.sharding.get_abstract_mesh()
         return math.prod(mesh.shape[axis] for axis in self.mesh_axes(name))
 
     def fitting(self, name: str, size: int) -> str | None:
-        """`name` if its mesh axes divide `size`, else None: for axes that are better whole than refused."""
+        """`name` if its mesh axes divide `size`, else None: for axes that are kept whole where they do not divide."""
         return name if size % self.size(name) == 0 else None
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x` laid out by the table: resharded on an explicit mesh, constrained on an Auto one, else as it is."""
+        """`x` laid out by the table: resharded on an explicit mesh, constrained on an Auto mesh, else unchanged."""
         mesh = current_mesh()
         if mesh is None:
             return x
@@ -146,12 +142,13 @@ class AxisRules:
         return jax.lax.with_sharding_constraint(x, self.spec(*names))
 
     def gather(self, x: jax.Array, stored: Names, used: Names) -> jax.Array:
-        """A weight as a product takes it, laid out as `used`, from how it is `stored`, split over more mesh axes.
+        """Gathers a weight from the layout in which it is `stored`, split over more mesh axes, to the one that is
+        `used`.
 
-        On an explicit mesh its gradient goes back as one part to each device: summed and scattered over the axes that
-        the storage is split over, then that part summed over the others that tokens are split over; or, where the
-        weight's type says that it is `reduced` over these, left as it is on each device for the caller to sum. Left to
-        itself, the compiler sums all of it on every device.
+        On an explicit mesh, its gradient is summed and scattered over the axes that split the storage, and then summed
+        over the other axes that split tokens, so that each device gets its part. Where the weight's type says that it
+        is `reduced` over these other axes, the last sum is left to the caller. Without this, the compiler would sum the
+        whole gradient on every device.
         """
         mesh = current_mesh()
         own = {axis for name in used for axis in self.mesh_axes(name)}
@@ -167,7 +164,7 @@ class AxisRules:
     def einsum(self, equation: str, *operands: jax.Array, out: Names, **kwargs: Any) -> jax.Array:
         """`jnp.einsum` whose result has the logical axes `out`.
 
-        Where a contracted axis is split, this is the line at which the all-reduce (or scatter) happens.
+        If a contracted axis is split, the all-reduce (or reduce-scatter) happens here.
         """
         mesh = current_mesh()
         if mesh is not None and mesh.are_all_axes_explicit:
@@ -175,11 +172,11 @@ class AxisRules:
         return self.constrain(jnp.einsum(equation, *operands, **kwargs), *out)
 
     def shard_map(self, f: Callable, in_names: Any, out_names: Any, **kwargs: Any) -> Callable:
-        """`f` run on each device's own part of its arguments; without a mesh, `f` itself.
+        """`f` run on each device's part of its arguments; without a mesh, `f` itself.
 
         Args:
-          f: works on local arrays; uses `axis_index`, `psum` and the like of this table for what crosses devices.
-          in_names: for each argument a tuple of logical names, or a pytree of `PartitionSpec`s.
+          f: a function of local arrays; communicates through this table's `axis_index`, `psum` and so on.
+          in_names: for each argument, a tuple of logical names or a pytree of `PartitionSpec`s.
           out_names: the same for the result.
         """
         if current_mesh() is None:
@@ -192,7 +189,7 @@ class AxisRules:
             return jax.tree.map(as_spec, tree, is_leaf=is_leaf)
 
         in_specs, out_specs = to_specs(in_names), to_specs(out_names)
-        # Outside a compiled function, `shard_map` alone would compile every operation by itself, at every call.
+        # Outside a compiled function, plain `shard_map` would compile every operation separately, at every call.
         mapped = jax.jit(jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, **kwargs))
 
         def call(*args: Any) -> Any:
@@ -206,33 +203,33 @@ class AxisRules:
     # Inside `shard_map`:
 
     def axis_index(self, name: str) -> jax.Array | int:
-        """Which part of the logical axis this device holds; 0 where it is not split."""
+        """The index of this device's part of the logical axis; 0 where it is not split."""
         axes = self.mesh_axes(name)
         return jax.lax.axis_index(axes) if self.size(name) > 1 else 0
 
     def vary(self, x: jax.Array, *names: str) -> jax.Array:
-        """`x`, said to differ between the devices that split any of `names`: its gradient is summed over them."""
+        """`x` marked as varying between the devices that split any of `names`: its gradient is summed over them."""
         axes = dict.fromkeys(axis for name in names for axis in self.mesh_axes(name))
         return varying(x, frozenset(axes)) if axes else x
 
     def within(self, name: str, other: str) -> str | None:
-        """`name` if `other` is split over all of its mesh axes, so that `shard_map` may gather it; else None."""
+        """`name` if `other` is split over all of its mesh axes too, so that `shard_map` may gather it; else None."""
         return name if set(self.mesh_axes(name)) <= set(self.mesh_axes(other)) else None
 
     def all_gather(self, x: jax.Array, name: str | None, axis: int) -> jax.Array:
-        """All parts of `axis`, which `name` splits; the gradient is summed and scattered."""
+        """Gathers `axis`, which `name` splits; the gradient is summed and scattered."""
         axes = self.mesh_axes(name)
         return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
 
     def all_to_all(self, x: jax.Array, name: str | None, split: int, joined: int) -> jax.Array:
-        """Exchanges parts over the devices that split `name`: axis `split` is cut, axis `joined` becomes whole."""
+        """All-to-all over the devices that split `name`: axis `split` is split, axis `joined` becomes whole."""
         axes = self.mesh_axes(name)
         return jax.lax.all_to_all(x, axes, split, joined, tiled=True) if axes else x
 
     def all_tokens(self, x: jax.Array) -> jax.Array:
-        """The keys and values, or what makes them, of whole sequences: [B, T, ...] of which T is a device's own part.
+        """Gathers keys and values (or their inputs) [B, T, ...] over T, of which each device has a part.
 
-        Every query sees all earlier tokens, so this is what context parallelism moves; gradients go back in parts.
+        Every query attends to all earlier tokens, so this is what context parallelism moves; gradients are scattered.
         """
         return self.all_gather(self.vary(x, "heads"), "length", axis=1)
 
@@ -242,9 +239,14 @@ class AxisRules:
         return jax.lax.psum(x, axes) if axes else x
 
     def psum_scatter(self, x: jax.Array, name: str, axis: int) -> jax.Array:
-        """Sum over the devices that split `name`, each keeping its own part of `axis`."""
+        """Sum over the devices that split `name`, each keeping its part of `axis`."""
         axes = self.mesh_axes(name)
         return jax.lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if axes else x
+
+    def own_part(self, x: jax.Array, name: str, axis: int) -> jax.Array:
+        """The part of `axis`, whole on each device, that this one holds where `name` splits it."""
+        size = x.shape[axis] // self.size(name)
+        return jax.lax.dynamic_slice_in_dim(x, self.axis_index(name) * size, size, axis)
 
     def pmax(self, x: Any, name: str) -> Any:
         """Maximum over the devices that split `name`."""
@@ -265,20 +267,22 @@ TRAIN_RULES = AxisRules.of(
 """Training: sequences over data and fsdp, tokens over context, query heads, MLP and vocabulary over tensor."""
 
 
-def decode_rules(split_heads: bool = True) -> AxisRules:
+def decode_rules(split_heads: bool = True, *, split_tokens: bool = False) -> AxisRules:
     """The decoding table: latent heads over `tensor`, the cache's tokens over `context`, sequences over `data`.
 
     Args:
-      split_heads: whether the query heads of W_qb and W_o are split over `tensor` as well. Split, a device reads fewer
-        weights; not split, MLRA-4 needs one exchange between devices per attention layer and not three.
+      split_heads: whether the query heads of W_qb and W_o are split over `tensor` too. If split, a device reads fewer
+        weights; if not, MLRA-4 needs one exchange between devices per attention layer instead of three.
+      split_tokens: whether `tensor` splits the cache's tokens instead of its heads, and the weights as usual: decode
+        context parallelism, for fewer latent heads than devices (MLA).
     """
     return AxisRules.of(
         batch="data",
-        cache_length="context",
+        cache_length=("context", "tensor") if split_tokens else "context",
         mlp="tensor",
         vocab="tensor",
         heads="tensor" if split_heads else None,
-        kv_head_shards="tensor",
+        kv_head_shards=None if split_tokens else "tensor",
     )
 
 
@@ -292,7 +296,7 @@ def _divides(what: str, size: int, axis: str, by: int, hint: str = "") -> list[s
 
 
 def train_layout_faults(m: ModelConfig, mesh: MeshConfig) -> list[str]:
-    """One sentence for each size of a model that a resolved mesh does not divide in the training layout."""
+    """One sentence for each size of the model that the mesh does not divide in the training layout."""
     return [
         *_divides("model.n_heads", m.n_heads, "tensor", mesh.tensor),
         *_divides("model.d_ff", m.d_ff, "tensor", mesh.tensor),
@@ -302,7 +306,7 @@ def train_layout_faults(m: ModelConfig, mesh: MeshConfig) -> list[str]:
 
 
 def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
-    """Refuses a resolved mesh on which the model or the batch cannot be laid out, before anything is allocated.
+    """Checks that the model and the batch can be laid out on a resolved mesh, before anything is allocated.
 
     Raises:
       ConfigError: lists every size that does not divide.
@@ -323,9 +327,9 @@ def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
 
 
 def cached_head_faults(config: ModelConfig, tensor: int) -> list[str]:
-    """Why the heads of the cache cannot be laid out over `tensor` devices; empty if they can.
+    """Why the cached heads cannot be laid out over `tensor` devices; empty if they can.
 
-    `tensor` must divide the number of latent (or KV) heads, or be a multiple of it that shares out their query heads.
+    `tensor` must divide the number of latent (or KV) heads, or be a multiple of it that divides their query heads.
     """
     heads, per_latent = config.cached_heads, config.heads_per_latent
     fits = lambda t: heads % t == 0 or (t % heads == 0 and per_latent % (t // heads) == 0)
@@ -341,14 +345,14 @@ def cached_head_faults(config: ModelConfig, tensor: int) -> list[str]:
 
 
 def check_decode_layout(config: ModelConfig, mesh: MeshConfig, split_heads: bool = True) -> None:
-    """Refuses a resolved mesh on which the model cannot decode, before anything is allocated.
+    """Checks that the model can decode on a resolved mesh, before anything is allocated.
 
     Raises:
       ConfigError: lists every size that does not fit.
     """
     t = mesh.tensor
     faults = cached_head_faults(config, t)
-    if split_heads and config.attention.cached_heads_field != "n_heads":  # or it has been said
+    if split_heads and config.attention.cached_heads_field != "n_heads":  # else that fault is listed already
         faults += _divides("model.n_heads", config.n_heads, "tensor", t)
     faults += _divides("model.d_ff", config.d_ff, "tensor", t)
     faults += _divides("model.vocab_size", config.vocab_size, "tensor", t)

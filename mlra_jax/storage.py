@@ -1,4 +1,4 @@
-"""Where data, runs and checkpoints may be: local folders, and buckets that fsspec knows."""
+"""Storage of data, runs and checkpoints: local folders, and buckets that fsspec supports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from etils import epath
 from mlra_jax.errors import UserError, naming
 
 RUN_PROTOCOLS = ("gs", "s3")
-"""Buckets that a run or a checkpoint can be in: those that both etils and Orbax know."""
+"""Buckets that can hold runs and checkpoints: those that both etils and Orbax support."""
 
 _PACKAGES = {
     "gs": "mlra_jax[gcs]",
@@ -26,7 +26,7 @@ _PACKAGES = {
 
 
 class StorageError(UserError):
-    """A URL whose storage cannot be used here."""
+    """A URL whose storage is not available."""
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -35,14 +35,14 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def check_storage(path: str | os.PathLike[str], protocols: Collection[str] = ()) -> None:
-    """Refuses a URL whose storage is unknown or whose library is not installed; touches no network.
+    """Refuses a URL whose storage is unknown or whose library is not installed; uses no network.
 
     Args:
       path: a local path (always accepted) or a URL such as `gs://bucket/folder`.
-      protocols: the ones that will do; empty: all that fsspec knows.
+      protocols: protocols to accept; empty: all that fsspec supports.
 
     Raises:
-      StorageError: naming what to install, or which storage there is.
+      StorageError: says what to install, or which storage there is.
     """
     if not is_remote(path):
         return
@@ -59,11 +59,32 @@ def check_storage(path: str | os.PathLike[str], protocols: Collection[str] = ())
         raise StorageError(f"{path}: fsspec knows no storage called {protocol}://.") from error
 
 
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the path of a temporary file to write, which replaces `path` once it is complete and on disk.
+
+    An exception inside leaves `path` as it was.
+
+    Raises:
+      OSError: it cannot be written; names the path.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with naming(path):
+            yield unfinished
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file that is never half there: it has its name, or replaces what had it, once it is on the disk.
+    """Writes a file atomically.
 
     Args:
-      path: local, or a bucket URL (buckets hold whole objects only).
+      path: local (see `whole_file`), or a bucket URL (buckets hold whole objects only).
       content: text is written as UTF-8.
 
     Raises:
@@ -73,28 +94,20 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     if is_remote(path):
         epath.Path(path).write_bytes(data)
         return
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with naming(path), unfinished.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(data)
 
 
 @contextlib.contextmanager
 def exclusive(path: str | os.PathLike[str], use: str) -> Iterator[None]:
-    """Holds the lock file `path` while inside, so that no other process does; the lock dies with its process.
+    """Holds the lock file `path`, which only one process can hold; the lock ends with its process.
 
-    Guards local folders, and those of network file systems that have `flock` (of others, and of buckets, it knows
-    nothing). What a killed process left of the file locks nothing.
+    Works on local file systems, and network file systems with `flock`; does nothing on others and in buckets. A file
+    left by a killed process locks nothing.
 
     Args:
-      path: in a local folder that exists, or in a bucket.
-      use: what the lock is for, as the beginning of a sentence.
+      path: a file in an existing local folder, or in a bucket.
+      use: what the lock is for, as the start of a sentence.
 
     Raises:
       UserError: another process holds it.
@@ -125,18 +138,18 @@ def exclusive(path: str | os.PathLike[str], use: str) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(path).unlink(missing_ok=True)  # before it is given up: what is opened after this is another file
+        Path(path).unlink(missing_ok=True)  # before it is released: others then open a new file
         os.close(descriptor)
 
 
 @contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A local folder to fill, which is never half there: `path` names it, in place of what had that name, at the end.
+    """Yields a local folder to fill, which replaces `path` once it is complete.
 
-    Until then it lies beside, under a name that ends in `.partial`; an exception inside removes it.
+    Until then it is beside it, under a name that ends in `.partial`; an exception inside removes it.
 
     Raises:
-      UserError: another process is about to make the same folder.
+      UserError: another process is making the same folder.
       OSError: it cannot be written; names a path.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""Text that users give, read in one way: UTF-8, a byte-order mark dropped, lines ended by a line feed."""
+"""How text files of users are read: as UTF-8, without a byte-order mark, with LF line ends."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class TextError(UserError):
 
 
 def decode_text(data: bytes, where: str, first_line: int = 1) -> str:
-    """The text of `data`, without a byte-order mark, and with a line feed for each carriage return and line feed.
+    """Decodes text, dropping a byte-order mark and replacing CRLF by LF.
 
     Args:
       data: UTF-8.
-      where: it comes from, for the message.
+      where: where it comes from, for the message.
       first_line: number of its first line there.
 
     Raises:
@@ -38,7 +38,7 @@ def decode_text(data: bytes, where: str, first_line: int = 1) -> str:
 
 
 def read_text(path: epath.PathLike) -> str:
-    """The text of a file, as `decode_text` gives it.
+    """Reads a text file; see `decode_text`.
 
     Args:
       path: local, or a bucket URL.

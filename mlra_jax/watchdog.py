@@ -1,11 +1,11 @@
-"""No process ends, or hangs, without a word: when one of several dies, the others end too, and each says why.
+"""Ends all processes of a run when one of them dies or hangs, and makes each say why.
 
-JAX alone leaves a process blocked in a collective whose partner is gone until its coordination service aborts it, from
-C++ and with no Python exception. Here a thread of each process, which works however the main thread is blocked, tells
-process 0 through the same service that it is alive; process 0 tells all of them when one is not. When process 0 itself
-hangs, and the service with it, calls to the service do not come back: a second thread of each other process notices.
-What kills a process before it can speak (SIGKILL, lack of memory, that abort when process 0 is gone) is said by a small
-child process, which lives just to notice that its parent is gone.
+JAX alone leaves a process blocked in a collective whose partner is gone, until the coordination service aborts it from
+C++ without a Python exception. Here a thread of each process, which runs even while the main thread is blocked, reports
+to process 0 through the same service that it is alive; process 0 tells all of them when one is not. If process 0 itself
+hangs, and the service with it, calls to the service do not return, which a second thread of each other process notices.
+A death that leaves a process no time to report (SIGKILL, lack of memory, the abort when process 0 is gone) is reported
+by a small child process that waits for the end of its parent.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LastWords:
             [sys.executable, "-I", "-S", "-c", _CHILD],
             stdin=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a signal to the terminal's processes is not for it
+            start_new_session=True,  # not reached by signals to the terminal's processes
         )
         self._say(words)
 
@@ -51,7 +51,7 @@ class LastWords:
             self._child.stdin.flush()
 
     def dismiss(self) -> None:
-        """This process will say itself how it ends."""
+        """Cancels them: this process reports its end itself."""
         self._say("")
         assert self._child.stdin is not None
         with contextlib.suppress(OSError):
@@ -60,11 +60,11 @@ class LastWords:
 
 
 class Watchdog:
-    """Watches the processes of a run while it is entered; alone, it just leaves last words.
+    """A context manager that watches the processes of a run; for a single process it only leaves last words.
 
     Args:
       timeout: seconds within which all processes end when one of them dies.
-      advice: end of every sentence: what to do.
+      advice: what to do; the end of every message.
     """
 
     def __init__(self, timeout: float, advice: str):
@@ -105,9 +105,9 @@ class Watchdog:
             self.leave("interrupted", 130)
 
     def leave(self, reason: str, status: int) -> None:
-        """Tells the other processes why this one ends, and ends it with `status`; alone, it returns.
+        """Tells the other processes why this one ends, and ends it with `status`; returns if there are no others.
 
-        It must not return to Python's exit, where JAX would wait for the others.
+        It must not reach Python's normal exit, where JAX would wait for the others.
         """
         if self.alone:
             return
@@ -118,7 +118,7 @@ class Watchdog:
         self._end(status)
 
     def wait_for_verdict(self) -> None:
-        """After an error that another process's death may have caused: if one died, this does not return."""
+        """Call after an error that another process's death may have caused: if one died, this does not return."""
         if not self.alone:
             self._leaving.wait(self._timeout)
             if self._leaving.is_set():

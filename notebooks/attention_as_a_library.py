@@ -1,10 +1,9 @@
 # %% [markdown]
 # # The attention as a library
 #
-# `LatentAttention` is MLA, GLA and MLRA in one Flax NNX module; `mlra_jax.ops.decode` is the kernel that
-# reads its cache. Here both work in a small model of one's own, on a mesh of eight devices, which the CPU
-# simulates: the same code runs on eight real ones. The notebook needs no accelerator and takes a minute or
-# two.
+# `LatentAttention` is MLA, GLA and MLRA in one Flax NNX module; `mlra_jax.ops.decode` has the kernels that
+# read its cache. Here you use both in a small model of your own, on a mesh of eight devices simulated by the
+# CPU; the same code runs on eight real ones. The notebook needs no accelerator and takes a minute or two.
 
 # %%
 import os
@@ -39,11 +38,11 @@ jax.set_mesh(mesh)
 print(f"JAX {jax.__version__}, {mesh}")
 
 # %% [markdown]
-# ## A model of one's own
+# ## Your own model
 #
-# The attention takes a `ModelConfig`, of which only the sizes that it needs matter, and a table from
-# logical axis names to axes of the mesh: here the library's own, which splits sequences over `data` and
-# query heads over `tensor`. A table of yours is `AxisRules.of(batch="data", heads="tensor")`. Without a
+# The attention takes a `ModelConfig`, of which it uses only the sizes that it needs, and a table from
+# logical axis names to mesh axes: here the library's own, which splits sequences over `data` and query heads
+# over `tensor`. You can define your own, such as `AxisRules.of(batch="data", heads="tensor")`. Without a
 # mesh nothing is split and the table has no effect.
 #
 # Letters: B sequences, T and S positions, D model width, V vocabulary, N query heads, L latent heads, C
@@ -83,7 +82,7 @@ class Recaller(nnx.Module):
 model = Recaller(config, rngs=nnx.Rngs(0))
 
 # %% [markdown]
-# ## Where things lie
+# ## Where arrays are
 #
 # The type of an array says how it is split. `visualize_array_sharding` draws arrays of up to two axes, so
 # the pictures show two axes of each: a number is a device, and a box is the part that it holds.
@@ -103,8 +102,8 @@ jax.debug.visualize_array_sharding(forward(model, tokens)[:, :, 0])
 # %% [markdown]
 # ## Train it
 #
-# The task: a random half, then the same half again. Guessing costs log 32 = 3.47 nats a token; a model that
-# looks back by half the length pays nothing for the second half.
+# The task is a random half, followed by the same half again. Guessing costs log 32 = 3.47 nats per token; a
+# model that looks back by half the length pays nothing for the second half.
 
 # %%
 LENGTH, BATCH, STEPS = 16, 64, 3 if QUICK else 150
@@ -140,10 +139,10 @@ for step in range(STEPS):
 # %% [markdown]
 # ## Decode it
 #
-# The cache of a layer is two arrays: `kv_latent` [B, L, S, C], and `k_rope` [B, S, R] for all heads. Decoding
-# splits the *latent heads* over `tensor`: `to_decode` lays the layer's parameters out so, on the current
-# mesh, and `init_cache` makes an empty cache. In `decode` each device attends over its own latent head with
-# the kernel, and one sum over `tensor` ends the layer.
+# A layer's cache has two arrays: `kv_latent` [B, L, S, C], and `k_rope` [B, S, R] for all heads. Decoding
+# splits the *latent heads* over `tensor`: `to_decode` lays out the layer's parameters accordingly on the
+# current mesh, and `init_cache` makes an empty cache. In `decode`, each device attends over its own latent
+# head with the kernel, and one sum over `tensor` ends the layer.
 
 # %%
 decoder = model.attention.to_decode(decode_rules(split_heads=False))
@@ -157,7 +156,7 @@ for t in range(LENGTH):
     outputs.append(np.asarray(y_B1D))
 
 # %% [markdown]
-# Fed token by token, it gives what the module gives for the whole sequence.
+# Token by token, it computes what the module computes for the whole sequence.
 
 # %%
 expected = np.asarray(forward(model, tokens))
@@ -174,9 +173,9 @@ jax.debug.visualize_array_sharding(cache["k_rope"][:, :, 0])
 # %% [markdown]
 # ## Which kernel
 #
-# The op takes the fastest implementation that accepts the arguments; `explain` says which that is and why
+# The op uses the fastest implementation that accepts the arguments; `explain` says which one that is and why
 # the others decline. On an H100 it would be `mosaic_gpu`, on a TPU `mosaic_tpu`.
-# `implementation="reference"` asks for one by name.
+# `implementation="reference"` selects one by name.
 
 # %%
 bfloat16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)

@@ -2,9 +2,9 @@
 # # MLRA in ten minutes
 #
 # [Multi-Head Low-Rank Attention](https://arxiv.org/abs/2603.02188) (MLRA) caches as little as Multi-Head
-# Latent Attention (MLA), and, unlike MLA, its cache can be split over devices. This notebook shows the idea
-# in pictures and in one equation, then trains a small model on a few plays of Shakespeare and lets it
-# write. Any accelerator that Colab gives is enough; so is a CPU, in a few minutes.
+# Latent Attention (MLA), but unlike MLA's, its cache can be split over devices. This notebook shows the idea
+# in pictures and in one equation, then trains a small model on a few plays by Shakespeare and generates
+# text. Any of Colab's accelerators will do, and so will a CPU, in a few minutes.
 
 # %%
 import dataclasses
@@ -25,15 +25,14 @@ mesh = mlra.MeshConfig(data=-1)  # all devices; each trains on its part of a bat
 print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device_kind}")
 
 # %% [markdown]
-# ## Who reads what
+# ## Which heads read what
 #
-# An attention layer keeps something for each token that it has seen: the *cache*. Multi-head attention
-# keeps a key and a value for each head. MLA keeps one *latent* vector, from which the keys and values of
-# all heads are made when they are needed, and a small rotary key, which carries positions and which all
-# heads share.
+# For each token that it has seen, an attention layer keeps some values: the *cache*. Multi-head attention
+# caches a key and a value for each head. MLA caches one *latent* vector, from which the keys and values of
+# all heads are computed when needed, and a small rotary key with the position, which all heads share.
 #
-# MLRA cuts the latent into L *latent heads*. Each query head reads J of them, its *branches*: the number in
-# MLRA-2 and MLRA-4. GLA cuts too, but lets each query head read only one.
+# MLRA splits the latent into L *latent heads*. Each query head reads J of them, its *branches*; J is the
+# number in MLRA-2 and MLRA-4. GLA splits the latent too, but each query head reads only one part.
 
 # %%
 variants = {
@@ -64,14 +63,14 @@ for axes, (name, model) in zip(panels, variants.items(), strict=True):
 plt.show()
 
 # %% [markdown]
-# Black dots are query heads (8 of the 24), bars the cached latents. Put each bar on a device of its own:
-# MLA has one bar, which every device must copy; MLRA-4 has four, and every query head still reads all that
-# is cached.
+# Black dots are query heads (8 of the 24), and bars are cached latents. Imagine each bar on its own device:
+# MLA has one bar, which every device must copy; MLRA-4 has four, and every query head still reads the whole
+# cache.
 #
 # ## What each device caches
 #
-# The number of values for one token in one layer, in the paper's models of 2.9 billion parameters. It is
-# read off the cache that decoding would allocate.
+# The number of values per token and layer in the paper's models of 2.9 billion parameters, read off the
+# cache that decoding would allocate.
 
 # %%
 models = {"MHA": mlra.load_config("mha").model, **variants}
@@ -101,12 +100,12 @@ plt.show()
 # $$y_n = \frac{1}{\sqrt J} \sum_{l} \mathrm{softmax}\left(\frac{q_n \cdot k_{l,n}}{\sqrt{H + R}}\right) v_{l,n}
 # \qquad k_{l,n} = [W^{UK}_{l,n} c_l \,;\, k^{rope}] \qquad v_{l,n} = W^{UV}_{l,n} c_l$$
 #
-# $c_l$ is latent head $l$. MLA sums inside the key, before its one softmax, and this is why its latent
-# cannot be cut: a device with a part of it could not compute a softmax. In MLRA each device computes those
-# of its latent heads, and only the sum crosses devices.
+# $c_l$ is latent head $l$. MLA sums inside the key, before its single softmax, which is why its latent
+# cannot be split: a device with a part of it could not compute the softmax. In MLRA each device computes
+# the softmaxes of its latent heads, and only the sum crosses devices.
 #
-# The same in code, for any L and J, from the [file](../mlra_jax/reference.py) that has the equations of all
-# attentions of the paper, and to which the tests hold the model. Letters: B sequences, T and S positions, D
+# Here is the same in code, for any L and J, from the [file](../mlra_jax/reference.py) with the equations of
+# all attentions of the paper, which the tests compare the model with. Letters: B sequences, T and S positions, D
 # model width, N query heads, L latent heads, C their width, J branches, A query rank, H and R the widths of
 # a head without and with rotary position ([docs/notation.md](../docs/notation.md)).
 
@@ -115,11 +114,11 @@ for part in (reference.latent, reference.softmax_weights, reference.attention):
     print(inspect.getsource(part))
 
 # %% [markdown]
-# ## Train a small one
+# ## Train a small model
 #
-# `tiny` is an MLRA-4 of 1.3 million parameters that reads and writes bytes; the corpus of seven plays, and
-# an eighth held out, comes with the package. Progress is printed as it trains. Run the cell again and it
-# continues from its last checkpoint, or finds that nothing is left to do.
+# `tiny` is an MLRA-4 of 1.3 million parameters that reads and writes bytes; its corpus of seven plays, and
+# an eighth held out, comes with the package. Progress is printed as it trains. If you run the cell again,
+# it continues from the last checkpoint, or finds that there is nothing left to do.
 
 # %%
 config = dataclasses.replace(mlra.load_config("tiny"), out="runs/mlra_in_ten_minutes", mesh=mesh)
@@ -145,10 +144,10 @@ plt.show()
 print(f"held-out loss after {result.step} steps: {result.eval_loss} nats per byte")
 
 # %% [markdown]
-# ## Look into it
+# ## Look inside
 #
-# The attention weights of the first layer's first query head, one picture for each latent head that it
-# reads: four softmaxes where MLA has one.
+# These are the attention weights of the first layer's first query head, one picture for each latent head
+# that it reads: four softmaxes where MLA has one.
 
 # %%
 loaded = mlra.load_model(config.run_dir, layout="train")
@@ -167,11 +166,11 @@ panels[0].set_ylabel("the byte that looks")
 plt.show()
 
 # %% [markdown]
-# ## Let it write
+# ## Generate text
 #
-# The generator reads the checkpoint. It prefills the cache with the prompt and then makes a token at a
-# time, reading the latents where they lie: `W^UK` is moved to the query and `W^UV` behind the softmax, so
-# that keys and values are never built.
+# The generator loads the checkpoint, prefills the cache with the prompt, and then generates a token at a
+# time. It attends to the latents themselves: `W^UK` is applied to the query, and `W^UV` after the softmax,
+# so that keys and values are never built.
 
 # %%
 generator, prompt = mlra.Generator.from_checkpoint(config.run_dir), "ROMEO:"
@@ -184,8 +183,8 @@ for event in generator.stream(prompt, max_new_tokens=8 if QUICK else 400, temper
 print(f"\n\n{stats.cache_bytes_per_device:,} bytes of cache for {stats.cache_tokens_per_row} tokens")
 
 # %% [markdown]
-# With four devices the same call with `mesh=mlra.MeshConfig(data=1, tensor=4)` gives each of them one latent
+# On four devices, the same call with `mesh=mlra.MeshConfig(data=1, tensor=4)` gives each of them one latent
 # head of the cache.
 #
-# Where to go on: [the attention as a library](attention_as_a_library.ipynb), [the paper's own
+# Next: [the attention as a library](attention_as_a_library.ipynb), [the paper's own
 # weights](official_weights.ipynb), and the [documentation](../README.md).

@@ -2,12 +2,12 @@
 # # The paper's own weights
 #
 # The authors of [Multi-Head Low-Rank Attention](https://arxiv.org/abs/2603.02188) publish their models of
-# 2.9 billion parameters, trained in PyTorch. This notebook downloads one, converts it, and generates with
-# it. PyTorch is not needed.
+# 2.9 billion parameters, trained in PyTorch. This notebook downloads one, converts it, and generates text
+# with it. PyTorch is not needed.
 #
-# The download and the checkpoint take about 11.5 GB of disk each, the conversion less than 2 GB of memory.
-# The model is held in bfloat16, 5.7 GB on the accelerator; a T4 has 16. With `QUICK = True` below, a
-# small model with random weights in the same format stands in, and nothing is downloaded.
+# The download and the checkpoint take about 11.5 GB of disk each, and the conversion less than 2 GB of
+# memory. In bfloat16, the model takes 5.7 GB on the accelerator; a T4 has 16. With `QUICK = True` below, a
+# small model with random weights in the same format is used, and nothing is downloaded.
 
 # %%
 import json
@@ -44,8 +44,7 @@ print(f"JAX {jax.__version__} on {jax.device_count()} x {jax.devices()[0].device
 # ## Get the weights
 #
 # They are in the repository [Soughing/MLRA](https://huggingface.co/Soughing/MLRA) on the Hugging Face Hub.
-# The cell lists what is there, and takes the folder whose name is `MODEL`; if it is called otherwise, put
-# its name there.
+# The cell lists its folders and takes the one named `MODEL`; if the model has another name, change it.
 
 
 # %%
@@ -82,10 +81,10 @@ for file in sorted(folder.iterdir()):
     print(f"{file.stat().st_size:>15,}  {file.name}")
 
 # %% [markdown]
-# ## What is in them
+# ## What they contain
 #
-# `open_weights` reads names and shapes; the numbers of a tensor are read when `np.asarray` asks for them.
-# The configuration becomes one of ours, and says what each device would cache.
+# `open_weights` reads names and shapes; the values of a tensor are read only by `np.asarray`. The
+# configuration is converted to one of ours, which says what each device would cache.
 
 # %%
 weights = open_weights(folder)
@@ -103,9 +102,9 @@ for tensor in (1, 2, 4):
 # %% [markdown]
 # ## Convert
 #
-# Tensor by tensor, a few minutes for the full model. `mlra-convert from-official FOLDER --out RUN` is the
-# same in a shell. What comes out is the checkpoint of a run at step 0: it can be decoded, evaluated, or
-# trained further.
+# This goes tensor by tensor, and takes a few minutes for the full model. In a shell, `mlra-convert
+# from-official FOLDER --out RUN` does the same. The result is the checkpoint of a run at step 0, to decode,
+# evaluate, or train further.
 
 # %%
 run = pathlib.Path("runs") / f"official_{'stand_in' if QUICK else MODEL}"
@@ -114,7 +113,7 @@ if not run.exists():
     from_official(FromOfficialArgs(str(folder), out=str(run), model_type=MODEL, tokenizer=tokenizer))
 
 # %% [markdown]
-# Nothing is lost on the way: converted back, a tensor has its numbers again.
+# Nothing is lost: converted back, a tensor has its original values.
 
 # %%
 back = official_from_params(lazy_params(run), config)
@@ -139,5 +138,5 @@ print(
 )
 
 # %% [markdown]
-# Where to go on: [fine-tuning, and turning an MLA into an MLRA](../docs/conversion.md), [decoding on
-# several devices](../docs/decoding.md).
+# Next: [fine-tuning, and converting an MLA to an MLRA](../docs/conversion.md), [decoding on several
+# devices](../docs/decoding.md).

@@ -59,6 +59,16 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+@pytest.fixture
+def as_users_compile():
+    """Without what is set above: highest precision, and few optimizations."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
     """Root of the checkout."""

@@ -58,8 +58,34 @@ def test_what_loops_call_counts_as_often_as_they_go_round():
     }
 
 
+def program(*lines):
+    return "\n".join(["ENTRY %main () -> f32[] {", *lines, "}"])
+
+
+def test_every_way_to_name_the_devices_is_read():
+    hlo = program(
+        "  %a = f32[8,3]{1,0} all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add",
+        "  %b = bf16[4,6]{1,0:T(8,128)} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={1}",
+        "  %c = f32[2]{0} reduce-scatter(%x), replica_groups=mesh['a'=2,'b'=3,'c'=5] {'a','c'}, dimensions={0}",
+        "  ROOT %d = (f32[4]{0}, s32[]) all-reduce(%x, %y), replica_groups={{0,1,2}}, to_apply=%add",
+        "  %e = u8[7]{0} collective-permute(%x), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}",
+        "  %f = f32[9]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add",
+        "  %h = ((bf16[16,3]{1,0}), bf16[16,3]{1,0}) all-reduce-start(%x), replica_groups=mesh['a'=4] {'a'}",
+        '  %g = f32[9]{0} add(%a, %all-reduce.3), metadata={op_name="all-reduce"}',
+    )
+    executed = executed_collectives(hlo)
+    assert list(executed) == [
+        Collective("all-reduce", 2, (("f32", (8, 3)),)),
+        Collective("all-gather", 4, (("bf16", (4, 6)),)),
+        Collective("reduce-scatter", 10, (("f32", (2,)),)),
+        Collective("all-reduce", 3, (("f32", (4,)), ("s32", ()))),
+        Collective("collective-permute", 4, (("u8", (7,)),)),
+        Collective("all-reduce", 4, (("bf16", (16, 3)),)),
+    ]
+    assert set(executed.values()) == {1}
+    assert [c.bytes for c in executed] == [96, 48, 80, 20, 7, 96]
+
+
 def test_replica_groups_in_an_unknown_form_are_not_guessed():
     with pytest.raises(NotImplementedError, match="replica groups"):
-        executed_collectives(
-            "ENTRY %main () -> f32[] {\n  %r = f32[] all-reduce(%a), replica_groups=new\n}\n"
-        )
+        executed_collectives(program("  %r = f32[] all-reduce(%a), replica_groups=new"))

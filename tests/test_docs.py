@@ -15,7 +15,8 @@ from mlra_jax.cli import convert, describe, plot, prepare
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
 from mlra_jax.cli.evaluate import EvaluateArgs
-from mlra_jax.cli.plan import _take as take_plan_args
+from mlra_jax.cli.plan import PlanArgs
+from mlra_jax.cli.train import take_check
 from mlra_jax.distributed import take_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,10 +128,12 @@ def test_every_command_that_is_shown_parses(program, rest, monkeypatch):
     if program == "convert":
         program, args = args[0], args[1:]
     if program == "plan":
-        topology, _, args = take_plan_args(args)
-        assert topology
+        options, args = tyro.cli(PlanArgs, args=args, return_unknown_args=True)
+        assert options.topology
     if program == "describe":
         _, args = tyro.cli(describe.DescribeArgs, args=args, return_unknown_args=True, use_underscores=False)
+    if program == "train":
+        _, args = take_check(args)
     if program in PARSERS:
         tyro.cli(PARSERS[program], args=args)
     else:

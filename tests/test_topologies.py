@@ -1,4 +1,4 @@
-"""The train and decode steps, compiled for TPUs that are not there by the compiler that would run there."""
+"""The train and decode steps, compiled ahead of time for absent TPUs."""
 
 import dataclasses
 import importlib.util
@@ -9,16 +9,13 @@ from flax import nnx
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
+from mlra_jax.execution.accelerators import device_memory
 from mlra_jax.execution.planner import resolve
-from mlra_jax.execution.topologies import (
-    Memory,
-    compile_decode_step,
-    compile_train_step,
-    hbm_bytes,
-    topology_mesh,
-)
+from mlra_jax.execution.topologies import Memory, compile_train_step, topology_mesh
+from mlra_jax.generation.engine import compile_step
 from mlra_jax.model import Transformer
 from mlra_jax.model.layers import MLP_UNIT
+from mlra_jax.sharding import decode_rules
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu"),
@@ -26,16 +23,6 @@ pytestmark = [
 ]
 
 TRAIN = {"v5e:4x4": 16, "v5p:2x2x1": 4, "v6e:2x4": 8}  # topology: devices
-
-
-@pytest.fixture
-def as_users_compile():
-    """Without what the other tests set: highest precision, and few optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def train_config(name: str, n_devices: int):
@@ -59,11 +46,12 @@ def n_params(config: ModelConfig) -> int:
 )
 def test_train_step_compiles_and_fits(name, topology):
     config = train_config(name, TRAIN[topology])
-    memory = Memory.of(compile_train_step(config, topology))
-    assert memory.total < hbm_bytes(topology)
+    mesh = topology_mesh(topology, config.mesh)
+    memory = Memory.of(compile_train_step(config, mesh))
+    assert memory.total < device_memory(mesh.devices.flat[0])
     # The donated state is updated in place, so little more than the metrics comes out beside it.
     assert memory.outputs < 1e6
-    _, plan = resolve(config, topology_mesh(topology, config.mesh))
+    _, plan = resolve(config, mesh)
     assert plan.fits
     if name == "mlra_4":
         assert plan.total == pytest.approx(memory.total, rel=0.1)
@@ -85,11 +73,10 @@ def test_decode_step_compiles_and_fits(name, n_layers, topology):
         load_config(name).model, n_layers=n_layers, param_dtype="bfloat16", compute_dtype="bfloat16"
     )
     batch, max_len = 8, 4096
-    compiled = compile_decode_step(
-        config, topology, MeshConfig(data=1, tensor=4), batch=batch, max_len=max_len
-    )
+    mesh = topology_mesh(topology, MeshConfig(data=1, tensor=4))
+    compiled = compile_step(config, decode_rules(), mesh, batch=batch, max_len=max_len)
     memory = Memory.of(compiled)
-    assert memory.total < hbm_bytes(topology)
+    assert memory.total < device_memory(mesh.devices.flat[0])
     # The donated cache is updated in place.
     a = config.attention
     cache = n_layers * batch * max_len * (a.d_latent + a.d_rope) * 2

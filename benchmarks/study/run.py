@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.decode_attention import Setting
+from benchmarks.records import Setting
 from benchmarks.study.models import GLOBAL_BATCH, LAYERS, SEQ_LEN, VARIANTS, VOCAB, study_config
 from benchmarks.study.prepare import Data
 from mlra_jax.attention.kv_cache import values_per_token
@@ -35,24 +35,27 @@ from mlra_jax.training.metrics import read_metrics
 MAX_EPOCHS = 4
 RESULTS = "results.json"
 FREE = re.compile(r"\.execution\.|\.model\.(remat|unroll_layers|gather)$|\.attention\.(form|type)$")
-"""Fields of the configurations, of earlier versions too, that say how things are computed, and not what."""
+"""Fields of the configurations, earlier versions' included, that concern execution and not the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """All that the runs have in common."""
+    """All that the runs have in common.
+
+    Attributes:
+      out: folder of `RESULTS`.
+      work: folder of the runs: checkpoints and metrics.
+      eval_sequences: held-out sequences in an evaluation; 0: all.
+    """
 
     data: Data
     steps: int
     lr: float
     seeds: tuple[int, ...]
     out: Path
-    """Folder of `RESULTS`."""
     work: Path
-    """Folder of the runs: checkpoints and metrics."""
     layers: int = LAYERS
     eval_sequences: int = 0
-    """Held-out sequences in an evaluation; 0: all."""
 
     @classmethod
     def plan(cls, data: Data, *, tokens: float = 0, **rest: Any) -> Study:
@@ -65,15 +68,13 @@ class Study:
         most = MAX_EPOCHS * data.tokens["train"]
         if not 0 < steps * GLOBAL_BATCH * SEQ_LEN <= most:
             raise ConfigError(
-                [
-                    f"--tokens {tokens:g} must be at least {GLOBAL_BATCH * SEQ_LEN:,}, one step, and at most {most:,}: "
-                    f"{MAX_EPOCHS} times the {data.tokens['train']:,} tokens of {data.folder}."
-                ]
+                f"--tokens {tokens:g} must be at least {GLOBAL_BATCH * SEQ_LEN:,}, one step, and at most {most:,}: "
+                f"{MAX_EPOCHS} times the {data.tokens['train']:,} tokens of {data.folder}."
             )
         return cls(data, steps, **rest)
 
     def config(self, variant: str, seed: int) -> TrainConfig:
-        """Of one run."""
+        """The configuration of one run."""
         windows = (self.data.tokens["val"] - 1) // SEQ_LEN
         return study_config(
             variant,
@@ -88,7 +89,7 @@ class Study:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same in all runs that are compared, whatever the folders: field by field."""
+        """The fields that must be equal in all compared runs, without folders."""
 
         def flat(value: Any, name: str) -> dict[str, Any]:
             if not isinstance(value, dict):
@@ -122,10 +123,8 @@ class Results:
             if changed:
                 k = changed[0]
                 raise ConfigError(
-                    [
-                        f"{self.path} was begun with {k}={stored.get(k)}, this command has {identity.get(k)} "
-                        f"({len(changed)} fields differ); give what it was begun with, or another --out."
-                    ]
+                    f"{self.path} was begun with {k}={stored.get(k)}, this command has {identity.get(k)} "
+                    f"({len(changed)} fields differ); give what it was begun with, or another --out."
                 )
         else:
             self.content = {
@@ -171,9 +170,7 @@ def read_results(path: Path) -> dict[str, Any]:
         content["identity"], content["runs"]
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            [f"{path} is no results of `python -m benchmarks.study run`: {error!r}."]
-        ) from error
+        raise ConfigError(f"{path} is no results of `python -m benchmarks.study run`: {error!r}.") from error
 
 
 def held_out(study: Study) -> dict[str, int]:
@@ -196,7 +193,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
 
 
 def summary(run: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a finished run measured, from its metrics."""
+    """Summarises a finished run from its metrics."""
     records = read_metrics(run)
     evaluated = [(int(r["tokens"]), r["eval_loss"]) for r in records.values() if "eval_loss" in r]
     rates = [r["tokens_per_second"] for r in records.values() if "tokens_per_second" in r]

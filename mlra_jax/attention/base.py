@@ -1,12 +1,14 @@
-"""What every attention family answers: the model, decoding, the planner and the commands ask it, and never its type.
+"""The interface of an attention family, which is all that the model, decoding, the planner and the commands use.
 
-A family is a module of this package, or of a user's (docs/extending.md): a configuration derived from
-`config.AttentionConfig`, with its sizes and counts, and an `Attention` with its parameters and its two forms. What a
-family says nothing special about, it inherits.
+A family is a module of this package or of a user's (docs/extending.md): a configuration derived from
+`config.AttentionConfig`, with its sizes and costs, and an `Attention` with its parameters, its form for whole sequences
+and its cached step. Whatever a family does not define, it inherits.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import ClassVar, Self
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mlra_jax.attention.head_shards import HeadShards
-from mlra_jax.attention.kv_cache import LayerCache
+from mlra_jax.attention.kv_cache import Cache, LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.model.layers import (
@@ -38,9 +40,9 @@ class Attention(WithLayout):
     """One attention layer, for whole sequences and for cached decoding.
 
     Args:
-      config: of the model; `config.attention` is the family's own configuration.
+      config: the model's configuration; `config.attention` is the family's own.
       rngs: for the initial parameters.
-      rules: table of logical axis names. Without a mesh nothing is split.
+      rules: the table of logical axis names; without a mesh nothing is split.
       layout: `train` for whole sequences, `decode` for cached decoding.
       execution: how whole sequences are computed.
     """
@@ -48,8 +50,8 @@ class Attention(WithLayout):
     output: Output
 
     branch_weights: ClassVar[tuple[str, ...]] = ()
-    """Parameters [J, N, ...], a matrix for each branch and query head, which attention gathers itself where their
-    storage is split, and whose leading axes are regrouped by cached head for decoding."""
+    """Names of parameters [J, N, ...] with a matrix for each branch and query head. Attention itself gathers them where
+    their storage is split, and decoding regroups their leading axes by cached head."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class Attention(WithLayout):
         self.build(rngs)
 
     def build(self, rngs: nnx.Rngs) -> None:
-        """Makes the parameters of the layer's layout, `output` among them, and what follows from its sizes."""
+        """Makes the parameters of the layer's layout, including `output`, and derives constants from its sizes."""
         raise NotImplementedError
 
     def _parameter(self, rngs: nnx.Rngs, shape: tuple[int, ...], names: Names) -> nnx.Param:
@@ -77,7 +79,7 @@ class Attention(WithLayout):
 
     @classmethod
     def decode_leaves(cls, config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
-        """The parameters that the decode layout keeps in another way than the training layout."""
+        """How the decode layout makes the parameters that differ from the training layout's."""
         raise NotImplementedError
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -92,15 +94,23 @@ class Attention(WithLayout):
         raise NotImplementedError
 
     def decode(
-        self, x_BTD: jax.Array, cache: LayerCache, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        reduce: bool = True,
     ) -> tuple[jax.Array, LayerCache]:
         """Appends T tokens of each row to the cache and attends over it, in the decode layout.
 
         Args:
-          x_BTD: the normalised input of the block, [B, T, D]; row b's first `n_new_B[b]` tokens count.
-          cache: of this layer (`init_cache`); donate it to the compiled function.
-          start_B: tokens already in the cache, so the position of the first new one.
-          n_new_B: new tokens of each row, 0 to T. What the others give is meaningless and is not cached.
+          x_BTD: the normalised input of the block, [B, T, D]; the first `n_new_B[b]` tokens of row b count.
+          cache: this layer's (`init_cache`); donate it to the compiled function.
+          start_B: tokens already in the cache, which is the position of the first new one.
+          n_new_B: new tokens of each row, 0 to T. The others are not cached, and their outputs are meaningless.
+          reduce: whether the outputs of the devices that split the KV heads are summed; if not, the result holds each
+            device's part, [P, B, T, D] in float32.
 
         Returns:
           [B, T, D] in the compute type, and the cache with the new tokens.
@@ -113,9 +123,13 @@ class Attention(WithLayout):
         cache = cache.append(new, start_B, n_new_B)
         q_names: list[Names] = [("batch", None, shards.query_axis, None)] * len(queries)
         in_names = (cache.specs(), rows, rows, q_names, *self.output.shard_input_names(shards))
-        attend = self.rules.shard_map(self._attend_cached, in_names, self.output.shard_output_names(shards))
+        attend = self.rules.shard_map(
+            functools.partial(self._attend_cached, reduce=reduce),
+            in_names,
+            self.output.shard_output_names(shards, reduce),
+        )
         summed = attend(cache, start_B, n_new_B, queries, *self.output.shard_inputs(x_BTD, shards))
-        return self.output.finish(x_BTD, summed, shards), cache
+        return self.output.finish(x_BTD, summed, shards, reduce), cache
 
     def _attend_cached(
         self,
@@ -125,25 +139,27 @@ class Attention(WithLayout):
         queries: list[jax.Array],
         gate_BTNH: jax.Array | None,
         w_o_DNH: jax.Array | None,
+        *,
+        reduce: bool,
     ) -> jax.Array:
-        """On each device: attends over the own KV-head shards, and sums over devices."""
+        """On each device: attends over the device's KV-head shards, and sums over devices."""
         with jax.named_scope("attend"):
             visible_BT = cache.visible(start_B, n_new_B, queries[0].shape[1])
             queries = [self.shards.gather(q_BTNE, cache.n_shards) for q_BTNE in queries]
             out, lse = self._attend_shards(cache, visible_BT, queries)
             y_BTUMH = cache.merge(out, lse)
-        return self.output.sum_shards(self.shards, y_BTUMH, gate_BTNH, w_o_DNH)
+        return self.output.sum_shards(self.shards, y_BTUMH, gate_BTNH, w_o_DNH, reduce=reduce)
 
     def _project_new(
         self, x_BTD: jax.Array, positions_BT: jax.Array
     ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
-        """Queries [B, T, N, *] of new tokens, and what the cache keeps of these, in the decode layout."""
+        """Queries [B, T, N, *] of the new tokens, and their arrays for the cache by name, in the decode layout."""
         raise NotImplementedError
 
     def _attend_shards(
         self, cache: LayerCache, visible_BT: jax.Array, queries: list[jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """On each device: a decode op over the own shards' cache; queries are [B, T, U, M / r, *]."""
+        """On each device: a decode op over the device's part of the cache; queries are [B, T, U, M / r, *]."""
         raise NotImplementedError
 
     def to_decode(self, rules: AxisRules | None = None) -> Self:
@@ -153,10 +169,10 @@ class Attention(WithLayout):
           rules: the decoding table; None: `decode_rules()`.
 
         Raises:
-          ValueError: the layer is in the decode layout already.
+          ValueError: the layer is already in the decode layout.
         """
         if self.layout == "decode":
-            raise ValueError(f"This {type(self).__name__} is in the decode layout already.")
+            raise ValueError(f"This {type(self).__name__} is already in the decode layout.")
         config, rules = self.config, rules or decode_rules()
         make = lambda: type(self)(
             config, rngs=nnx.Rngs(0), rules=rules, layout="decode", execution=self.execution
@@ -172,6 +188,7 @@ class Attention(WithLayout):
 
         Args:
           batch: rows.
-          max_len: tokens of each row; rounded up to whole pages on every device.
+          max_len: tokens per row, rounded up to whole pages on every device.
         """
-        return LayerCache.create(self.config, self.rules, batch, max_len)
+        one_layer = dataclasses.replace(self.config, n_layers=1)
+        return Cache.create(one_layer, self.rules, batch, max_len).layers[0]

@@ -21,22 +21,8 @@ from mlra_jax.attention.base import HEADS, ROWS, Attention
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
-from mlra_jax.config import (
-    AttentionConfig,
-    CacheArray,
-    ModelConfig,
-    NotNegative,
-    Positive,
-    uneven,
-)
-from mlra_jax.model.layers import (
-    DecodeLeaves,
-    Relayout,
-    RMSNorm,
-    nested,
-    product,
-    rotary_frequencies,
-)
+from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, NotNegative, Positive, uneven
+from mlra_jax.model.layers import DecodeLeaves, Relayout, RMSNorm, nested, product, rotary_frequencies
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import grouped_decode_attention
 from mlra_jax.ops.rotary import rotate
@@ -52,7 +38,7 @@ class GroupedAttentionConfig(AttentionConfig):
     d_head: Positive = 128
     """H: width of a query, key and value head; all of it is rotary."""
     q_lora_rank: NotNegative = 0
-    """A: width of the compressed, normalised query that MFA makes queries from; 0: they are made from the input."""
+    """A: width of the compressed, normalised input from which MFA projects queries; 0: they are projected from x."""
 
     @classmethod
     def module(cls) -> type[GroupedAttention]:
@@ -89,10 +75,10 @@ def attend_grouped(
 
     Args:
       rules: the training table.
-      heads_per_kv: M, query heads that read one KV head.
-      q: [B, T, N, H], T and N the device's own.
-      k: [B, S, K, H], all tokens; the KV heads that its query heads read, or all of them.
-      v: [B, S, K, V], the same.
+      heads_per_kv: M, the query heads that read one KV head.
+      q: [B, T, N, H], the device's own tokens and heads.
+      k: [B, S, K, H], all tokens of the KV heads that the device's query heads read, or of all KV heads.
+      v: [B, S, K, V], likewise.
       scale: multiplies the scores.
 
     Returns:
@@ -100,7 +86,7 @@ def attend_grouped(
     """
     n = q.shape[2]
     if k.shape[2] * heads_per_kv != n:
-        # The KV heads are whole, the query heads split: one KV head for each run of heads that share it.
+        # Query heads are split and KV heads are not: take one KV head for each run of heads that share it.
         run = math.gcd(n, heads_per_kv)
         read = (rules.axis_index("heads") * n + run * jnp.arange(n // run)) // heads_per_kv
         k, v = jnp.take(k, read, axis=2), jnp.take(v, read, axis=2)
@@ -111,9 +97,9 @@ def attend_grouped(
 class GroupedAttention(Attention):
     """Attention of N query heads over K KV heads; KV head k serves the query heads kM to (k+1)M - 1, M = N / K.
 
-    The training layout has w_q [D, N, H], w_k and w_v [D, K, H]; the decode layout w_q [N, H, D], and keys and values
-    by KV-head shard as w_kv [2, U, H, D]. A low-rank query has A in place of D in w_q, and w_qa [D, A], or [A, D] to
-    decode.
+    The training layout has w_q [D, N, H], w_k and w_v [D, K, H]; the decode layout w_q [N, H, D], and w_kv [2, U, H, D]
+    with keys and values by KV-head shard. With a low-rank query, w_q has A in place of D, and there is w_qa [D, A], or
+    [A, D] in the decode layout.
     """
 
     def build(self, rngs: nnx.Rngs) -> None:
@@ -126,7 +112,7 @@ class GroupedAttention(Attention):
         new = functools.partial(self._parameter, rngs)
         q_in, q_axis = (rank, rules.fitting("rank", rank)) if rank else (d, "embed")
         self.q_norm = RMSNorm(config, (rank,), (None,), rngs=rngs, rules=rules) if rank else None
-        if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
+        if layout == "train":  # where tensor does not divide the KV heads, every device holds all of them
             self.kv_axis = rules.fitting("kv_heads", a.n_kv_heads)
             self.w_qa = new((d, rank), ("embed", None)) if rank else None
             self.w_q = new((q_in, n, h), (q_axis, "heads", None))
@@ -169,7 +155,7 @@ class GroupedAttention(Attention):
             k, v = (project("BTD,DNH->BTNH", x_BTD, w, kv_names) for w in (self.w_k, self.w_v))
         else:
             q = project("BTD,NHD->BTNH", q_in, self.w_q, HEADS)
-            k, v = project("BTD,GUHD->GBTUH", x_BTD, self.w_kv, (None, *kv_names))
+            k, v = project("BTD,ZUHD->ZBTUH", x_BTD, self.w_kv, (None, *kv_names))
         return rotate(q, positions, self.frequencies), rotate(k, positions, self.frequencies), v
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

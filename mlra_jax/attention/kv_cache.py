@@ -1,10 +1,10 @@
-"""The KV cache: arrays, their layout, and pages. What is in them the attention says (`AttentionConfig.cache_arrays`).
+"""The KV cache: arrays, their layout, and pages. `AttentionConfig.cache_arrays` says what an attention caches.
 
-A layer's cache holds arrays by cached head, [B, U, S, W] with U KV-head shards (`head_shards`), and arrays that all
-heads share, [B, S, W]. Shards are split over `tensor`, sequences over `data`, and the S positions over `context`,
-striped by page: page p of the tokens lies on device p mod n, so that short sequences spread too.
+A layer's cache holds per-head arrays [B, U, S, W], with U KV-head shards (`head_shards`), and arrays that all heads
+share, [B, S, W]. Shards are split over `tensor`, sequences over `data`, and the S positions over `context`, striped by
+page: page p of the tokens is on device p mod n, so that short sequences are spread too.
 
-In the feature-major layout, the one for TPU, W comes before S; `create` takes the layout of the current device.
+In the feature-major layout, which TPUs use, W comes before S; `create` takes the layout of the current device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
-"""Tokens in a page: a block of the kernels that read them."""
+"""Tokens per page: what the kernels read as one block."""
 
 _AXES: dict[tuple[Layout, int], tuple[str | None, ...]] = {
     ("token_major", 4): ("batch", "kv_head_shards", "cache_length", None),
@@ -34,16 +34,16 @@ _AXES: dict[tuple[Layout, int], tuple[str | None, ...]] = {
     ("feature_major", 4): ("batch", "kv_head_shards", None, "cache_length"),
     ("feature_major", 3): ("batch", None, "cache_length"),
 }
-"""Logical axes of an array by cached head, and of one shared by all heads."""
+"""Logical axes of a per-head array, and of one that all heads share."""
 
 
 def preferred_layout() -> Layout:
-    """The layout that the attention kernels of the device that is compiled for read: on TPU the lanes are tokens."""
+    """The layout that the attention kernels of the current device read: on TPUs, tokens are the lanes."""
     return "feature_major" if current_device()[0] == "tpu" else "token_major"
 
 
 def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> jax.Array:
-    """Each row of axis 0 `n` times in a row; the copies stay on the devices that hold it, so that nothing moves.
+    """Repeats each row of axis 0 `n` times; the copies stay on the devices that hold the row, so nothing moves.
 
     Args:
       rules: the decoding table.
@@ -57,7 +57,7 @@ def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> j
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What one attention layer has cached."""
+    """The cache of one attention layer."""
 
     arrays: dict[str, Any]
     rules: AxisRules = dataclasses.field(metadata={"static": True})
@@ -66,18 +66,9 @@ class LayerCache:
 
     @classmethod
     def create(
-        cls,
-        config: ModelConfig,
-        rules: AxisRules,
-        batch: int,
-        max_len: int,
-        *,
-        page_size: int | None = None,
-        layout: Layout | None = None,
+        cls, config: ModelConfig, rules: AxisRules, batch: int, max_len: int, page_size: int, layout: Layout
     ) -> Self:
         """An empty cache of one layer; see `Cache.create`."""
-        layout = layout or preferred_layout()
-        page_size = page_size or PAGE_SIZE[layout]
         stripe = page_size * rules.size("cache_length")
         length = -(-max_len // stripe) * stripe
         shards = HeadShards.of(config, rules).count
@@ -95,26 +86,26 @@ class LayerCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold."""
+        """Tokens that each row can hold."""
         return next(iter(self.arrays.values())).shape[-2 if self.layout == "token_major" else -1]
 
     def _axes(self, array: Any) -> tuple[str | None, ...]:
         return _AXES[self.layout, array.ndim]
 
     def specs(self) -> Self:
-        """This cache with `PartitionSpec`s for arrays."""
+        """This cache with each array's `PartitionSpec` in its place."""
         specs = {k: self.rules.spec(*self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=specs)
 
     def repeat(self, n: int) -> Self:
-        """The cache with `n` copies of each row, one after the other."""
+        """The cache with `n` consecutive copies of each row."""
         arrays = {k: repeat_rows(self.rules, n, v, *self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
 
     def append(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
-        """The cache with the tokens `new` (by head [B, T, U, W], shared [B, T, W]) at positions from `start_B` on.
+        """The cache with T new tokens (per-head arrays [B, T, U, W], shared [B, T, W]) written from `start_B` on.
 
-        Of row b the first `n_new_B[b]` tokens are written; tokens past the end of the cache are dropped.
+        The first `n_new_B[b]` tokens of row b are written; tokens past the end of the cache are dropped.
         """
         by_head, shared, rows = ("batch", None, "kv_head_shards", None), ("batch", None, None), ("batch",)
         names = {name: by_head if x.ndim == 4 else shared for name, x in new.items()}
@@ -128,11 +119,11 @@ class LayerCache:
 
     @property
     def n_shards(self) -> int:
-        """KV-head shards of this device."""
+        """Number of KV-head shards on this device."""
         return next(x.shape[1] for x in self.arrays.values() if x.ndim == 4)
 
     def append_local(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
-        """`append` of what this device holds."""
+        """`append` for this device's part."""
         position_BT = self.positions(start_B, n_new_B, next(iter(new.values())).shape[1])
         arrays = {
             name: append(array, new[name], position_BT, layout=self.layout)
@@ -141,7 +132,7 @@ class LayerCache:
         return dataclasses.replace(self, arrays=arrays)
 
     def positions(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
-        """Where this device keeps the T tokens from `start_B` on, [B, T]: past its end if they are not its own."""
+        """This device's positions [B, T] of the T tokens from `start_B` on; past its end for other devices' tokens."""
         n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
         offset_T = jnp.arange(t)
         token_BT = start_B[:, None] + offset_T
@@ -151,7 +142,7 @@ class LayerCache:
         return jnp.where(mine_BT, position_BT, self.capacity).astype(jnp.int32)
 
     def visible(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
-        """How many of this device's leading positions each of the T new queries sees, [B, T]."""
+        """The number of this device's leading positions that each of the T new queries attends to, [B, T]."""
         n, me = self.rules.size("cache_length"), self.rules.axis_index("cache_length")
         seen_BT = start_B[:, None] + jnp.minimum(jnp.arange(t) + 1, n_new_B[:, None])
         pages_BT, rest_BT = seen_BT // self.page_size, seen_BT % self.page_size
@@ -159,7 +150,7 @@ class LayerCache:
         return (whole_BT + jnp.where(pages_BT % n == me, rest_BT, 0)).astype(jnp.int32)
 
     def merge(self, out: jax.Array, lse: jax.Array) -> jax.Array:
-        """Attention over all tokens, from what each device gives for its own."""
+        """Attention over all tokens, from each device's output and log-sum-exp over its own tokens."""
         if self.rules.size("cache_length") == 1:
             return self.rules.psum(out, "cache_length")
         top = self.rules.pmax(lse, "cache_length")
@@ -172,7 +163,7 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """The caches of all layers, and how many tokens each row of the batch holds."""
+    """The caches of all layers, and the number of tokens in each row of the batch."""
 
     layers: tuple[LayerCache, ...]
     lengths: Any  # int32 [B]
@@ -191,29 +182,30 @@ class Cache:
         """An empty cache for `batch` rows of at least `max_len` tokens, laid out over the current mesh.
 
         Args:
-          config: of the model.
+          config: the model's configuration.
           rules: the decoding table.
-          batch: rows; a multiple of the mesh axes that split `batch`.
-          max_len: tokens; rounded up to whole pages on every device.
-          page_size: tokens in a page; None: `PAGE_SIZE` of the layout.
-          layout: of the arrays; None: what the kernels of the current device read (`preferred_layout`).
+          batch: rows; a multiple of the size of the mesh axes that split `batch`.
+          max_len: tokens per row, rounded up to whole pages on every device.
+          page_size: tokens per page; None: `PAGE_SIZE` of the layout.
+          layout: the arrays' layout; None: the one that the current device's kernels read (`preferred_layout`).
         """
-        layer = lambda: LayerCache.create(config, rules, batch, max_len, page_size=page_size, layout=layout)
+        layout = layout or preferred_layout()
+        sizes = config, rules, batch, max_len, page_size or PAGE_SIZE[layout], layout
         lengths = rules.constrain(jnp.zeros(batch, jnp.int32), "batch")
-        return cls(tuple(layer() for _ in range(config.n_layers)), lengths)
+        return cls(tuple(LayerCache.create(*sizes) for _ in range(config.n_layers)), lengths)
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row can hold."""
+        """Tokens that each row can hold."""
         return self.layers[0].capacity
 
     def repeat(self, n: int) -> Cache:
-        """The cache with `n` copies of each row, one after the other, on the devices that hold the row."""
+        """The cache with `n` consecutive copies of each row, on the devices that hold the row."""
         lengths = repeat_rows(self.layers[0].rules, n, self.lengths, "batch")
         return Cache(tuple(layer.repeat(n) for layer in self.layers), lengths)
 
     def bytes_per_device(self) -> int:
-        """Bytes of keys, values or latents that the fullest device holds, read off the arrays' shards."""
+        """Bytes of the cache's arrays on the device that holds most, read off their shards."""
         held: dict[Any, int] = {}
         for layer in self.layers:
             for array in layer.arrays.values():
@@ -223,17 +215,17 @@ class Cache:
 
 
 def values_per_token(config: ModelConfig, tensor: int = 1) -> int:
-    """Values that each of `tensor` devices caches for one token in one layer.
+    """Values that each of `tensor` devices caches per token and layer.
 
-    Read off the abstract cache under the decoding table, so that it is what decoding allocates: heads are held by
-    several devices where there are fewer of them than devices.
+    Read off the abstract cache under the decoding table, so it is what decoding allocates: where there are fewer heads
+    than devices, several devices hold the same head.
 
     Args:
-      config: of the model.
+      config: the model's configuration.
       tensor: size of the mesh axis over which cached heads are split.
 
     Raises:
-      ConfigError: the cached heads cannot be laid out over so many devices; says which sizes fit.
+      ConfigError: the cached heads cannot be laid out over that many devices; the message says which sizes fit.
     """
     if faults := cached_head_faults(config, tensor):
         raise ConfigError(faults)

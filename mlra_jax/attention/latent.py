@@ -65,7 +65,7 @@ class LatentAttentionConfig(AttentionConfig):
     n_latent_heads: Positive = 4
     """L: latent heads in the KV cache; the axis that tensor parallelism splits when decoding."""
     n_branches: Positive = 4
-    """J: latent heads that each query head reads and sums; the number in MLRA-2 and MLRA-4."""
+    """J: latent heads whose outputs each query head sums; the number in MLRA-2 and MLRA-4."""
     q_lora_rank: Positive = 1024
     """A: width of the compressed query."""
     kv_lora_rank: Positive = 512
@@ -113,34 +113,32 @@ class LatentAttentionConfig(AttentionConfig):
         return itemsize * (absorbed + n_heads * (2 * self.d_nope + self.d_rope)) + 4 * n_heads * self.d_nope
 
     def gathered_values(self, n_heads: int, tensor: int) -> int:
-        """All latents, which every device computes."""
+        """Every device computes all latents."""
         return self.kv_lora_rank + self.d_rope
 
     def share(self, cached_heads: int) -> Self:
         branches = max(1, cached_heads // self.n_groups) if self.n_branches > 1 else 1
         return dataclasses.replace(
-            self,
-            n_latent_heads=cached_heads,
-            n_branches=branches,
-            kv_lora_rank=cached_heads * self.d_latent,
+            self, n_latent_heads=cached_heads, n_branches=branches, kv_lora_rank=cached_heads * self.d_latent
         )
 
     def split(self, n_latent_heads: int, n_branches: int) -> Self:
+        """The sizes with each latent head cut into several (`mlra-convert split-latents`).
+
+        Raises:
+          ConfigError: the latent cannot be cut so.
+        """
         new = dataclasses.replace(self, n_latent_heads=n_latent_heads, n_branches=n_branches)
         new.validate()
         if n_latent_heads % self.n_latent_heads or n_latent_heads == self.n_latent_heads:
             raise ConfigError(
-                [
-                    f"n_latent_heads={n_latent_heads} must be twice, or another multiple of, the "
-                    f"{self.n_latent_heads} of the model; each is cut into equal pieces."
-                ]
+                f"n_latent_heads={n_latent_heads} must be twice, or another multiple of, the "
+                f"{self.n_latent_heads} of the model; each is cut into equal pieces."
             )
         if n_branches % self.n_branches or new.n_groups % self.n_groups:
             raise ConfigError(
-                [
-                    f"n_branches={n_branches} must be a multiple of the {self.n_branches} that the model has, and "
-                    f"n_latent_heads/n_branches={new.n_groups} of its {self.n_groups} groups of query heads."
-                ]
+                f"n_branches={n_branches} must be a multiple of the {self.n_branches} that the model has, and "
+                f"n_latent_heads/n_branches={new.n_groups} of its {self.n_groups} groups of query heads."
             )
         return new
 
@@ -160,31 +158,31 @@ class LatentAttentionConfig(AttentionConfig):
 
 
 def _by_head(a: jax.Array, b: jax.Array, contracted: str, names: tuple[str, str]) -> jax.Array:
-    """For each head (K, E) the product of `a` and `b` over the axes `contracted`; `names` are of their axes.
+    """The product of `a` and `b` over the axes `contracted`, for each head (G, M); `names` are their axes' letters.
 
-    The result has (K, E), then what is left of `a`, then what is left of `b`. So the order of the operands decides what
-    lies together in memory: here all lies as attention and the products before and after want it.
+    The result has axes (G, M), then the rest of `a`, then the rest of `b`: the order of the operands decides the layout
+    in memory, which below is the one that attention and the products around it read.
     """
     first, second = names
     at = lambda axes: ([first.index(axis) for axis in axes], [second.index(axis) for axis in axes])
-    return jax.lax.dot_general(a, b, (at(contracted), at("KE")))
+    return jax.lax.dot_general(a, b, (at(contracted), at("GM")))
 
 
 @jax.custom_vjp
-def _to_latents(x_BTKEH: jax.Array, w_JKECH: jax.Array) -> jax.Array:
-    """[K, E, B, T, J, C]: each head's x times its matrices."""
-    return _by_head(x_BTKEH, w_JKECH, "H", ("BTKEH", "JKECH"))
+def _to_latents(x_BTGMH: jax.Array, w_JGMCH: jax.Array) -> jax.Array:
+    """[G, M, B, T, J, C]: each head's x times its matrices."""
+    return _by_head(x_BTGMH, w_JGMCH, "H", ("BTGMH", "JGMCH"))
 
 
 @jax.custom_vjp
-def _from_latents(z_KEBTJC: jax.Array, w_JKECH: jax.Array) -> jax.Array:
-    """[B, T, K, E, H]: the transpose of `_to_latents`."""
-    return _by_head(w_JKECH, z_KEBTJC, "JC", ("JKECH", "KEBTJC")).transpose(3, 4, 0, 1, 2)
+def _from_latents(z_GMBTJC: jax.Array, w_JGMCH: jax.Array) -> jax.Array:
+    """[B, T, G, M, H]: the transpose of `_to_latents`."""
+    return _by_head(w_JGMCH, z_GMBTJC, "JC", ("JGMCH", "GMBTJC")).transpose(3, 4, 0, 1, 2)
 
 
-def _of_weights(z_KEBTJC: jax.Array, x_BTKEH: jax.Array) -> jax.Array:
-    """[J, K, E, C, H]: the gradient of the matrices of both."""
-    return _by_head(z_KEBTJC, x_BTKEH, "BT", ("KEBTJC", "BTKEH")).transpose(2, 0, 1, 3, 4)
+def _of_weights(z_GMBTJC: jax.Array, x_BTGMH: jax.Array) -> jax.Array:
+    """[J, G, M, C, H]: the gradient of the matrices of both."""
+    return _by_head(z_GMBTJC, x_BTGMH, "BT", ("GMBTJC", "BTGMH")).transpose(2, 0, 1, 3, 4)
 
 
 _save = lambda f: lambda x, w: (f(x, w), (x, w))
@@ -193,21 +191,22 @@ _from_latents.defvjp(_save(_from_latents), lambda zw, g: (_to_latents(g, zw[1]),
 
 
 class LatentAttention(Attention):
-    """Attention over L latent heads, J of which each query head reads and sums.
+    """Attention over L latent heads; each query head reads J of them and sums their outputs.
 
-    Query head n lies in group g = n // M of G = L / J groups, M = N / G heads each, and its branch j reads the latent
-    head j*G + g. Each branch has its own softmax. MLA is (L, J) = (1, 1), GLA-2 (2, 1), MLRA-2 (4, 2), MLRA-4 (4, 4).
+    Query head n belongs to group g = n // M of G = L / J groups with M = N / G heads each, and its branch j reads
+    latent head j*G + g. Each branch has its own softmax. MLA is (L, J) = (1, 1), GLA-2 (2, 1), MLRA-2 (4, 2), MLRA-4
+    (4, 4).
 
     The training layout keeps W_UK and W_UV as [J, N, C, H], so that N can be split whatever G is, and w_qa [D, A],
-    w_kva [D, L, C], w_kr [D, R], w_qb [A, N, H + R]. The decode layout keeps by KV-head shard, as
-    `HeadShards.join_branches` gives them, W_UK [X, U', M, J', C, H] and W_UV [X, U', M, H, J', C], and as w_a
-    [X, A + U/X*C + R, D] what makes the latents: one matrix for each of the X devices over which shards are split, with
-    W_qa, its own part of W_kva, and W_kr. w_qb is [N, H + R, A].
+    w_kva [D, L, C], w_kr [D, R], w_qb [A, N, H + R]. The decode layout has W_UK [X, U', M, J', C, H] and W_UV
+    [X, U', M, H, J', C] by KV-head shard (`HeadShards.join_branches`), w_qb [N, H + R, A], and w_a
+    [X, A + U/X*C + R, D]: for each of the X devices over which shards are split, one matrix of W_qa, the device's part
+    of W_kva, and W_kr.
     """
 
     branch_weights = ("w_uk", "w_uv")
     branch_parameters: ClassVar[tuple[str, ...]] = ()
-    """Names of a variant's own parameters [J], made by `branch_parameter`: one number for each branch."""
+    """Names of a variant's own parameters [J], one number per branch, made by `branch_parameter`."""
 
     def build(self, rngs: nnx.Rngs) -> None:
         config, rules, layout = self.config, self.rules, self.layout
@@ -270,10 +269,10 @@ class LatentAttention(Attention):
             **nested("output", Output.decode_leaves(config)),
         }
 
-    # What a variant may change:
+    # What a variant may override:
 
     def branch_parameter(self, rngs: nnx.Rngs, init: Initializer) -> nnx.Param:
-        """A parameter [J] with one number for each branch; in the decode layout [U], one for each KV-head shard."""
+        """A parameter [J] with one number per branch; in the decode layout [U], one per KV-head shard."""
         train = self.layout == "train"
         shape, names = (
             (self.sizes.n_branches if train else self.shards.count,),
@@ -282,20 +281,20 @@ class LatentAttention(Attention):
         return parameter(rngs, self.rules, shape, names, init, self.config.param_dtype, self.layout)
 
     def head_queries(self, q_nope: jax.Array, q_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The query heads [B, T, N, H] and [B, T, N, R] before rotation, as attention shall use them."""
+        """Transforms the query heads [B, T, N, H] and [B, T, N, R] before rotation; the identity by default."""
         return q_nope, q_rope
 
     def branch_queries(self, q: jax.Array, *branch_parameters: jax.Array) -> jax.Array:
-        """A part of the queries by branch [B, T, J or 1, ..., heads, width], as attention shall use it.
+        """Transforms one part of the queries by branch, [B, T, J or 1, ..., heads, width]; the identity by default.
 
         Args:
-          q: rotary, content or absorbed content queries; 1 where all branches have the same so far.
-          *branch_parameters: those of this name, shaped so that they multiply `q`.
+          q: rotary, content or absorbed content queries; the third axis is 1 where all branches are still the same.
+          *branch_parameters: the values of the attribute of this name, shaped to broadcast against `q`.
         """
         return q
 
     def _branch_inputs(self) -> tuple[list[jax.Array], list[Names]]:
-        """The branch parameters and their logical axes, to be given to a function that runs on each device."""
+        """The branch parameters and their logical axes, as arguments of a function that runs on each device."""
         values = [weight(self.rules, getattr(self, name)) for name in self.branch_parameters]
         return values, [(None,) if self.layout == "train" else ("kv_head_shards",)] * len(values)
 
@@ -321,11 +320,11 @@ class LatentAttention(Attention):
         )
         q_BTA = (self.q_norm(q_BTA) * self.q_scale).astype(dtype)
         w_qb, h = weight(rules, self.w_qb, dtype), self.sizes.d_nope
-        # Two products: cutting the matrix costs less than cutting what it gives.
+        # Two products, because slicing the matrix costs less than slicing the result.
         q_nope, q_rope = self.head_queries(
             *(rules.einsum("BTA,ANE->BTNE", q_BTA, w, out=HEADS) for w in (w_qb[..., :h], w_qb[..., h:]))
         )
-        # Kept as it is used, for the rotation needs nothing to be differentiated.
+        # Saved after the rotation, whose derivative needs no inputs.
         q_rope = checkpoint_name(rotate(q_rope, positions, self.frequencies), PRODUCT)
         kv_latent = (self.kv_norm(kv_BTLC) * self.kv_scale).astype(dtype)
         k_rope = rotate(k_rope_BTR, positions, self.frequencies)
@@ -338,13 +337,13 @@ class LatentAttention(Attention):
 
     @property
     def _stored_rank(self) -> str | None:
-        """How C of W_UK and W_UV comes into `_attend`."""
+        """Logical axis that splits C of W_UK and W_UV when they enter `_attend`."""
         rank = self.rules.fitting("rank", self.sizes.d_latent)
         return rank and self.rules.within(rank, "batch")
 
     def _attend(
         self,
-        q_nope: jax.Array,  # [B, T, N, H], T and N this device's own
+        q_nope: jax.Array,  # [B, T, N, H], this device's T and N
         q_rope: jax.Array,  # [B, T, N, R]
         kv_latent: jax.Array,  # [B, T, L, C]
         k_rope: jax.Array,  # [B, T, R]
@@ -352,49 +351,55 @@ class LatentAttention(Attention):
         w_uv: jax.Array,  # [J, N, C, H]
         *branch: jax.Array,  # [J]
     ) -> jax.Array:
-        """The heads' output y [B, T, N, H]."""
+        """On each device: the heads' output y [B, T, N, H]."""
         a, rules = self.sizes, self.rules
         whole = lambda w: rules.all_gather(rules.vary(w, "batch", "length"), self._stored_rank, axis=2)
         w_uk, w_uv = whole(w_uk), whole(w_uv)
         kv_latent, k_rope = rules.all_tokens(kv_latent), rules.all_tokens(k_rope)
         (b, t, n, h), s = q_nope.shape, kv_latent.shape[1]
-        j, g, c, m = a.n_branches, a.n_groups, a.d_latent, self.shards.heads_per_latent
-        # The device's heads fall into k blocks of e heads that share their group (and so their latents).
-        e = math.gcd(n, m)
-        k = n // e
-        kv_BSJKC = kv_latent.reshape(b, s, j, g, c)
-        if g > 1:
-            groups = (rules.axis_index("heads") * n + e * jnp.arange(k)) // m
-            kv_BSJKC = jnp.take(kv_BSJKC, groups, axis=3)
-        w_uk, w_uv = (w.reshape(j, k, e, c, h) for w in (w_uk, w_uv))
-        q_nope_BTKEH, q_rope_BTKER = (q.reshape(b, t, k, e, -1) for q in (q_nope, q_rope))
+        j, c, heads_per_latent = a.n_branches, a.d_latent, self.shards.heads_per_latent
+        # The device's query heads fall into g runs of m heads that belong to one group, and so read the same latents.
+        m = math.gcd(n, heads_per_latent)
+        g = n // m
+        kv_BSJGC = kv_latent.reshape(b, s, j, a.n_groups, c)
+        if a.n_groups > 1:
+            groups = (rules.axis_index("heads") * n + m * jnp.arange(g)) // heads_per_latent
+            kv_BSJGC = jnp.take(kv_BSJGC, groups, axis=3)
+        w_uk, w_uv = (w.reshape(j, g, m, c, h) for w in (w_uk, w_uv))
+        q_nope_BTGMH, q_rope_BTGMR = (q.reshape(b, t, g, m, -1) for q in (q_nope, q_rope))
         attend = functools.partial(
             causal_attention_parts, scale=self.softmax_scale, q_start=rules.axis_index("length") * t
         )
         branch_queries = lambda q: self.branch_queries(q, *(value.reshape(j, 1, 1, 1) for value in branch))
-        q_rope_BTjKER = branch_queries(q_rope_BTKER[:, :, None])  # j: 1 if all branches have the same
+        q_rope_BTJGMR = branch_queries(q_rope_BTGMR[:, :, None])  # J is 1 if all branches have the same
         if self.absorbs:
-            # Heads (J, K): what all branches share, or all heads, is given once.
-            q_KEBTJC = checkpoint_name(_to_latents(q_nope_BTKEH, w_uk), QUERIES)
-            q_BTJKEC = branch_queries(q_KEBTJC.transpose(2, 3, 4, 0, 1, 5)).reshape(b, t, j * k, e, c)
-            rope = (jax.lax.collapse(q_rope_BTjKER, 2, 4), k_rope[:, :, None])
-            parts = [(q_BTJKEC, kv_BSJKC.reshape(b, s, j * k, c)), rope]
-            z_BTJKEC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, k, e, c)
-            y = _from_latents(z_BTJKEC.transpose(3, 4, 0, 1, 2, 5), self.branch_scale * w_uv)
+            # Heads (J, G): what all branches or heads share is passed once.
+            q_GMBTJC = checkpoint_name(_to_latents(q_nope_BTGMH, w_uk), QUERIES)
+            q_BTJGMC = branch_queries(q_GMBTJC.transpose(2, 3, 4, 0, 1, 5)).reshape(b, t, j * g, m, c)
+            rope = (jax.lax.collapse(q_rope_BTJGMR, 2, 4), k_rope[:, :, None])
+            parts = [(q_BTJGMC, kv_BSJGC.reshape(b, s, j * g, c)), rope]
+            z_BTJGMC = attend(parts[: 1 + bool(a.d_rope)], None).reshape(b, t, j, g, m, c)
+            y = _from_latents(z_BTJGMC.transpose(3, 4, 0, 1, 2, 5), self.branch_scale * w_uv)
         else:
-            k_BSJKEH, v_BSJKEH = (jnp.einsum("BSJKC,JKECH->BSJKEH", kv_BSJKC, w) for w in (w_uk, w_uv))
+            k_BSJGMH, v_BSJGMH = (jnp.einsum("BSJGC,JGMCH->BSJGMH", kv_BSJGC, w) for w in (w_uk, w_uv))
             by_head = lambda x: jax.lax.collapse(x, 2, 5)
             parts = [
-                (by_head(branch_queries(q_nope_BTKEH[:, :, None]))[:, :, :, None], by_head(k_BSJKEH)),
-                (by_head(q_rope_BTjKER)[:, :, :, None], k_rope[:, :, None]),
+                (by_head(branch_queries(q_nope_BTGMH[:, :, None]))[:, :, :, None], by_head(k_BSJGMH)),
+                (by_head(q_rope_BTJGMR)[:, :, :, None], k_rope[:, :, None]),
             ]
-            y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJKEH))
+            y = attend(parts[: 1 + bool(a.d_rope)], by_head(v_BSJGMH))
             y = self.branch_scale * y.reshape(b, t, j, n, h).astype(jnp.float32).sum(axis=2)
         y = y.astype(self.compute_dtype).reshape(b, t, n, h)
         return checkpoint_name(y, HEADS_OUTPUT)
 
     def decode(
-        self, x_BTD: jax.Array, cache: LayerCache, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        cache: LayerCache,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        reduce: bool = True,
     ) -> tuple[jax.Array, LayerCache]:
         """See `Attention.decode`; in the absorbed form."""
         self.require_layout("decode")
@@ -406,7 +411,7 @@ class LatentAttention(Attention):
         with jax.named_scope("append"):
             gains = (weight(rules, norm.gain) for norm in (self.q_norm, self.kv_norm))
             append_names = (cache.specs(), rows, rows, by_shard, (None,), ("kv_head_shards", None))
-            # All devices compute the same queries and rotary keys, which is what the check wants to be told.
+            # All devices compute the same queries and rotary keys; the check cannot infer that.
             q_BTA, cache = rules.shard_map(
                 self._normalize_and_append, append_names, (ROWS, cache.specs()), check_vma=False
             )(cache, start_B, n_new_B, a_BTXE, *gains)
@@ -418,12 +423,13 @@ class LatentAttention(Attention):
             cache.specs(),
             rows,
             rows,
-            ("batch", None, shards.query_axis, None),  # not aligned: gathers q
+            ("batch", None, shards.query_axis, None),  # gathers q unless aligned
             *[("kv_head_shards", *[None] * 5)] * 2,
             *self.output.shard_input_names(shards),
             *branch_names,
         )
-        summed = rules.shard_map(self._attend_absorbed, in_names, self.output.shard_output_names(shards))(
+        attend = functools.partial(self._attend_absorbed, reduce=reduce)
+        summed = rules.shard_map(attend, in_names, self.output.shard_output_names(shards, reduce))(
             cache,
             start_B,
             n_new_B,
@@ -432,7 +438,7 @@ class LatentAttention(Attention):
             *self.output.shard_inputs(x_BTD, shards),
             *branch,
         )
-        return self.output.finish(x_BTD, summed, shards), cache
+        return self.output.finish(x_BTD, summed, shards, reduce), cache
 
     def _attend_absorbed(
         self,
@@ -445,6 +451,7 @@ class LatentAttention(Attention):
         gate_BTNH: jax.Array | None,
         w_o_DNH: jax.Array | None,
         *branch: jax.Array,  # [U]
+        reduce: bool,
     ) -> jax.Array:
         """On each device: absorbs W_UK, attends over its KV-head shards, applies W_UV, sums branches and devices."""
         shards = self.shards
@@ -453,7 +460,7 @@ class LatentAttention(Attention):
         b, t = q_BTNE.shape[:2]
         branch_queries = lambda q: self.branch_queries(q, *(value.reshape(j, u, 1, 1) for value in branch))
         with jax.named_scope("absorb"):
-            q_BTUME = shards.gather(q_BTNE, j * u)[:, :, :u]  # all branches have the same
+            q_BTUME = shards.gather(q_BTNE, j * u)[:, :, :u]  # the same for all branches
             q_BTJUMC = branch_queries(jnp.einsum("BTUMH,UMJCH->BTJUMC", q_BTUME[..., :h], w_UMJCH))
             q_rope = branch_queries(q_BTUME[:, :, None])
         with jax.named_scope("attend"):
@@ -468,11 +475,11 @@ class LatentAttention(Attention):
                 layout=cache.layout,
             )
             z_BTJUMC = cache.merge(out, lse).reshape(b, t, j, u, m, c)
-        # Batch axes first: einsum would make of "->BTUMH" a bfloat16 product that XLA lacks on the CPU.
+        # Batch axes first: with "->BTUMH", einsum would emit a bfloat16 product that XLA lacks on the CPU.
         with jax.named_scope("values"):
             y_UMBTH = jnp.einsum("BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32)
         y_BTUMH = y_UMBTH.transpose(2, 3, 0, 1, 4)
-        return self.output.sum_shards(shards, y_BTUMH, gate_BTNH, w_o_DNH, self.branch_scale)
+        return self.output.sum_shards(shards, y_BTUMH, gate_BTNH, w_o_DNH, self.branch_scale, reduce)
 
     def _normalize_and_append(
         self,
@@ -483,7 +490,7 @@ class LatentAttention(Attention):
         q_gain_A: jax.Array,
         kv_gain_UC: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
-        """On each device: the normalised queries [B, T, A], and its cache with the new latents and rotary keys."""
+        """On each device: the normalised queries [B, T, A], and the cache with the new latents and rotary keys."""
         t = a_BTXE.shape[1]
         q_BTA, kv_latent, k_rope = normalize_and_append(
             a_BTXE.squeeze(2),

@@ -1,4 +1,4 @@
-"""Tensor product attention (TPA): factors of queries, keys and values, of which the cache holds the last two's.
+"""Tensor product attention (TPA): queries, keys and values are products of factors; the cache holds those of K and V.
 
 A_q, B_q    = W_Aq x, W_Bq x                           q_rank factors for each head, and q_rank of width H
 A_k, B_k    = W_Ak x, W_Bk x                           the same with rank; A_v, B_v likewise
@@ -42,12 +42,12 @@ from mlra_jax.sharding import AxisRules
 
 @dataclasses.dataclass(frozen=True)
 class TensorProductAttentionConfig(AttentionConfig):
-    """TPA: the queries, keys and values of all heads are sums of few products of a head factor and a width factor."""
+    """TPA: queries, keys and values of all heads are sums of a few products of a head factor and a width factor."""
 
     rank: Positive = 2
-    """Products that make keys, and that make values; their factors are what is cached."""
+    """Number of products that are summed to make keys, and values; their factors are cached."""
     q_rank: Positive = 6
-    """Products that make queries."""
+    """Number of products that are summed to make queries."""
     d_head: Positive = 128
     """H: width of a query, key and value head; all of it is rotary."""
 
@@ -81,13 +81,13 @@ class TensorProductAttentionConfig(AttentionConfig):
 
 
 class TensorProductAttention(Attention):
-    """Attention of N query heads, each with its own key and value, that are products of few factors.
+    """Attention of N query heads whose own keys and values are sums of a few products of factors.
 
-    Decoding never builds a key or value of the past: the scores are sums over r of A_k,n,r (q_n . B_k,r), and so the
-    values (`ops.decode.factored_decode_attention`). The cached heads are the query heads.
+    Decoding never builds keys or values of cached tokens: scores are sums over r of A_k,n,r (q_n . B_k,r), and values
+    likewise (`ops.decode.factored_decode_attention`). The cached heads are the query heads.
 
-    The training layout has for each of q, k and v, with r factors, w_a* [D, N, r] and w_b* [D, r, H]; the decode layout
-    w_aq [N, r, D], w_ak and w_av by KV-head shard as w_akv [2, U, r, D], and all of w_b* as w_b [sum of r, H, D].
+    The training layout has w_a* [D, N, r] and w_b* [D, r, H] for each of q, k and v with r factors; the decode layout
+    w_aq [N, r, D], w_akv [2, U, r, D] with w_ak and w_av by KV-head shard, and w_b [sum of r, H, D] with all w_b*.
     """
 
     def build(self, rngs: nnx.Rngs) -> None:
@@ -100,7 +100,7 @@ class TensorProductAttention(Attention):
         self.frequencies = rotary_frequencies(config, h)
 
         def new(shape: tuple[int, ...], names: tuple[str | None, ...], fan: int) -> nnx.Param:
-            # Glorot's bound of an array [D, fan axes], as the official code has it.
+            # Glorot's bound for an array [D, fan axes], as in the official code.
             init = uniform(math.sqrt(6 / fan))
             return parameter(rngs, rules, shape, names, init, config.param_dtype, layout)
 
@@ -120,12 +120,12 @@ class TensorProductAttention(Attention):
     @classmethod
     def decode_leaves(cls, config: ModelConfig, rules: AxisRules) -> DecodeLeaves:
         shards = HeadShards.of(config, rules)
-        turn = lambda w_DXY: w_DXY.transpose(1, 2, 0)
-        by_shard = lambda w_DNr: turn(shards.to_shards(w_DNr, axis=1))
+        last = lambda w: w.transpose(1, 2, 0)  # D, which products sum over
+        by_shard = lambda w_DNr: last(shards.to_shards(w_DNr, axis=1))
         return {
-            "w_aq": Relayout(("w_aq",), turn),
+            "w_aq": Relayout(("w_aq",), last),
             "w_akv": Relayout(("w_ak", "w_av"), lambda k, v: jnp.stack([by_shard(k), by_shard(v)])),
-            "w_b": Relayout(("w_bq", "w_bk", "w_bv"), lambda *ws: jnp.concatenate([turn(w) for w in ws])),
+            "w_b": Relayout(("w_bq", "w_bk", "w_bv"), lambda *ws: jnp.concatenate([last(w) for w in ws])),
             **nested("output", Output.decode_leaves(config)),
         }
 
@@ -134,7 +134,7 @@ class TensorProductAttention(Attention):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """The rotated q [B, T, N, H], and A_k, rotated B_k, A_v, B_v: [B, T, N (or U), r] and [B, T, r, H].
 
-        The head factors are divided by the number of products that they take part in.
+        The head factors are already divided by the number of products.
         """
         rules, rotated = self.rules, lambda b: rotate(b, positions, self.frequencies)
         q_rank, rank = self.sizes.q_rank, self.sizes.rank
@@ -148,7 +148,7 @@ class TensorProductAttention(Attention):
         else:
             a_q = project("BTD,NrD->BTNr", self.w_aq, HEADS)
             kv_names = (None, "batch", "length", "kv_head_shards", None)
-            a_k, a_v = project("BTD,GUrD->GBTUr", self.w_akv, kv_names)
+            a_k, a_v = project("BTD,ZUrD->ZBTUr", self.w_akv, kv_names)
             b = project("BTD,rHD->BTrH", self.w_b, whole)
             b_q, b_k, b_v = jnp.split(b, [q_rank, q_rank + rank], axis=2)
         q = rules.einsum("BTNr,BTrH->BTNH", a_q / q_rank, rotated(b_q), out=HEADS)

@@ -33,7 +33,7 @@ from mlra_jax.sharding import AxisRules
 
 @dataclasses.dataclass(frozen=True)
 class TiedAttentionConfig(AttentionConfig):
-    """GTA: the first half of a KV head is key and value at once; the rotary half of the key is shared by all heads."""
+    """GTA: the first half of a KV head is key and value at once; all heads share the rotary half of the key."""
 
     n_tied_heads: Positive = 6
     """K: key-value heads; head k serves the contiguous query heads k*N/n_tied_heads onwards."""
@@ -62,7 +62,7 @@ class TiedAttentionConfig(AttentionConfig):
         return n_heads * 2 * 2 * self.d_head * keys
 
     def decode_flops(self, n_heads: int) -> int:
-        """2 * (H + R + H) for each query head: queries are as wide as what is cached."""
+        """2 * (H + R + H) for each query head: queries are as wide as the cached arrays."""
         return 2 * n_heads * (2 * self.d_head + self.d_rope)
 
     def activation_bytes(self, n_heads: int, itemsize: int) -> int:
@@ -78,8 +78,8 @@ class TiedAttentionConfig(AttentionConfig):
 class TiedAttention(Attention):
     """Attention of N query heads over K tied KV heads; head k serves the query heads kM to (k+1)M - 1, M = N / K.
 
-    A tied KV head is a latent head whose first half is the key's content and all of which is the value. So decoding is
-    absorbed latent attention over [tied half | value half] with nothing to absorb: the query of the value half is zero.
+    A tied KV head is a latent head whose first half is the key's content and which as a whole is the value. So decoding
+    is absorbed latent attention over [tied half | value half] without absorption: queries are zero on the value half.
 
     The training layout has w_q [D, N, H], w_kv [D, K, H] and w_kr [D, R], R = H / 2; the decode layout w_q [N, H, D],
     w_kv by KV-head shard [U, H, D], and w_kr [R, D].
@@ -94,7 +94,7 @@ class TiedAttention(Attention):
         self.softmax_scale = 1 / math.sqrt(h)
         self.frequencies = rotary_frequencies(config, a.d_rope)
         new = functools.partial(self._parameter, rngs)
-        if layout == "train":  # where tensor does not divide the KV heads, every device holds them all
+        if layout == "train":  # where tensor does not divide the KV heads, every device holds all of them
             self.kv_axis = rules.fitting("kv_heads", a.n_tied_heads)
             self.w_q = new((d, n, h), ("embed", "heads", None))
             self.w_kv = new((d, a.n_tied_heads, h), ("embed", self.kv_axis, None))

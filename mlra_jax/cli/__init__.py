@@ -1,8 +1,8 @@
-"""The console commands, and what they share: how they begin, and how they end when something is in their way.
+"""The console commands, and what they share: how they start, and how errors and signals end them.
 
 `mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-evaluate`, `mlra-prepare`, `mlra-plot`, `mlra-convert` and
-`mlra-describe` are the `main` functions of the modules in this package. This module imports nothing heavy: Ctrl-C is
-taken care of before JAX is loaded.
+`mlra-describe` are the `main` functions of the modules in this package. This module imports nothing heavy, so that
+Ctrl-C is handled before JAX is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 from mlra_jax.errors import explain, naming
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as of programs that a SIGINT ends."""
+"""Exit status after Ctrl-C, by convention 128 + SIGINT."""
 
 _interrupted = False
 
@@ -35,7 +35,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """Interrupts anew what was interrupted where Python cannot raise, as in JAX's callback for garbage collection."""
+    """Repeats an interrupt that came where Python cannot raise, as in JAX's garbage-collection callback."""
     if isinstance(unraisable.exc_value, KeyboardInterrupt):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
@@ -43,7 +43,7 @@ def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
 
 
 def _prepare_process() -> None:
-    """Makes Ctrl-C known to `_ending`, wherever it comes, and every text printable on any terminal."""
+    """Lets `_ending` know of Ctrl-C whenever it comes, and makes all text printable on any terminal."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _unraisable
@@ -63,21 +63,21 @@ def _end_interrupted(whole_process: bool) -> NoReturn:
 
 
 def _flush() -> None:
-    """Raises now, with a name, what the interpreter would say about standard output at its exit."""
+    """Flushes standard output now, so that an error is raised here and not reported by the interpreter at exit."""
     if sys.stdout is None or sys.stdout.closed:
         return
     try:
         with naming("standard output"):
             sys.stdout.flush()
     except OSError:
-        with contextlib.suppress(OSError):  # what is left of the text must not raise again at exit
+        with contextlib.suppress(OSError):  # buffered text must not raise again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 @contextlib.contextmanager
 def _ending(whole_process: bool) -> Iterator[None]:
-    """Turns what ends a command too soon into a sentence and an exit status; see `command`."""
+    """Turns an exception that ends a command into a sentence and an exit status; see `command`."""
     try:
         try:
             yield
@@ -99,10 +99,10 @@ def _ending(whole_process: bool) -> Iterator[None]:
 def command(main: Callable[[Sequence[str]], int | None]) -> Callable[..., int | None]:
     """Makes `main(argv)` a console command: called without `argv` it takes `sys.argv[1:]`, and the process is its own.
 
-    What `explain` has a sentence for (a user's mistake, a path or disk or stream that fails) becomes `error: ...` on
-    standard error and exit status 2; anything else keeps its traceback, with status 1. Ctrl-C ends with status 130,
-    the process at once. A closed pipe (`mlra-decode ... | head`) ends quietly, with status 1. What the terminal's
-    encoding lacks is printed with backslashes.
+    Errors that `explain` has a sentence for (a user's mistake; a path, disk or stream that fails) print `error: ...` to
+    standard error and exit with status 2; all others keep their traceback and exit with status 1. Ctrl-C ends the
+    process at once with status 130. A closed pipe (`mlra-decode ... | head`) exits quietly with status 1. Characters
+    that the terminal cannot encode are printed as backslash escapes.
     """
 
     @functools.wraps(main)

@@ -1,8 +1,8 @@
 """Finds and loads configuration files, and parses `CONFIG [--field VALUE ...]`.
 
-A configuration file is Python: it defines `get_config() -> TrainConfig`, and may import its neighbours relatively
-(`from ._paper import paper_config`). Files whose names start with an underscore are such neighbours only. Or it is the
-`config.json` that each run's folder holds: the run's configuration, everything resolved.
+A configuration file is Python: it defines `get_config() -> TrainConfig`, and may import files beside it relatively
+(`from ._paper import paper_config`); names that start with an underscore are for such files alone. Or it is the
+`config.json` in a run's folder: the run's fully resolved configuration.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _serial = itertools.count()
 
 
 def config_folders() -> list[Path]:
-    """Where a bare name is looked up, first match wins: `./configs`, then the configurations of the package."""
+    """Folders in which a bare name is looked up, in order: `./configs`, then the package's configurations."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "configs"
     # In a source checkout they lie beside the package; the wheel moves them into it.
@@ -52,22 +52,20 @@ def _find(path_or_name: str) -> Path:
             return place
     names = config_names()
     raise ConfigError(
-        [
-            f"No configuration {path_or_name}.{nearest(given.stem, names)} Give the path of a Python file that defines "
-            f"get_config() or of a run's config.json, or one of: {', '.join(names)}."
-        ]
+        f"No configuration {path_or_name}.{nearest(given.stem, names)} Give the path of a Python file that defines "
+        f"get_config() or of a run's config.json, or one of: {', '.join(names)}."
     )
 
 
 @contextlib.contextmanager
 def _explaining(path: Path) -> Iterator[None]:
-    """Turns an error raised by the configuration file `path` or its neighbours into sentences: where and what."""
+    """Turns an error raised by the configuration file `path`, or a file beside it, into sentences: where and what."""
     try:
         yield
     except ConfigError as error:
         raise ConfigError([f"{path}: {fault}" for fault in error.faults]) from error
     except SyntaxError as error:
-        raise ConfigError([f"{error.filename}, line {error.lineno}: {error.msg}."]) from error
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:
         frames = [
             frame
@@ -75,7 +73,7 @@ def _explaining(path: Path) -> Iterator[None]:
             if Path(frame.filename).resolve().parent == path.resolve().parent
         ]
         where = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else str(path)
-        raise ConfigError([f"{where}: {type(error).__name__}: {error}{_suggestion(error)}"]) from error
+        raise ConfigError(f"{where}: {type(error).__name__}: {error}{_suggestion(error)}") from error
 
 
 def _suggestion(error: Exception) -> str:
@@ -88,7 +86,7 @@ def _suggestion(error: Exception) -> str:
 
 
 def _execute(path: Path) -> types.ModuleType:
-    """Runs the file `path` as a module of a package made up for it, so that relative imports find its neighbours."""
+    """Runs the file `path` as a module of a synthetic package, so that relative imports find the files beside it."""
     package = types.ModuleType(f"_mlra_configs_{next(_serial)}")
     package.__path__ = [str(path.resolve().parent)]
     spec = importlib.util.spec_from_file_location(f"{package.__name__}.{path.stem}", path.resolve())
@@ -102,7 +100,7 @@ def _execute(path: Path) -> types.ModuleType:
 
 
 def _of_its_folder(config: TrainConfig, path: Path) -> TrainConfig:
-    """`config` of the run whose folder holds it as `path`, which may have been moved or copied there."""
+    """Returns `config` for the run whose folder it was found in, which may have been moved or copied."""
     folder = path.absolute().parent
     is_run = path.name == "config.json" and (folder / "checkpoints").is_dir()
     if not is_run or folder.resolve() == Path(config.run_dir).resolve():
@@ -115,36 +113,36 @@ def _of_its_folder(config: TrainConfig, path: Path) -> TrainConfig:
 
 
 def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
-    """The configuration that the `get_config()` of a file returns, or that a run's `config.json` holds; it is legal.
+    """Loads and validates a configuration: what a file's `get_config()` returns, or what a run's `config.json` holds.
 
     Args:
       path_or_name: path of a `.py` file or of a run's `config.json`, or a bare name such as `tiny`, looked up in
         `config_folders()`.
-      afresh: leave out of a `config.json` what the run chose for its devices (see `from_dict`).
+      afresh: ignore what a run chose for its devices when reading its `config.json` (see `from_dict`).
 
     Raises:
-      ConfigError: there is no such file, it cannot be run, or it has no `get_config()` that returns a `TrainConfig`; or
-        what it returns is not legal: all faults are listed.
+      ConfigError: there is no such file, it cannot be run, or its `get_config()` is missing or returns something other
+        than a valid `TrainConfig`; all faults are listed.
     """
     path = _find(path_or_name)
     if path.suffix == ".json":
         try:
             stored = json.loads(read_text(path))
         except json.JSONDecodeError as error:
-            raise ConfigError([f"{path} is not the config.json of a run: {error}."]) from error
+            raise ConfigError(f"{path} is not the config.json of a run: {error}.") from error
         with _explaining(path):
             return _of_its_folder(from_dict(stored, afresh=afresh), path)
     if path.suffix != ".py":
-        raise ConfigError([f"{path} is not a Python file; a configuration is a .py file with get_config()."])
+        raise ConfigError(f"{path} is not a Python file; a configuration is a .py file with get_config().")
     with _explaining(path):
         get_config = getattr(_execute(path), "get_config", None)
     if not callable(get_config):
-        raise ConfigError([f"{path} defines no function get_config(); it must return the run's TrainConfig."])
+        raise ConfigError(f"{path} defines no function get_config(); it must return the run's TrainConfig.")
     with _explaining(path):
         config = get_config()
     if not isinstance(config, TrainConfig):
         raise ConfigError(
-            [f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."]
+            f"get_config() in {path} returned a {type(config).__name__}; it must return a TrainConfig."
         )
     with _explaining(path):
         config.validate()
@@ -152,7 +150,7 @@ def load_config(path_or_name: str, *, afresh: bool = False) -> TrainConfig:
 
 
 def _renamed(word: str) -> str:
-    """A word of the command line, where it is an option of an earlier version under its name of today; says so."""
+    """Replaces an option of an earlier version by its present name, and says so."""
     name, *value = word.split("=", 1)
     new = MOVED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
     if new is None:
@@ -162,7 +160,7 @@ def _renamed(word: str) -> str:
 
 
 def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bool = False) -> TrainConfig:
-    """The validated configuration of a command line `CONFIG [--field VALUE ...]`.
+    """Parses and validates the configuration of a command line `CONFIG [--field VALUE ...]`.
 
     `--help` prints every field with its value in CONFIG (its default when there is no CONFIG) and exits with
     status 0; an unknown or malformed option prints what is allowed and exits with status 2.
@@ -186,9 +184,7 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bo
         default = TrainConfig()
     else:
         raise ConfigError(
-            [
-                f"The first argument must be a configuration: {prog} CONFIG [--field VALUE ...]. Known: {names}."
-            ]
+            f"The first argument must be a configuration: {prog} CONFIG [--field VALUE ...]. Known: {names}."
         )
     config = tyro.cli(
         TrainConfig,
@@ -197,9 +193,10 @@ def parse_train_args(argv: Sequence[str], prog: str | None = None, *, afresh: bo
         prog=f"{prog} {chosen}",
         description=(
             "Trains a model. CONFIG is the path of a Python file that defines get_config() or of a run's config.json, "
-            f"or one of: {names}. Every field below can be set; its value in CONFIG is shown. On several hosts, add to "
-            "the command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or --distributed.coordinator "
-            "HOST:PORT, --distributed.processes N and --distributed.process_id I."
+            f"or one of: {names}. Every field below can be set; its value in CONFIG is shown. With --check-determinism "
+            "[STEPS] nothing is written: the first steps are made several times and their bits compared. On several "
+            "hosts, add to the command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or "
+            "--distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I."
         ),
         use_underscores=True,
     )

@@ -1,4 +1,4 @@
-"""`mlra-convert`: the paper's PyTorch weights, in and out; and an MLA turned into an MLRA, to be trained further."""
+"""`mlra-convert`: imports and exports the paper's PyTorch weights, and turns an MLA into an MLRA to train further."""
 
 from __future__ import annotations
 
@@ -38,74 +38,74 @@ CONFIG_FILE = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class FromOfficialArgs:
-    """Makes a checkpoint, without optimizer state, from the weights of an official PyTorch model.
+    """Converts the weights of an official PyTorch model to a checkpoint without optimizer state.
 
-    Weights are read tensor by tensor (PyTorch is not needed, and nothing in the files is run); the checkpoint appears
-    when it is complete.
+    Weights are read one tensor at a time; PyTorch is not needed, and no code in the files is run. The checkpoint
+    appears once it is complete.
     """
 
     weights: tyro.conf.Positional[str]
-    """The model's folder, with config.json and pytorch_model*.bin or *.safetensors files; or one file of weights."""
+    """Model folder with config.json and pytorch_model*.bin or *.safetensors files, or a single file of weights."""
     out: str
-    """Folder (or bucket URL) to make: what decode.py takes as --checkpoint."""
+    """Folder (or bucket URL) to create, for decode.py --checkpoint."""
     config: str = ""
-    """JSON file of the official configuration's fields; empty: config.json beside the weights."""
+    """JSON file with the official configuration; empty: config.json beside the weights."""
     model_type: str = ""
     """Official name of the model, such as mlra_4 or gqa_gated; empty: `model_type` in the configuration."""
     tokenizer: str = "gpt2"
-    """Tokenizer of the model, noted in the checkpoint; see data.tokenizer."""
+    """Tokenizer of the model, recorded in the checkpoint; see data.tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ToOfficialArgs(Validated):
-    """Writes the parameters of a checkpoint as the weights of an official PyTorch model.
+    """Exports a checkpoint's parameters as the weights of an official PyTorch model.
 
-    OUT gets model.safetensors (several files and an index if it would be larger than --max-file-gb) and config.json,
-    and appears when all are complete.
+    OUT holds model.safetensors (several files and an index if larger than --max-file-gb) and config.json, and appears
+    once it is complete.
     """
 
     at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
-    """Local folder to make."""
+    """Local folder to create."""
     step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     with_head: bool = False
-    """Write the token matrix a second time as lm_head.weight, as torch's strict load_state_dict expects."""
+    """Write the token embedding a second time as lm_head.weight, as torch's strict load_state_dict expects."""
     max_file_gb: PositiveFloat = 5.0
-    """Size in GB (10^9 bytes) above which the weights are cut into several files."""
+    """Size in GB (10^9 bytes) above which the weights are split into several files; a file is in memory at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitLatentsArgs(Validated):
-    """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further from there.
+    """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further.
 
-    Each latent head is cut into equal pieces (docs/conversion.md): an MLA with --latent-heads 4 --branches 4 becomes an
-    MLRA-4 that keeps its widths and q_lora_rank. OUT is a run without optimizer state, which `train.py OUT/config.json`
-    trains.
+    Each latent head is split into equal pieces (docs/conversion.md): an MLA with --latent-heads 4 --branches 4 becomes
+    an MLRA-4 of the same widths and q_lora_rank. OUT is a run without optimizer state; train it with
+    `train.py OUT/config.json`.
     """
 
     at: ClassVar[str] = OPTION
     checkpoint: tyro.conf.Positional[str]
     """A run's folder (or bucket URL), or one of its checkpoints."""
     out: str
-    """Folder (or bucket URL) to make."""
+    """Folder (or bucket URL) to create."""
     latent_heads: Positive = 4
-    """Latent heads afterwards; a multiple of those before."""
+    """Latent heads of the new model; a multiple of the present number."""
     branches: Positive = 4
-    """Latent heads that each query head reads and sums afterwards; a multiple of those before."""
+    """Branches of the new model: latent heads that each query head reads and sums; a multiple of the present number."""
     step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
     key_scale: float | None = None
-    """Factor of the branches' keys; None: pieces that a query head reads of one latent head."""
+    """Scale of the branches' keys; None: the number of pieces of one latent head that a query head reads."""
     seed: NotNegative | None = 0
-    """Of the rotation that mixes the pieces; None: not mixed."""
+    """Seed of the random rotation that mixes the pieces; None: no mixing."""
 
 
 @contextlib.contextmanager
 def _progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
-    """A bar of `total` bytes, on a terminal; what it gives is called with the bytes that are done."""
+    """Shows a progress bar of `total` bytes on a terminal; yields a function to call with the bytes just done."""
     with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as bar:
         yield bar.update
 
@@ -124,21 +124,21 @@ def _read_json(path: Path) -> dict:
 
 
 def _check_new_run(out: str) -> None:
-    """Refuses a folder that holds a checkpoint, or whose storage cannot be used."""
+    """Refuses a folder that already holds a checkpoint, or whose storage cannot be used."""
     check_storage(out, RUN_PROTOCOLS)
     with contextlib.suppress(checkpoints.CheckpointError):
         raise FileExistsError(f"{checkpoints.find_step(out)} exists; name another --out, or remove it.")
 
 
 def _save(out: str, params: dict, config: TrainConfig) -> None:
-    """Writes a run's step 0 with a bar, and prints where."""
+    """Writes a run's step 0 with a progress bar, and prints its place."""
     with _progress(sum(x.nbytes for x in jax.tree.leaves(params)), "writing") as progress:
         checkpoints.save_params(out, params, config, progress)
     print(out)
 
 
 def _run_of(out: str, config: TrainConfig) -> TrainConfig:
-    """The configuration of a run in `out`; `train.py OUT/config.json` trains there."""
+    """Returns the configuration of a run in `out`, where `train.py OUT/config.json` trains."""
     folder = out if is_remote(out) else str(Path(out).expanduser().absolute())
     return dataclasses.replace(config, name=folder.rstrip("/").split("/")[-1], out=folder)
 
@@ -205,7 +205,7 @@ def split(args: SplitLatentsArgs) -> None:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Converts as the first argument says, and prints where the result is."""
+    """Runs the conversion that the first argument names, and prints where the result is."""
     args = tyro.cli(
         Annotated[FromOfficialArgs, tyro.conf.subcommand("from-official")]
         | Annotated[ToOfficialArgs, tyro.conf.subcommand("to-official")]
@@ -213,7 +213,7 @@ def main(argv: Sequence[str]) -> int:
         args=argv,
         prog="mlra-convert",
         description=(
-            "Converts the paper's PyTorch weights to a checkpoint of this package, and back; turns an MLA into an MLRA."
+            "Converts the paper's PyTorch weights to a checkpoint of this package and back; turns an MLA into an MLRA."
         ),
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )

@@ -1,4 +1,4 @@
-"""`mlra-decode --checkpoint DIR --prompt TEXT`: generates text from a training run's checkpoint."""
+"""`mlra-decode --checkpoint DIR --prompt TEXT`: generates text from a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from mlra_jax.generation.generator import (
     Delta,
     GenerationOptions,
     Generator,
+    changed,
     fit_prompts,
+    options_by_prompt,
 )
 from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads
 from mlra_jax.textfiles import decode_text, read_text
@@ -32,67 +34,74 @@ from mlra_jax.textfiles import decode_text, read_text
 
 @dataclasses.dataclass(frozen=True)
 class DecodeArgs:
-    """Generates text from a training run's checkpoint, on one device or split over several.
+    """Generates text from a run's checkpoint, on one device or several.
 
     Configuration and tokenizer are the checkpoint's. Text goes to standard output, statistics to standard error. On
-    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
+    several hosts, run the same command on each with --distributed.auto (TPU pod, Slurm, Open MPI), or with
     --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Text to continue; repeat it for several."""
+    """Text to continue; repeat the option for several prompts."""
     prompts_file: str = ""
-    """File with one prompt on each line, `-` for standard input; lines of a .jsonl file are JSON strings, or objects
-    with the field `prompt`."""
+    """File with one prompt per line, or `-` for standard input; lines of a .jsonl file are JSON strings, or objects
+    with a field `prompt` and, where options differ for it, `generation`: {"temperature": 0.8, "seed": 1}."""
     step: int | None = None
-    """Checkpoint after so many updates; default: the latest."""
+    """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ONE_DEVICE
-    """The devices: their number is the product of the sizes. tensor splits the weights and the latent heads of the
-    cache, context the tokens of the cache, data the rows."""
+    """Device mesh. tensor splits the weights and the cache's latent heads, context the cached tokens, data the
+    batch."""
     split_heads: SplitHeads = "auto"
-    """Split the query heads of W_qb and W_o over tensor too; if not, they are whole on every device, and MLRA-4
-    exchanges once in an attention layer instead of three times. auto: what should be faster on the devices."""
+    """Also split the query heads of W_qb and W_o over tensor. If not, every device holds them whole, and an MLRA-4
+    attention layer has one collective instead of three. auto: what should be faster on these devices."""
     param_dtype: ParamDtype = "auto"
-    """Type in which weights are held. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
+    """Dtype of the weights. auto: bfloat16 on accelerators if the model computes in it, else as stored."""
     tokenizer: str = ""
-    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    """`byte`, `gpt2`, or a path; default: the model's own."""
     generation: Annotated[GenerationOptions, tyro.conf.OmitArgPrefixes] = DEFAULTS
-    """What to generate."""
+    """Lengths, sampling and stopping."""
     stream: bool = True
-    """Make and print a single completion token by token. Without it, and always for several completions or JSON, tokens
-    are made in compiled loops of many steps, which is faster on accelerators."""
+    """Print a single completion token by token. Otherwise, and always for several completions or JSON, tokens are
+    generated in compiled loops of many steps, which is faster on accelerators."""
     json: bool = False
-    """Print a line of JSON for each completion: text, tokens, finish reason, speed, bytes of the cache."""
+    """Print one line of JSON per completion: text, tokens, finish reason, speed, cache size."""
     compilation_cache: str | None = None
-    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+    """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
-def read_prompts(file: str) -> list[str]:
-    """The prompts in a file, one a line; `-` is standard input. Empty lines are skipped.
+def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple[str, GenerationOptions]]:
+    """Reads prompts, one per line, and the options of each; `-` is standard input. Empty lines are skipped.
+
+    Args:
+      file: its path.
+      options: what a line of a .jsonl file may change with its field `generation`.
 
     Raises:
       FileNotFoundError: there is no such file.
       TextError: it is not UTF-8.
-      ConfigError: standard input cannot be read, or a line of a .jsonl file is no prompt.
+      ConfigError: standard input cannot be read, or a line of a .jsonl file is no prompt or has unknown options.
     """
     text = decode_text(_standard_input(), "standard input") if file == "-" else read_text(file)
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not file.endswith(".jsonl"):
-        return [line for _, line in lines]
+        return [(line, options) for _, line in lines]
     prompts = []
     for number, line in lines:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError([f"{file}, line {number} is not JSON: {error}."]) from error
-        prompt = value.get("prompt") if isinstance(value, dict) else value
-        if not isinstance(prompt, str):
+            raise ConfigError(f"{file}, line {number} is not JSON: {error}.") from error
+        value = {"prompt": value} if isinstance(value, str) else value
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
             raise ConfigError(
-                [f"{file}, line {number} is neither a string nor an object with the field prompt."]
+                f"{file}, line {number} is neither a string nor an object with the field prompt."
             )
-        prompts.append(prompt)
+        try:
+            prompts.append((value["prompt"], changed(options, **value.get("generation", {}))))
+        except TypeError as error:
+            raise ConfigError(f"{file}, line {number}: {error}") from error
     return prompts
 
 
@@ -103,35 +112,35 @@ def _standard_input() -> bytes:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise ConfigError(
-            [f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."]
+            f"--prompts-file - reads standard input, which fails: {error.strerror}; name a file instead."
         ) from error
 
 
-def _prompts(args: DecodeArgs) -> list[str]:
-    prompts = list(args.prompt)
+def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
+    prompts = [(prompt, args.generation) for prompt in args.prompt]
     if args.prompts_file == "-" and jax.process_count() > 1:
         raise ConfigError(
-            ["Standard input reaches only one of several processes; give each of them --prompts-file FILE."]
+            "Standard input reaches only one of several processes; give each of them --prompts-file FILE."
         )
     if args.prompts_file:
-        prompts += read_prompts(args.prompts_file)
+        prompts += read_prompts(args.prompts_file, args.generation)
     if not prompts:
         raise ConfigError(
-            ["There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."]
+            "There is no prompt; give --prompt TEXT, or --prompts-file FILE with one on each line."
         )
     return prompts
 
 
 class _Printer:
-    """Prints what is generated, and at the end how it went; on the first process only."""
+    """Prints completions, and statistics at the end, on the first process only."""
 
-    def __init__(self, args: DecodeArgs, prompts: Sequence[str]):
+    def __init__(self, single: str | None, as_json: bool):
         self._active = jax.process_index() == 0
-        self._json = args.json
-        self._single = len(prompts) * args.generation.n == 1
+        self._json = as_json
+        self._single = single is not None
         self._completions: list[Completion] = []
-        if self._single and not self._json:
-            self._print(prompts[0], end="")
+        if single is not None and not as_json:
+            self._print(single, end="")
 
     def _print(self, text: str, end: str = "\n", file: TextIO | None = None) -> None:
         if self._active:
@@ -173,15 +182,16 @@ class _Printer:
 @command
 def main(argv: Sequence[str]) -> int:
     """Generates and prints; returns the exit status."""
-    # Weights and cache may fill a GPU; JAX would leave a quarter of it unused. It reads this when it first meets one.
+    # Weights and cache may fill a GPU, of which JAX leaves a quarter unused by default; read when it is initialized.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")
     distributed, argv = take_args(argv)
     args = tyro.cli(DecodeArgs, args=argv, prog="mlra-decode")
     initialize(distributed)
     args.generation.validate()
-    prompts = _prompts(args)
+    prompts, given = zip(*_prompts(args), strict=True)
+    options = options_by_prompt(given, len(prompts))
     config = load_config(args.checkpoint, args.step)
-    fit_prompts(prompts, args.generation, get_tokenizer(args.tokenizer or config.data.tokenizer))
+    fit_prompts(prompts, options, get_tokenizer(args.tokenizer or config.data.tokenizer))
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
@@ -194,9 +204,10 @@ def main(argv: Sequence[str]) -> int:
         step=args.step,
         tokenizer=args.tokenizer,
     )
-    every_token = args.stream and not args.json and len(prompts) * args.generation.n == 1
-    events = generator.stream(prompts, args.generation, every_token=every_token)
-    printer = _Printer(args, prompts)
+    single = len(prompts) * options[0].n == 1
+    every_token = args.stream and not args.json and single
+    events = generator.stream(prompts, options, every_token=every_token)
+    printer = _Printer(prompts[0] if single else None, args.json)
     for event in events:
         printer.show(event)
     printer.report(config.data.seq_len)

@@ -1,7 +1,7 @@
 """`mlra-describe CONFIG [--device NAME] [--field VALUE ...]`: what a configuration costs, and what fits.
 
-Prints Markdown, or JSON. Everything is counted from the code (abstract parameters, caches and train states on meshes
-that need not be there) or from stated formulas; nothing is allocated and nothing is measured.
+Prints Markdown or JSON. Everything is counted from abstract parameters, caches and train states, or by stated formulas;
+nothing is allocated or measured.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from mlra_jax.execution.accelerators import GIB, KINDS, Accelerator, named_accel
 from mlra_jax.execution.flops import train_flops_per_token
 from mlra_jax.execution.planner import HEADROOM, Planner
 from mlra_jax.generation.engine import PREFILL_BYTES
+from mlra_jax.markdown import table
 from mlra_jax.model import Transformer
 from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
 
@@ -46,30 +47,30 @@ TENSOR = (1, 2, 4, 8)
 class DescribeArgs(Validated):
     """Describes a configuration: mlra-describe CONFIG [options of this command] [--field VALUE ...].
 
-    CONFIG and the fields are as for train.py: a name such as mlra_4, a file, or a run's config.json (of which what the
-    run chose for its devices is chosen anew: micro-batch, remat, gather).
+    CONFIG and the fields are those of train.py: a name such as mlra_4, a file, or a run's config.json (micro-batch,
+    remat and gather, which the run chose for its devices, are chosen anew).
     """
 
     at: ClassVar[str] = OPTION
     device: str = ""
-    """Accelerator, such as h100, a100 or v5e, for what fits on it; empty: that part is left out."""
+    """Accelerator, such as h100, a100 or v5e, to say what fits on it; empty: leave that out."""
     devices: Positive = 8
-    """How many of them train; they make up the configuration's mesh."""
+    """Number of accelerators in the training mesh."""
     context: NotNegative = 0
-    """Cached tokens at which decoding is described; 0: the configuration's data.seq_len."""
+    """Context length, in cached tokens, for decoding; 0: the configuration's data.seq_len."""
     json: bool = False
     """Print JSON."""
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:
-    """Elements of each parameter, all layers together, by dotted name without `layers.`"""
+    """The number of elements of each parameter, summed over layers, by dotted name without `layers.`"""
     state = nnx.state(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))), nnx.Param)
     flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state), sep=".")
     return {name.removeprefix("layers."): math.prod(x.shape) for name, x in flat.items()}
 
 
 def _part(name: str) -> str:
-    """Where a parameter is listed."""
+    """The heading under which a parameter is listed."""
     if name.endswith(".gain"):
         return "norms"
     part = name.split(".")[0]
@@ -81,7 +82,7 @@ def _element_bytes(config: ModelConfig) -> int:
 
 
 def decode_weight_bytes(config: ModelConfig, tensor: int) -> int:
-    """Bytes of the weights on each of `tensor` devices in the decode layout, in the compute type.
+    """Weight bytes on each of `tensor` devices in the decode layout, in the compute dtype.
 
     Raises:
       ConfigError: the model cannot be laid out so.
@@ -97,7 +98,7 @@ def decode_weight_bytes(config: ModelConfig, tensor: int) -> int:
 
 
 def decoding(config: ModelConfig, context: int, chip: Accelerator | None) -> list[dict[str, Any]]:
-    """For each size of `tensor` cache, arithmetic intensity and, on `chip`, what fits; or `refused`."""
+    """Cache size, arithmetic intensity and, on `chip`, what fits, for each size of `tensor`; or why it is `refused`."""
     rows: list[dict[str, Any]] = []
     for tensor in TENSOR:
         try:
@@ -111,7 +112,7 @@ def decoding(config: ModelConfig, context: int, chip: Accelerator | None) -> lis
             "tensor": tensor,
             "values_per_token_and_layer": values,
             "bytes_per_token": size * config.n_layers,
-            # Each device does its part of the query heads' work and reads all that it caches.
+            # Each device does its share of the query heads' work and reads its whole cache.
             "flops_per_cache_byte": config.attention.decode_flops(config.n_heads) / tensor / size,
             "weight_bytes": weights,
         }
@@ -126,13 +127,13 @@ def decoding(config: ModelConfig, context: int, chip: Accelerator | None) -> lis
 
 
 def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]:
-    """Bytes of each device by what they hold in training, as the planner of `train.py` estimates them.
+    """Training memory per device by use, as the planner of `train.py` estimates it.
 
     Raises:
-      ConfigError: the mesh cannot be laid out on so many devices, or it does not fit the memory; says what takes it.
+      ConfigError: the mesh does not fit so many devices, or training does not fit their memory; says what takes it.
     """
     if len(jax.devices()) < n_devices:
-        raise ConfigError([f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}."])
+        raise ConfigError(f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}.")
     sizes = config.mesh.resolve(n_devices)
     mesh = make_mesh(sizes, jax.devices()[:n_devices])
     chip, kind = named_accelerator(device), KINDS.get(device.lower(), device)
@@ -149,13 +150,13 @@ def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]
 
 
 def describe(config: TrainConfig, *, context: int, device: str = "", n_devices: int = 8) -> dict[str, Any]:
-    """All that the command prints, as it prints it in JSON.
+    """Returns everything that the command prints, as a JSON object.
 
     Args:
-      config: of the run.
-      context: cached tokens at which decoding is described.
+      config: the run.
+      context: cached tokens, for decoding.
       device: name of an accelerator; empty: none.
-      n_devices: that train.
+      n_devices: devices in the training mesh.
 
     Raises:
       ConfigError: the configuration is not legal, or cannot be laid out on the devices.
@@ -198,9 +199,8 @@ def describe(config: TrainConfig, *, context: int, device: str = "", n_devices: 
     return result
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    line = lambda cells: "| " + " | ".join(map(str, cells)) + " |"
-    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows), ""]
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    return [*table(names, rows, "lr"), ""]
 
 
 def _gib(size: int) -> str:
@@ -208,7 +208,7 @@ def _gib(size: int) -> str:
 
 
 def render(d: dict[str, Any]) -> str:
-    """What `describe` gives, as Markdown."""
+    """Renders the result of `describe` as Markdown."""
     p, train, step = d["parameters"], d["training_flops_per_token"], d["decoding_flops_per_token"]
     lines = [f"# {d['name']}", "", "## Parameters", ""]
     rows = [(name, f"{n:,}", f"{n / p['total']:.1%}") for name, n in p.items() if name != "total"]

@@ -23,52 +23,52 @@ from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.generation.generator import Generator
+from mlra_jax.markdown import padded
 from mlra_jax.sharding import check_decode_layout
 from mlra_jax.storage import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs(Validated):
-    """Measures a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
+    """Evaluates a checkpoint: perplexity of token shards, and tasks of lm-evaluation-harness.
 
-    Without --data and --tasks: perplexity of the held-out shards of the run. A table goes to standard output. On
-    several hosts, add to the same command on each: --distributed.auto (TPU pod, Slurm, Open MPI), or
-    --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
+    Without --data and --tasks: perplexity of the run's held-out shards. Tables go to standard output. On several hosts,
+    run the same command on each with --distributed.auto (TPU pod, Slurm, Open MPI), or with --distributed.coordinator
+    HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one prints.
     """
 
     at: ClassVar[str] = OPTION
     checkpoint: str
     """A run's folder, its checkpoints folder or one step's folder; local or a bucket URL."""
     data: tuple[str, ...] = ()
-    """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out part of the corpus
-    in the package."""
+    """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out split of the
+    package's corpus."""
     tasks: str = ""
-    """Tasks of lm-evaluation-harness with commas between them; `paper`: the paper's seven. Needs the extra `eval`."""
+    """Comma-separated tasks of lm-evaluation-harness; `paper`: the paper's seven. Needs the extra `eval`."""
     step: NotNegative | None = None
-    """Checkpoint after so many updates; default: the latest."""
+    """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ALL_DEVICES
-    """The devices, as in training; default: all of them, with different sequences."""
+    """Device mesh, as in training; default: data parallelism over all devices."""
     protocol: Protocol = "exact"
-    """exact: every token of a shard but its first is predicted; paper: whole batches of six windows, at most 1e8
-    tokens."""
+    """exact: predict every token of a shard but its first; paper: whole batches of six windows, at most 1e8 tokens."""
     seq_len: NotNegative = 0
-    """Tokens of a window, and most tokens of a task's sequence; 0: as in training."""
+    """Window length, and maximum length of a task's sequences, in tokens; 0: as in training."""
     batch_size: Positive = 8
-    """Sequences that each data-parallel device (data x fsdp) takes at a time."""
+    """Sequences per data-parallel device (data x fsdp)."""
     verify: bool = False
-    """Compare the shards' tokens with their checksums first."""
+    """First check the shards' tokens against their checksums."""
     fewshot: NotNegative = 0
-    """Examples that tasks put before each question."""
+    """Few-shot examples before each question."""
     limit: Positive | None = None
-    """Evaluate so many documents of each task, to try out."""
+    """Evaluate only this many documents of each task, for a trial."""
     task_folder: str = ""
-    """Folder of further tasks, as YAML files."""
+    """Folder with YAML files of further tasks."""
     tokenizer: str = ""
-    """`byte`, `gpt2`, or a path; default: the one that the model was trained with."""
+    """`byte`, `gpt2`, or a path; default: the model's own."""
     json: str = ""
-    """File for the results, as JSON."""
+    """JSON file for the results."""
     compilation_cache: str | None = None
-    """Folder in which compiled programs are kept between runs, empty: none; default: the run's own setting."""
+    """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
 def _harness() -> Any:
@@ -76,13 +76,13 @@ def _harness() -> Any:
         from mlra_jax.evaluation import harness
     except ImportError as error:
         raise ConfigError(
-            [f"--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]' ({error})."]
+            f"--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]' ({error})."
         ) from error
     return harness
 
 
 def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
-    """Of the tokenizer; None, with a remark, if it is not here or does not say."""
+    """The tokenizer's byte lengths; None, with a note, if it is not available or has none."""
     name = args.tokenizer or config.data.tokenizer
     try:
         lengths = get_tokenizer(name).byte_lengths()
@@ -95,10 +95,8 @@ def _byte_lengths(args: EvaluateArgs, config: TrainConfig) -> np.ndarray | None:
         _say(f"note: no bits per byte, for the tokenizer {name}: {reason}.")
     elif len(lengths) > config.model.vocab_size:
         raise ConfigError(
-            [
-                f"The tokenizer {name} has {len(lengths)} ids, the model's vocabulary {config.model.vocab_size}; name "
-                "the tokenizer that the model was trained with."
-            ]
+            f"The tokenizer {name} has {len(lengths)} ids, the model's vocabulary {config.model.vocab_size}; name "
+            "the tokenizer that the model was trained with."
         )
     return lengths
 
@@ -108,40 +106,19 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def table(rows: Sequence[Sequence[str]], n_texts: int = 1) -> str:
-    """Rows of cells, the first one the header, as Markdown; the columns after the first `n_texts` end at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    pad = lambda i, cell: cell.ljust(widths[i]) if i < n_texts else cell.rjust(widths[i])
-    lines = ["| " + " | ".join(pad(i, cell) for i, cell in enumerate(row)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < n_texts else ":") for i, w in enumerate(widths)) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def perplexity_table(results: Sequence[Perplexity]) -> str:
-    """A line for each shard, and one for their plain mean."""
+def perplexity_table(results: Sequence[Perplexity]) -> list[str]:
+    """One row per shard, and one for their unweighted mean."""
     number = lambda value, digits=4: "" if value is None else f"{value:.{digits}f}"
-    rows = [("shard", "tokens", "nats/token", "perplexity", "bits/byte")]
-    for r in results:
-        rows.append(
-            (
-                r.name,
-                f"{r.tokens:,}",
-                number(r.nats_per_token),
-                number(r.perplexity, 3),
-                number(r.bits_per_byte),
-            )
-        )
+    shown = lambda r: (number(r["nats_per_token"]), number(r["perplexity"], 3), number(r["bits_per_byte"]))
+    rows = [(r.name, f"{r.tokens:,}", *shown(r.as_dict())) for r in results]
     if len(results) > 1:
-        m = mean(results)
-        rows.append(
-            ("mean", "", number(m["nats_per_token"]), number(m["perplexity"], 3), number(m["bits_per_byte"]))
-        )
-    return table(rows)
+        rows.append(("mean", "", *shown(mean(results))))
+    return padded(("shard", "tokens", "nats/token", "perplexity", "bits/byte"), rows, "lr")
 
 
-def task_table(results: dict[str, dict[str, float]], average: float | None) -> str:
-    """A line for each metric of each task, and the paper's average if there is one."""
-    rows = [("task", "metric", "value", "standard error")]
+def task_table(results: dict[str, dict[str, float]], average: float | None) -> list[str]:
+    """One row per metric of each task, and the paper's average if there is one."""
+    rows = []
     for task, metrics in results.items():
         for name, value in metrics.items():
             if not name.endswith("_stderr") and name != "sample_len":  # the number of documents
@@ -149,7 +126,7 @@ def task_table(results: dict[str, dict[str, float]], average: float | None) -> s
                 rows.append((task, name, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
     if average is not None:
         rows.append(("the paper's average", "%", f"{average:.2f}", ""))
-    return table(rows, n_texts=2)
+    return padded(("task", "metric", "value", "standard error"), rows, "llr")
 
 
 @command
@@ -161,15 +138,15 @@ def main(argv: Sequence[str]) -> int:
     args.validate()
     initialize(distributed)
 
-    # Everything that can be refused is refused here, before parameters are read.
+    # Whatever can be refused is refused here, before parameters are read.
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
-    plan = plan_evaluation(
+    model = plan_evaluation(
         args.checkpoint, args.mesh, seq_len=args.seq_len, batch_size=args.batch_size, step=args.step
     )
-    config = plan.config
+    config = model.config
     out = Path(args.json).expanduser()
     if args.json and (out.is_dir() or not out.parent.is_dir()):
-        raise ConfigError([f"--json {args.json} must be a file in a folder that exists."])
+        raise ConfigError(f"--json {args.json} must be a file in a folder that exists.")
     parts: list[Part] = []
     byte_lengths = None
     if args.data or not names:
@@ -183,22 +160,21 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = get_tokenizer(args.tokenizer or config.data.tokenizer)
         tasks = harness.load_tasks(names, args.task_folder)
         if tasks.generates:
-            check_decode_layout(config.model, plan.sizes)
+            check_decode_layout(config.model, MeshConfig(**model.mesh.shape))
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
     if cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
 
-    model = plan.load()
     first = jax.process_index() == 0
-    report: dict[str, Any] = _describe(args, plan.checkpoint, model)
+    report: dict[str, Any] = _describe(args, model)
     if parts:
         results = list(evaluate(model, parts, byte_lengths, progress=first))
         report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
         if first:
-            print(perplexity_table(results), flush=True)
+            print(*perplexity_table(results), sep="\n", flush=True)
     if tasks is not None:
         make_generator = lambda: Generator.from_checkpoint(
-            plan.checkpoint, mesh=plan.sizes, tokenizer=args.tokenizer
+            model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
         )
         adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
         scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
@@ -207,16 +183,16 @@ def main(argv: Sequence[str]) -> int:
         if average is not None:
             report["paper_average"] = average
         if first:
-            print(task_table(scores, average), flush=True)
+            print(*task_table(scores, average), sep="\n", flush=True)
     if args.json and first:
         write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0
 
 
-def _describe(args: EvaluateArgs, checkpoint: str, model: Evaluated) -> dict[str, Any]:
-    """What was measured, and how."""
+def _describe(args: EvaluateArgs, model: Evaluated) -> dict[str, Any]:
+    """Describes what was measured, and how."""
     return {
-        "checkpoint": checkpoint,
+        "checkpoint": model.checkpoint,
         "name": model.config.name,
         "protocol": args.protocol,
         "seq_len": model.seq_len,

@@ -1,51 +1,38 @@
-"""`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: what training would take on devices that need not be there.
+"""`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: plans training for devices that are not at hand.
 
-Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then, from the
-train step compiled ahead of time by the compiler that would run there, its memory and what it moves between devices.
-With `--estimate` nothing is compiled.
+Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then compiles the
+train step ahead of time with the target's own compiler, and prints its memory and collectives. With `--estimate`
+nothing is compiled.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import tyro
+
 from mlra_jax.cli import command
 from mlra_jax.config import ConfigError
 
-_TOPOLOGY, _ESTIMATE = "--topology", "--estimate"
 
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """The options of this command; all others are those of `mlra-train`."""
 
-def _take(argv: Sequence[str]) -> tuple[str, bool, list[str]]:
-    """The topology, whether only to estimate, and the other arguments."""
-    topology, estimate = "", False
-    others: list[str] = []
-    rest = iter(argv)
-    for arg in rest:
-        if arg == _TOPOLOGY:
-            topology = next(rest, "")
-        elif arg.startswith(f"{_TOPOLOGY}="):
-            topology = arg.partition("=")[2]
-        elif arg == _ESTIMATE:
-            estimate = True
-        else:
-            others.append(arg)
-    if not topology and not {"-h", "--help"} & set(argv):
-        raise ConfigError(
-            [
-                "Name the devices: --topology v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, 2*v5e:16x16 (two slices), "
-                "h100:8 or h100:4x8 (4 hosts of 8)."
-            ]
-        )
-    return topology, estimate, others
+    topology: str = ""
+    """Target devices, such as v5e:16x16 or h100:8."""
+    estimate: bool = False
+    """Only estimate; compile nothing."""
 
 
 @contextlib.contextmanager
 def _standard_error() -> Iterator[list[str]]:
-    """Collects what is written to standard error, by XLA too; shows it if the block fails."""
+    """Captures standard error, XLA's included; shows it if the block fails."""
     sys.stderr.flush()
     lines: list[str] = []
     with tempfile.TemporaryFile("w+b") as file:
@@ -68,13 +55,18 @@ def _standard_error() -> Iterator[list[str]]:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Prints the estimate, what the compiler says, and the roofline."""
-    topology, estimate_only, argv = _take(argv)
+    """Prints the estimate, the roofline and what the compiler says."""
+    args, rest = tyro.cli(PlanArgs, args=argv, add_help=False, return_unknown_args=True)
+    if not args.topology and not {"-h", "--help"} & set(rest):
+        raise ConfigError(
+            "Name the devices: --topology v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, 2*v5e:16x16 (two slices), "
+            "h100:8 or h100:4x8 (4 hosts of 8)."
+        )
 
     from mlra_jax.cli.configs import parse_train_args
 
-    config = parse_train_args(argv, prog=f"mlra-plan {_TOPOLOGY} NAME [{_ESTIMATE}]", afresh=True)
-    # The compilers of devices that are not there, on whatever machine this is.
+    config = parse_train_args(rest, prog="mlra-plan --topology NAME [--estimate]", afresh=True)
+    # Ahead-of-time compilation for absent hardware, on whatever machine this is.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     import jax
 
@@ -87,11 +79,11 @@ def main(argv: Sequence[str]) -> int:
     from mlra_jax.sharding import check_train_layout
 
     with _standard_error():
-        mesh = topology_mesh(topology, config.mesh)
+        mesh = topology_mesh(args.topology, config.mesh)
     check_train_layout(config, MeshConfig(**mesh.shape))
     config, plan = resolve(config, mesh)
-    print("\n".join(report.estimate(config, topology, mesh, plan)), flush=True)
-    if not estimate_only:
+    print("\n".join(report.estimate(config, args.topology, mesh, plan)), flush=True)
+    if not args.estimate:
         with _standard_error() as messages:
             compiled = compile_train_step(config, mesh)
         try:

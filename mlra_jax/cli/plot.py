@@ -28,15 +28,15 @@ class PlotArgs(Validated):
     runs: tyro.conf.Positional[tuple[str, ...]]
     """Folders (or bucket URLs) of runs, or their metrics files."""
     out: str = "losses.png"
-    """Figure to write; the suffix says the format."""
+    """Figure to write, in the format of its suffix."""
     x: Literal["step", "tokens"] = "step"
-    """What the horizontal axis counts."""
+    """Quantity on the horizontal axis."""
     smooth: Annotated[float, Range(ge=0, lt=1)] = 0.0
-    """Weight of the past in a running mean of the training loss, 0 (none) to below 1."""
+    """Decay of an exponential moving average of the training loss, from 0 (no smoothing) to below 1."""
 
 
 def smoothed(values: Sequence[float], weight: float) -> list[float]:
-    """Exponential running mean of `values`, unbiased from the first one on."""
+    """Bias-corrected exponential moving average of `values`."""
     out, mean, total = [], 0.0, 0.0
     for value in values:
         mean, total = weight * mean + value, weight * total + 1
@@ -45,7 +45,7 @@ def smoothed(values: Sequence[float], weight: float) -> list[float]:
 
 
 def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
-    """Adds a run to the figure: its training loss as a line, its held-out loss as points on a dashed line.
+    """Adds a run to the figure: training loss as a line, held-out loss as points on a dashed line.
 
     Raises:
       FileNotFoundError: the run has no metrics file.
@@ -68,7 +68,7 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
 
 
 def figure_formats() -> list[str]:
-    """What a figure can be written as: suffixes without their dot."""
+    """The formats in which a figure can be written: suffixes without the dot."""
     return sorted(Figure().canvas.get_supported_filetypes())
 
 

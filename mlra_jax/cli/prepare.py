@@ -32,33 +32,32 @@ _BATCH_CHARACTERS = 1 << 20  # text that is tokenized at a time
 class PrepareArgs(Validated):
     """Turns text into token shards: files, folders of .txt, .md and .jsonl files, or a Hugging Face data set.
 
-    Every .txt and .md file and every line of a .jsonl file is a document; it is written as the end-of-text id and then
-    its tokens. Text is UTF-8; a byte-order mark is dropped, and lines end in a line feed where they ended in carriage
-    return and line feed. Folders are read with all below them, sorted by path. The folder --out appears when everything
-    is written, never half. Which documents are held out depends on their text alone.
+    Each .txt or .md file and each line of a .jsonl file is a document, written as the end-of-text id followed by its
+    tokens. Text is UTF-8; byte-order marks are dropped and CRLF becomes LF. Folders are read recursively, sorted by
+    path. The folder --out appears once everything is written. Which documents are held out depends on their text alone.
     """
 
     at: ClassVar[str] = OPTION
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Text files and folders."""
     out: str = "shards"
-    """Local folder to make."""
+    """Local folder to create."""
     name: str = "text"
     """Shards are called NAME_val_000000.bin and NAME_train_000001.bin, ..."""
     tokenizer: str = "byte"
     """`byte`, `gpt2`, or the path of a tokenizers JSON file; the same value goes into --data.tokenizer."""
     text_field: str = "text"
-    """Field of a .jsonl line or of a data set's row that holds the text."""
+    """Field of a .jsonl line, or of a data set's row, that holds the text."""
     holdout: Literal["auto", "documents", "tails"] = "auto"
-    """What is held out for validation: whole documents, or the end of every document (at a line break where there is
-    one). auto: documents if there are at least 100, else tails."""
+    """What to hold out for validation: whole documents, or the tail of every document (from a line break on, where
+    possible). auto: documents if there are at least 100, else tails."""
     val_fraction: Annotated[float, Range(ge=0, lt=1)] = 0.1
-    """Share that is held out, of the documents or of each document's characters; 0: nothing (training
-    needs validation shards: then put some into the folder yourself)."""
+    """Fraction of the documents, or of each document's characters, to hold out; 0: none (training needs validation
+    shards, so add some to the folder yourself)."""
     shard_tokens: Annotated[int, Range(ge=1, lt=2**31)] = 10**8
-    """Tokens in a shard."""
+    """Tokens per shard."""
     overwrite: bool = False
-    """Replace the folder --out if it exists; it must hold nothing but shards."""
+    """Replace the folder --out if it exists; it must hold only shards."""
     hf_dataset: str = ""
     """Hugging Face data set to stream instead of files, such as HuggingFaceFW/fineweb-edu; needs the package
     `datasets`."""
@@ -69,11 +68,11 @@ class PrepareArgs(Validated):
 
 
 Document = tuple[str, int]
-"""Its text, and the bytes of input that it took (for the progress bar)."""
+"""Its text, and its size in bytes of input, for the progress bar."""
 
 
 def text_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that `inputs` name: files as they are, folders searched for `SUFFIXES`, sorted by path within each.
+    """The files named by `inputs`; folders are searched for `SUFFIXES`, sorted by path.
 
     Raises:
       DataError: an input does not exist, or a folder holds no text; all of them listed.
@@ -92,12 +91,12 @@ def text_files(inputs: Sequence[str]) -> list[Path]:
         else:
             faults.append(f"There is no file or folder {path}.")
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     return files
 
 
 def read_file(path: Path, text_field: str) -> Iterator[Document]:
-    """The documents of one file that are not blank.
+    """Yields the documents of a file that are not blank.
 
     Raises:
       DataError: the file cannot be read, is not UTF-8, or has a line without text.
@@ -134,7 +133,7 @@ def _not_blank(text: str, size: int) -> Iterator[Document]:
 
 
 def read_hf(args: PrepareArgs) -> Iterator[Document]:
-    """The rows of a Hugging Face data set that are not blank, streamed.
+    """Streams the rows of a Hugging Face data set that are not blank.
 
     Raises:
       DataError: `datasets` is not installed, or the data set cannot be read or lacks the field.
@@ -160,7 +159,7 @@ def read_hf(args: PrepareArgs) -> Iterator[Document]:
 
 
 def scan(files: Sequence[Path], text_field: str) -> tuple[int, int]:
-    """(documents, their bytes of input), found by reading everything once, so that faults show before any work is done.
+    """Reads everything once, so that faults show before any work is done; returns the documents and their bytes.
 
     Raises:
       DataError: files that cannot be read, all listed, or no text at all.
@@ -175,14 +174,14 @@ def scan(files: Sequence[Path], text_field: str) -> tuple[int, int]:
         except DataError as error:
             faults += error.faults
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     if not n_documents:
         raise DataError(f"The {len(files)} file(s) hold no text.")
     return n_documents, n_bytes
 
 
 def split_document(text: str, holdout: Literal["documents", "tails"], val_fraction: float) -> tuple[str, str]:
-    """(training text, held-out text) of one document: a function of its text, so that duplicates share a side."""
+    """Splits a document into training and held-out text: a function of the text, so that duplicates share a side."""
     if not val_fraction:
         return text, ""
     if holdout == "documents":
@@ -252,7 +251,7 @@ def _check(args: PrepareArgs) -> None:
     elif out.exists() and (not out.is_dir() or any(p.suffix != ".bin" for p in out.iterdir())):
         faults.append(f"{out} holds more than shards; --overwrite replaces only a folder of .bin files.")
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
 
 
 @command

@@ -1,7 +1,12 @@
-"""`mlra-train CONFIG [--field VALUE ...]`: trains a model, or continues its training."""
+"""`mlra-train CONFIG [--field VALUE ...]`: trains a model, or continues its training.
+
+With `--check-determinism [STEPS]` it trains that many steps several times instead, and says whether they repeat to the
+bit; the run's folder is not touched.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -15,16 +20,21 @@ from mlra_jax.errors import explain, is_refusal
 def main(argv: Sequence[str]) -> int:
     """Parses the configuration, joins the other processes if there are any, trains.
 
-    Exit status 0: trained, or saved and stopped by SIGTERM; 1: diverged, or could not write; 2: refused.
+    Exit status 0: trained, saved and stopped by SIGTERM, or found to repeat; 1: diverged, could not write, or does not
+    repeat; 2: refused.
     """
     from mlra_jax.cli.configs import parse_train_args
     from mlra_jax.distributed import initialize, take_args
 
-    # JAX takes three quarters of a GPU's memory otherwise; the planner counts on what it takes.
+    # JAX takes three quarters of a GPU's memory by default; the planner counts on what JAX takes.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     distributed, argv = take_args(argv)
+    check, argv = take_check(argv)
     config = parse_train_args(argv)
 
+    import jax
+
+    from mlra_jax.training.determinism import check_determinism
     from mlra_jax.training.loop import DivergedError, train
     from mlra_jax.watchdog import Watchdog
 
@@ -32,6 +42,11 @@ def main(argv: Sequence[str]) -> int:
     advice = f"the same command, on every host, continues {config.run_dir} from its last checkpoint"
     with Watchdog(distributed.timeout, advice) as watchdog:
         try:
+            if check is not None:
+                found = check_determinism(config, check)
+                if jax.process_index() == 0:
+                    print(found)
+                return 0 if found.repeats else 1
             train(config)
             return 0
         except Exception as error:
@@ -50,6 +65,15 @@ def main(argv: Sequence[str]) -> int:
             status = 2 if refused else 1
             watchdog.leave(message, status)
             return status
+
+
+def take_check(argv: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Splits `--check-determinism [STEPS]` off a command line: how many steps, None without it; the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    names = "--check-determinism", "--check_determinism"
+    parser.add_argument(*names, nargs="?", type=int, const=5, dest="steps", metavar="STEPS")
+    options, rest = parser.parse_known_args(list(argv))
+    return options.steps, rest
 
 
 if __name__ == "__main__":

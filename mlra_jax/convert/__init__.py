@@ -1,8 +1,8 @@
-"""The paper's PyTorch weights, in and out.
+"""Import and export of the paper's PyTorch weights.
 
-`official.py` says which official tensor is which part of which parameter; `files.py` and `torch_files.py` read and
-write tensors one at a time. Both directions exchange a mapping from official names to tensors that need not be in
-memory. `uptraining.py` makes an MLRA of an MLA.
+`official.py` maps official tensors to parameters; `files.py` and `torch_files.py` read and write files of tensors. Both
+directions pass a mapping from official names to tensors that need not be in memory. `uptraining.py` turns an MLA into
+an MLRA.
 """
 
 from mlra_jax.convert.files import open_safetensors, open_weights, write_safetensors, write_weights

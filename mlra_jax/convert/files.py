@@ -1,4 +1,4 @@
-"""Files of named tensors, read and written one tensor at a time."""
+"""Files of named tensors: read one tensor at a time, written one file at a time."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.errors import UserError
 from mlra_jax.lazy_arrays import LazyTensor, Tensor
+from mlra_jax.storage import whole_file
 from mlra_jax.textfiles import read_text
 
 _DTYPES = {
@@ -25,14 +27,13 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a file of weights, or of a model's folder, by name; none is read yet.
+    """Opens a file of weights, or a model's folder: lazy tensors by name.
 
     Args:
       path: a safetensors file, or one that `torch.save` wrote; or a folder with either kind, in one file or several:
@@ -53,9 +54,10 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
         for name, tensor in (open_safetensors if is_safetensors else open_torch)(file).items():
             if name in tensors:
                 raise UserError(f"{file} holds {name}, which another file in {path} holds too.")
-            if tensor.dtype not in _NAMES:
+            if tensor.dtype not in _DTYPES.values():
                 raise UserError(
-                    f"{file}: {name} is of type {tensor.dtype}; expected one of {', '.join(map(str, _NAMES))}."
+                    f"{file}: {name} is of type {tensor.dtype}; expected one of "
+                    f"{', '.join(map(str, _DTYPES.values()))}."
                 )
             tensors[name], found[name] = tensor, file.name
     if listed is not None and listed != found:
@@ -71,7 +73,7 @@ def open_weights(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files to read, and what the index says about which tensor is in which of them."""
+    """The files to read, and the index's mapping from tensors to files."""
     if not path.is_dir():
         return [path], None
     for pattern, index in (("*.safetensors", SAFETENSORS_INDEX), ("pytorch_model*.bin", _TORCH_INDEX)):
@@ -94,18 +96,18 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file, by name; none is read yet.
+    """Opens a safetensors file: lazy tensors by name.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it is not a whole safetensors file, or holds numbers that are not floating point.
+      UserError: it is not a complete safetensors file, or holds a dtype that is not floating point.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")
 
     def read(name: str) -> np.ndarray:
-        with safe_open(path, framework="np") as file:  # anew, so that no more than this tensor is mapped
+        with safe_open(path, framework="np") as file:  # reopened, so that only this tensor is mapped
             return file.get_tensor(name)
 
     tensors: dict[str, LazyTensor] = {}
@@ -125,48 +127,38 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
 
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to one safetensors file, reading them one at a time.
-
-    The file appears under its name when it is complete, and replaces what was there.
+    """Writes tensors to one safetensors file, holding all of them in memory; replaces `path` once it is complete.
 
     Args:
-      path: of the file.
+      path: the file.
       tensors: float64, float32, float16 or bfloat16, in any mixture.
+
+    Raises:
+      OSError: the file cannot be written; names it.
     """
-    path = Path(path)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        dtype = np.dtype(tensor.dtype)
-        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                file.write(np.ascontiguousarray(np.asarray(tensor)).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with whole_file(path) as unfinished:
+        try:
+            save_file(arrays, unfinished, metadata={"format": "pt"})
+        except SafetensorError as error:  # the library passes the system's errors on in words
+            code = re.search(r"\(os error (\d+)\)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
 
 
 def write_weights(
     folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, max_file_bytes: int
 ) -> None:
-    """Writes tensors to a folder as Hugging Face libraries expect them, reading them one at a time.
+    """Writes tensors to a folder as Hugging Face libraries expect them, one file after the other.
 
     One file `model.safetensors`; or, if that would be larger than `max_file_bytes`, several
     `model-00001-of-0000N.safetensors`, none larger unless a single tensor is, and an index.
 
     Args:
-      folder: exists.
+      folder: an existing folder.
       tensors: see `write_safetensors`.
-      max_file_bytes: of the tensors in one file.
+      max_file_bytes: size of the tensors in one file, which are in memory at once.
     """
     folder = Path(folder)
     size = lambda t: math.prod(t.shape) * np.dtype(t.dtype).itemsize

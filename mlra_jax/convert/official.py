@@ -1,8 +1,8 @@
-"""The names and shapes of the paper's PyTorch models, and which part of which of our parameters each tensor is.
+"""Names and shapes of the paper's PyTorch models, and how their tensors correspond to parameters.
 
 The correspondence is a table of `Part`s. A part pairs a view of an official tensor with a view of a parameter: the same
-numbers, with the same axes. Copying from one view to the other converts in one direction, copying back in the other, so
-nothing can be converted one way and not the other.
+numbers, with the same axes. Copying from one view to the other converts in either direction, so that whatever can be
+imported can be exported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flax import nnx
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.attention.registry import BUILT_IN, attention_name
+from mlra_jax.attention.registry import attention_name
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
@@ -33,194 +33,6 @@ class ConvertError(UserError):
     """The tensors or parameters are not those of the model."""
 
 
-# Configurations.
-
-_LATENT = {"mla": (1, 1), "gla_2": (2, 1), "gla_4": (4, 1), "mlra_2": (4, 2), "mlra_4": (4, 4)}
-"""(n_latent_heads, n_branches) of each official latent attention."""
-_FIELDS = {
-    "n_layer": "n_layers",
-    "n_head": "n_heads",
-    "n_embd": "d_model",
-    "intermediate_size": "d_ff",
-    "vocab_size": "vocab_size",
-}
-_LATENT_FIELDS = {
-    "q_lora_rank": "q_lora_rank",
-    "kv_lora_rank": "kv_lora_rank",
-    "qk_nope_head_dim": "d_nope",
-    "qk_rope_head_dim": "d_rope",
-}
-_ATTENTION_FIELDS = {
-    **dict.fromkeys(_LATENT, tuple(_LATENT_FIELDS)),
-    **dict.fromkeys(("mha", "mqa", "gqa", "gta"), ("head_dim", "group_size")),
-    "mfa": ("head_dim", "share_q_dim"),
-    "tpa": ("head_dim", "rank", "q_rank"),
-}
-"""The official fields of each attention."""
-_NEVER_GATED = ("gta", "mfa", "tpa")
-_WITHOUT_EFFECT = {
-    # of training, or checked by itself (bias)
-    *("block_size", "dropout", "bias"),
-    # what the Hugging Face library notes in every config.json
-    *(
-        "model_type",
-        "architectures",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-        "auto_map",
-    ),
-}
-_ROPE_BASE, _NORM_EPS = 10000.0, 1e-6
-"""Fixed in the official code."""
-
-
-def model_config_from_official(config: Mapping[str, Any], model_type: str | None = None) -> ModelConfig:
-    """The configuration of an official model.
-
-    Args:
-      config: the official fields: `n_layer`, `n_head`, `n_embd`, `intermediate_size`, `vocab_size`, and those of the
-        attention.
-      model_type: `mla`, `gla_2`, `gla_4`, `mlra_2`, `mlra_4`, `mha`, `mqa`, `gqa`, `gta`, `mfa` or `tpa`; with
-        `_gated`, `_no_scale` or `_normal_initialization` behind it the paper's variants. None: that in `config`.
-
-    Raises:
-      ConfigError: the type is not one of these, or fields are missing, unknown or illegal; all are listed.
-    """
-    model_type = model_type or config.get("model_type")
-    if not model_type:
-        raise ConfigError(["The configuration has no model_type; name it, such as mlra_4."])
-    base = re.sub("_(gated|no_scale|normal_initialization)$", "", model_type)
-    scale = not model_type.endswith("_no_scale")
-    gated = model_type.endswith("_gated")
-    if base not in (_ATTENTION_FIELDS if scale else _LATENT) or (gated and base in _NEVER_GATED):
-        raise ConfigError(
-            [
-                f"model_type={model_type} cannot be converted; it must be one of {', '.join(_ATTENTION_FIELDS)}, "
-                f"perhaps with _gated (not {', '.join(_NEVER_GATED)}), _no_scale (latent attention only) or "
-                "_normal_initialization behind it."
-            ]
-        )
-    group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa and gta must say
-    given = {"group_size": group_size[base], **config} if base in group_size else dict(config)
-    wanted = {*_FIELDS, *_ATTENTION_FIELDS[base]}
-    faults = [f"{name} is missing." for name in sorted(wanted - set(given))]
-    faults += [
-        f"{name}={given[name]!r} is not a field of {model_type}."
-        for name in sorted(set(given) - wanted - _WITHOUT_EFFECT)
-    ]
-    faults += ["bias must be false; these models have no biases."] if given.get("bias") else []
-    faults += [
-        f"{name}={given[name]!r} must be a whole number of at least 1."
-        for name in sorted(wanted & set(given))
-        if type(given[name]) is not int or given[name] < (0 if name == "qk_rope_head_dim" else 1)
-    ]
-    if not faults and "group_size" in wanted and given["n_head"] % given["group_size"]:
-        faults.append(f"group_size={given['group_size']} does not divide n_head={given['n_head']}.")
-    if faults:
-        raise ConfigError([f"Official configuration: {fault}" for fault in faults])
-
-    attention: AttentionConfig
-    if base in _LATENT:
-        sizes = {ours: given[theirs] for theirs, ours in _LATENT_FIELDS.items()}
-        attention = LatentAttentionConfig(*_LATENT[base], scale_latents=scale, **sizes)
-    elif base == "tpa":
-        attention = TensorProductAttentionConfig(given["rank"], given["q_rank"], given["head_dim"])
-    elif base == "mfa":
-        attention = GroupedAttentionConfig(1, given["head_dim"], q_lora_rank=given["share_q_dim"])
-    else:
-        grouped = TiedAttentionConfig if base == "gta" else GroupedAttentionConfig
-        attention = grouped(given["n_head"] // given["group_size"], given["head_dim"])
-    model = ModelConfig(
-        **{ours: given[theirs] for theirs, ours in _FIELDS.items()},
-        attention=attention,
-        gated_attention=gated,
-        output_init="normal" if model_type.endswith("_normal_initialization") else "zeros",
-        rope_base=_ROPE_BASE,
-        norm_eps=_NORM_EPS,
-    )
-    model.validate()
-    return model
-
-
-def _attention_faults(config: ModelConfig) -> list[str]:
-    """Why no official model has this attention; empty if one has."""
-    a, never = config.attention, "There is no official model with"
-    if attention_name(type(a)) not in BUILT_IN:
-        return [f"{never} the attention {attention_name(type(a))}."]
-    faults = []
-    match a:
-        case LatentAttentionConfig() if (a.n_latent_heads, a.n_branches) not in _LATENT.values():
-            faults = [f"{never} n_latent_heads={a.n_latent_heads} and n_branches={a.n_branches}."]
-        case GroupedAttentionConfig() if a.q_lora_rank and a.n_kv_heads > 1:
-            faults = [
-                f"{never} q_lora_rank={a.q_lora_rank} and n_kv_heads={a.n_kv_heads}; MFA has one KV head."
-            ]
-    if config.gated_attention and _base(a, config.n_heads) in _NEVER_GATED:
-        faults.append(f"{never} gated_attention and {_base(a, config.n_heads).upper()}.")
-    return faults
-
-
-def _base(a: AttentionConfig, n_heads: int) -> str:
-    """The official name of an attention in a model with so many query heads; empty if it has none."""
-    match a:
-        case LatentAttentionConfig():
-            return {sizes: name for name, sizes in _LATENT.items()}.get((a.n_latent_heads, a.n_branches), "")
-        case TiedAttentionConfig():
-            return "gta"
-        case TensorProductAttentionConfig():
-            return "tpa"
-        case GroupedAttentionConfig() if a.q_lora_rank:
-            return "mfa"
-        case GroupedAttentionConfig():
-            return "mha" if a.n_kv_heads == n_heads else "gqa"
-    return ""
-
-
-def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[str, Any]:
-    """The official fields of a model, with its `model_type`.
-
-    Args:
-      config: of the model.
-      block_size: tokens in the longest training sequence.
-
-    Raises:
-      ConfigError: no official model is like this one; all reasons are listed.
-    """
-    config.validate()
-    a = config.attention
-    faults = [
-        f"model.{name}={getattr(config, name)}, but the official models have {value} fixed."
-        for name, value in (("rope_base", _ROPE_BASE), ("norm_eps", _NORM_EPS))
-        if getattr(config, name) != value
-    ]
-    fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
-    suffixes = ["_gated"] if config.gated_attention else []
-    faults += _attention_faults(config)
-    base = _base(a, config.n_heads)
-    match a:
-        case LatentAttentionConfig():
-            suffixes += [] if a.scale_latents else ["_no_scale"]
-            fields |= {theirs: getattr(a, ours) for theirs, ours in _LATENT_FIELDS.items()}
-        case TensorProductAttentionConfig():
-            fields |= {"head_dim": a.d_head, "rank": a.rank, "q_rank": a.q_rank}
-        case GroupedAttentionConfig() | TiedAttentionConfig():
-            fields["head_dim"] = a.d_head
-            if isinstance(a, GroupedAttentionConfig) and a.q_lora_rank:
-                fields["share_q_dim"] = a.q_lora_rank
-            elif base != "mha":
-                fields["group_size"] = config.heads_per_latent
-    if len(suffixes) > 1:
-        faults.append("There is no official model both gated and without scales.")
-    if faults:
-        raise ConfigError(faults)
-    if not suffixes and config.output_init == "normal":  # of no effect once there are weights
-        suffixes = ["_normal_initialization"]
-    constant = {"block_size": block_size, "bias": False, "dropout": 0.0}
-    return {"model_type": base + "".join(suffixes), **fields, **constant}
-
-
 # Tensors.
 
 
@@ -228,9 +40,9 @@ def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[
 class Part:
     """A view of an official tensor that equals a view of one of our parameters.
 
-    Views are written as axes: `(N E) A` is an array of two axes, the first of which is cut into N times E; in
-    `(L C | R) D` the first L*C rows are cut into L times C, and the last R are by themselves. `pick` chooses an index
-    along an axis of either side, and under `|` which of the pieces.
+    Views are written as axes: `(N E) A` is an array of two axes, the first of which is split into N times E; in
+    `(L C | R) D` the first L*C rows are split into L times C, and the last R stand alone. `pick` chooses an index
+    along an axis of either side and, under `|`, one of the pieces.
     """
 
     name: str  # official, without "transformer.h.{layer}." where the tensor belongs to a layer
@@ -286,10 +98,10 @@ _LATENT_PARTS = (
 )
 
 
-def _latent_head_parts(a: LatentAttentionConfig) -> Iterator[Part]:
-    """The tensors whose names differ with the number of latent heads: norms and up-projections."""
+def _latent_head_parts(n: int) -> Iterator[Part]:
+    """The tensors whose names depend on the number of latent heads: norms and up-projections."""
     up, up_axes = ("layers.attention.w_uk", "layers.attention.w_uv"), "J (G M) C H"
-    norm, n = "layers.attention.kv_norm.gain", a.n_latent_heads
+    norm = "layers.attention.kv_norm.gain"
     names = {1: ["attn.kv_a_layernorm"], 2: ["attn.kv_a_layernorm_1", "attn.kv_a_layernorm_2"]}
     for i, name in enumerate(names.get(n) or [f"attn.kv_a_layernorms.{i}" for i in range(n)]):
         yield Part(f"{name}.weight", "C", norm, "L C", {"L": i})
@@ -304,53 +116,235 @@ def _latent_head_parts(a: LatentAttentionConfig) -> Iterator[Part]:
             yield Part("attn.kv_b_proj", "(J G) C (M kv H)", path, up_axes, {"kv": kv})
 
 
+# Configurations.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """An official attention."""
+
+    config: type[AttentionConfig]
+    fields: Mapping[str, str]
+    """Ours by the official names."""
+    fixed: Mapping[str, int]
+    """Our fields that its name decides."""
+    parts: tuple[Part, ...]
+    kv_heads: str = ""
+    """Our field that `group_size` gives: KV heads."""
+    gate: str = "attn.c_gated.weight"
+    """The tensor of its gate; empty: it is never gated."""
+
+
+def _latent(n_latent_heads: int, n_branches: int) -> _Kind:
+    fields = {"q_lora_rank": "q_lora_rank", "kv_lora_rank": "kv_lora_rank"}
+    fields |= {"qk_nope_head_dim": "d_nope", "qk_rope_head_dim": "d_rope"}
+    return _Kind(
+        LatentAttentionConfig,
+        fields,
+        {"n_latent_heads": n_latent_heads, "n_branches": n_branches},
+        (*_LATENT_PARTS, *_latent_head_parts(n_latent_heads)),
+        gate="attn.gated_proj.weight",
+    )
+
+
+_HEADS = {"head_dim": "d_head"}
+_GROUPED = _Kind(
+    GroupedAttentionConfig, _HEADS, {"q_lora_rank": 0}, (*_QUERY_PARTS, *_KEY_VALUE_PARTS), "n_kv_heads"
+)
+_KINDS = {
+    "mla": _latent(1, 1),
+    "gla_2": _latent(2, 1),
+    "gla_4": _latent(4, 1),
+    "mlra_2": _latent(4, 2),
+    "mlra_4": _latent(4, 4),
+    **dict.fromkeys(("gqa", "mha", "mqa"), _GROUPED),
+    "gta": _Kind(
+        TiedAttentionConfig, _HEADS, {}, (*_QUERY_PARTS, *_TIED_PARTS), kv_heads="n_tied_heads", gate=""
+    ),
+    "mfa": _Kind(
+        GroupedAttentionConfig,
+        {**_HEADS, "share_q_dim": "q_lora_rank"},
+        {"n_kv_heads": 1},
+        (*_LOW_RANK_QUERY_PARTS, *_KEY_VALUE_PARTS),
+        gate="",
+    ),
+    "tpa": _Kind(
+        TensorProductAttentionConfig,
+        {**_HEADS, "rank": "rank", "q_rank": "q_rank"},
+        {},
+        _FACTOR_PARTS,
+        gate="",
+    ),
+}
+_FIELDS = {
+    "n_layer": "n_layers",
+    "n_head": "n_heads",
+    "n_embd": "d_model",
+    "intermediate_size": "d_ff",
+    "vocab_size": "vocab_size",
+}
+_WITHOUT_EFFECT = {
+    # on a trained model, or checked separately (bias)
+    *("block_size", "dropout", "bias"),
+    # what the Hugging Face library notes in every config.json
+    *("model_type", "architectures", "torch_dtype", "dtype"),
+    *("transformers_version", "_name_or_path", "auto_map"),
+}
+_ROPE_BASE, _NORM_EPS = 10000.0, 1e-6
+"""Fixed in the official code."""
+
+
+def model_config_from_official(config: Mapping[str, Any], model_type: str | None = None) -> ModelConfig:
+    """The configuration of an official model.
+
+    Args:
+      config: the official fields: `n_layer`, `n_head`, `n_embd`, `intermediate_size`, `vocab_size`, and those of the
+        attention.
+      model_type: `mla`, `gla_2`, `gla_4`, `mlra_2`, `mlra_4`, `mha`, `mqa`, `gqa`, `gta`, `mfa` or `tpa`, perhaps
+        followed by `_gated`, `_no_scale` or `_normal_initialization`: the paper's variants. None: that in `config`.
+
+    Raises:
+      ConfigError: the type is not one of these, or fields are missing, unknown or illegal; all are listed.
+    """
+    model_type = model_type or config.get("model_type")
+    if not model_type:
+        raise ConfigError("The configuration has no model_type; name it, such as mlra_4.")
+    base = re.sub("_(gated|no_scale|normal_initialization)$", "", model_type)
+    scale, gated = not model_type.endswith("_no_scale"), model_type.endswith("_gated")
+    kind = _KINDS.get(base)
+    if kind is None or (gated and not kind.gate) or not (scale or kind.config is LatentAttentionConfig):
+        never_gated = ", ".join(name for name, k in _KINDS.items() if not k.gate)
+        raise ConfigError(
+            f"model_type={model_type} cannot be converted; it must be one of {', '.join(_KINDS)}, perhaps followed by "
+            f"_gated (not {never_gated}), _no_scale (latent attention only) or _normal_initialization."
+        )
+    group_size = {"mha": 1, "mqa": config.get("n_head")}  # gqa and gta must say
+    given = {"group_size": group_size[base], **config} if base in group_size else dict(config)
+    wanted = {*_FIELDS, *kind.fields, *(["group_size"] if kind.kv_heads else [])}
+    faults = [f"{name} is missing." for name in sorted(wanted - set(given))]
+    faults += [
+        f"{name}={given[name]!r} is not a field of {model_type}."
+        for name in sorted(set(given) - wanted - _WITHOUT_EFFECT)
+    ]
+    faults += ["bias must be false; these models have no biases."] if given.get("bias") else []
+    faults += [
+        f"{name}={given[name]!r} must be a whole number of at least 1."
+        for name in sorted(wanted & set(given))
+        if type(given[name]) is not int or given[name] < (0 if name == "qk_rope_head_dim" else 1)
+    ]
+    if not faults and kind.kv_heads and given["n_head"] % given["group_size"]:
+        faults.append(f"group_size={given['group_size']} does not divide n_head={given['n_head']}.")
+    if faults:
+        raise ConfigError([f"Official configuration: {fault}" for fault in faults])
+
+    own: dict[str, Any] = {**kind.fixed, **{ours: given[theirs] for theirs, ours in kind.fields.items()}}
+    if kind.kv_heads:
+        own[kind.kv_heads] = given["n_head"] // given["group_size"]
+    if not scale:
+        own["scale_latents"] = False
+    model = ModelConfig(
+        **{ours: given[theirs] for theirs, ours in _FIELDS.items()},
+        attention=kind.config(**own),
+        gated_attention=gated,
+        output_init="normal" if model_type.endswith("_normal_initialization") else "zeros",
+        rope_base=_ROPE_BASE,
+        norm_eps=_NORM_EPS,
+    )
+    model.validate()
+    return model
+
+
+def _base(config: ModelConfig) -> str:
+    """The official name of a model's attention; empty if it has none."""
+    a = config.attention
+    fits = lambda kind: all(getattr(a, name) == value for name, value in kind.fixed.items())
+    names = [name for name, kind in _KINDS.items() if type(a) is kind.config and fits(kind)]
+    if "gqa" in names and config.heads_per_latent == 1:
+        return "mha"
+    return names[0] if names else ""
+
+
+def _attention_faults(config: ModelConfig) -> list[str]:
+    """Why no official model has this attention; empty if one has."""
+    a, base, never = config.attention, _base(config), "There is no official model with"
+    if not base:
+        fixed = dict.fromkeys(name for k in _KINDS.values() if type(a) is k.config for name in k.fixed)
+        values = " and ".join(f"{name}={getattr(a, name)}" for name in fixed)
+        return [f"{never} {values or f'the attention {attention_name(type(a))}'}."]
+    if config.gated_attention and not _KINDS[base].gate:
+        return [f"{never} gated_attention and {base.upper()}."]
+    return []
+
+
+def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[str, Any]:
+    """The official fields of a model, with its `model_type`.
+
+    Args:
+      config: the model.
+      block_size: length of the training sequences, in tokens.
+
+    Raises:
+      ConfigError: no official model is like this one; all reasons are listed.
+    """
+    config.validate()
+    faults = [
+        f"model.{name}={getattr(config, name)}, but the official models have {value} fixed."
+        for name, value in (("rope_base", _ROPE_BASE), ("norm_eps", _NORM_EPS))
+        if getattr(config, name) != value
+    ]
+    faults += _attention_faults(config)
+    suffixes = ["_gated"] if config.gated_attention else []
+    suffixes += [] if getattr(config.attention, "scale_latents", True) else ["_no_scale"]
+    if len(suffixes) > 1:
+        faults.append("There is no official model both gated and without scales.")
+    if faults:
+        raise ConfigError(faults)
+    if not suffixes and config.output_init == "normal":  # of no effect once there are weights
+        suffixes = ["_normal_initialization"]
+    base = _base(config)
+    fields = {theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()}
+    fields |= {theirs: getattr(config.attention, ours) for theirs, ours in _KINDS[base].fields.items()}
+    if _KINDS[base].kv_heads and base != "mha":
+        fields["group_size"] = config.heads_per_latent
+    constant = {"block_size": block_size, "bias": False, "dropout": 0.0}
+    return {"model_type": base + "".join(suffixes), **fields, **constant}
+
+
 def _parts(config: ModelConfig) -> tuple[Part, ...]:
     if faults := _attention_faults(config):
         raise ConfigError(faults)
-    a = config.attention
-    gate = "attn.c_gated.weight"
-    parts: tuple[Part, ...]
-    match a:
-        case LatentAttentionConfig():
-            parts, gate = (*_LATENT_PARTS, *_latent_head_parts(a)), "attn.gated_proj.weight"
-        case GroupedAttentionConfig():
-            parts = (*(_LOW_RANK_QUERY_PARTS if a.q_lora_rank else _QUERY_PARTS), *_KEY_VALUE_PARTS)
-        case TiedAttentionConfig():
-            parts = (*_QUERY_PARTS, *_TIED_PARTS)
-        case TensorProductAttentionConfig():
-            parts = _FACTOR_PARTS
-    if config.gated_attention:
-        parts += (Part(gate, "(N H) D", "layers.attention.output.w_gate", "D N H"),)
-    return (*_MODEL, *_LAYER, *parts)
+    kind = _KINDS[_base(config)]
+    gate = Part(kind.gate, "(N H) D", "layers.attention.output.w_gate", "D N H")
+    return (*_MODEL, *_LAYER, *kind.parts, *([gate] if config.gated_attention else []))
+
+
+# Conversion.
+
+_LETTERS = {
+    "L": ("n_latent_heads",),
+    "J": ("n_branches",),
+    "G": ("n_groups",),
+    "C": ("d_latent",),
+    "H": ("d_nope", "d_head"),
+    "R": ("d_rope",),
+    "A": ("q_lora_rank",),
+    "K": ("n_kv_heads", "n_tied_heads"),
+    "r": ("rank",),
+    "rq": ("q_rank",),
+}
+"""Axes of an attention, and the fields of its configuration that give their sizes."""
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    sizes = {"D": config.d_model, "F": config.d_ff, "V": config.vocab_size, "N": config.n_heads}
-    match config.attention:
-        case GroupedAttentionConfig() as a:
-            return sizes | {"K": a.n_kv_heads, "H": a.d_head, "A": a.q_lora_rank}
-        case TiedAttentionConfig() as a:
-            return sizes | {"K": a.n_tied_heads, "H": a.d_head, "R": a.d_rope}
-        case TensorProductAttentionConfig() as a:
-            return sizes | {"H": a.d_head, "r": a.rank, "rq": a.q_rank}
-        case LatentAttentionConfig() as a:
-            return sizes | {
-                "L": a.n_latent_heads,
-                "J": a.n_branches,
-                "G": a.n_groups,
-                "M": config.heads_per_latent,
-                "C": a.d_latent,
-                "H": a.d_nope,
-                "R": a.d_rope,
-                "E": a.d_nope + a.d_rope,
-                "A": a.q_lora_rank,
-                "kv": 2,
-            }
-    raise AssertionError("`_attention_faults` has refused this.")
+    a = config.attention
+    sizes = {"D": config.d_model, "F": config.d_ff, "V": config.vocab_size, "N": config.n_heads, "kv": 2}
+    named = ((letter, name) for letter, names in _LETTERS.items() for name in names if hasattr(a, name))
+    sizes |= {letter: getattr(a, name) for letter, name in named}
+    return sizes | {"M": config.heads_per_latent, "E": sizes["H"] + sizes.get("R", 0)}
 
 
 def _axes(axes: str) -> list[list[list[str]]]:
-    """`(L C | R) D` as [[[L, C], [R]], [[D]]]: for each axis of the array its pieces, each a product of axes."""
+    """Parses `(L C | R) D` as [[[L, C], [R]], [[D]]]: the pieces of each array axis, each a product of axes."""
     tokens = re.findall(r"\([^)]*\)|\S+", axes)
     return [[piece.split() for piece in token.strip("()").split("|")] for token in tokens]
 
@@ -360,7 +354,7 @@ def _shape(axes: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _view(x: np.ndarray, part: Part, axes: str, sizes: Mapping[str, int]) -> tuple[np.ndarray, list[str]]:
-    """The view of `x` that `axes` and the part's picks describe, and the names of its axes."""
+    """Returns the view of `x` that `axes` and the part's picks describe, and the names of its axes."""
     cut, names = [], []
     for pieces in _axes(axes):
         ends = [0, *np.cumsum([math.prod(sizes[a] for a in piece) for piece in pieces])]
@@ -375,7 +369,7 @@ def _view(x: np.ndarray, part: Part, axes: str, sizes: Mapping[str, int]) -> tup
 def _views(
     official: np.ndarray, ours: np.ndarray, part: Part, sizes: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Views of both sides of a part with the same axes in the same order."""
+    """Returns views of both sides of a part with the same axes in the same order."""
     theirs_view, theirs_axes = _view(official, part, part.theirs, sizes)
     ours_view, ours_axes = _view(ours, part, part.ours, sizes)
     return theirs_view.transpose([theirs_axes.index(a) for a in ours_axes]), ours_view
@@ -383,19 +377,19 @@ def _views(
 
 @dataclasses.dataclass(frozen=True)
 class _Official:
-    """An official tensor of a certain model."""
+    """An official tensor of a model."""
 
     shape: tuple[int, ...]
     layer: int | None
     parts: tuple[Part, ...]
 
     def of(self, array: Any) -> Any:
-        """What this tensor is made of, in one of our parameters."""
+        """The part of one of our parameters that this tensor comes from."""
         return array if self.layer is None else array[self.layer]
 
 
 def _official_tensors(config: ModelConfig) -> dict[str, _Official]:
-    """The official tensors of a model by name."""
+    """The official tensors of a model, by name."""
     sizes = _sizes(config)
     by_name: dict[str, list[Part]] = {}
     for part in _parts(config):
@@ -434,10 +428,10 @@ _TABLE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def lazy_params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """Our parameters of an official model, none made yet; those of the layers as `LazyStack`s.
+    """Converts official tensors to lazy parameters; those of layers are `LazyStack`s.
 
-    Making a parameter, or one layer of it, reads the tensors that it comes from, one at a time (a tensor that is parts
-    of two parameters is read for each). Only the output matrix, if there is one, is read here, to compare it.
+    Reading a parameter, or one layer of it, reads the tensors that it comes from, one at a time (a tensor that is part
+    of two parameters is read for each). Only an output matrix is read at once, to compare it with the embedding.
 
     Args:
       tensors: see `params_from_official`.
@@ -480,19 +474,19 @@ def lazy_params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig
 
 
 def _digest(tensor: Tensor) -> bytes:
-    """Of the values, so that two tensors can be compared with one in memory."""
+    """Digest of the values, to compare two tensors with one in memory at a time."""
     return hashlib.sha256(np.ascontiguousarray(np.asarray(tensor)).view(np.uint8).data).digest()
 
 
 def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """Our parameters of an official model.
+    """Converts official tensors to parameters.
 
-    Tensors are read one at a time, so no more than one is in memory beside the parameters.
+    Tensors are read one at a time, so that only one is in memory beside the parameters.
 
     Args:
       tensors: arrays or `LazyTensor`s by official name. `lm_head.weight` may be among them if it equals the token
-        matrix, to which it is tied.
-      config: of the model; parameters are converted to its `param_dtype`.
+        embedding, to which it is tied.
+      config: the model; parameters are converted to its `param_dtype`.
 
     Returns:
       Nested dictionary of NumPy arrays, in the training layout.
@@ -507,16 +501,16 @@ def params_from_official(tensors: Mapping[str, Tensor], config: ModelConfig) -> 
 def official_from_params(
     params: Mapping[str, Any], config: ModelConfig, *, with_head: bool = False
 ) -> dict[str, LazyTensor]:
-    """The official tensors of a model of ours, by name, in the type of the parameters.
+    """Converts parameters to official tensors, by name, in the parameters' dtype.
 
-    Each is made when `np.asarray` asks for it, so a big model need not be in memory twice. They come parameter by
-    parameter, so that of lazy parameters no more than two are needed at a time.
+    Each is made when `np.asarray` asks for it, so that a large model is not in memory twice. They are ordered by
+    parameter, so that at most two lazy parameters are needed at a time.
 
     Args:
       params: nested dictionary, in the training layout, of arrays, `LazyTensor`s or `LazyStack`s; gradients have the
         same names and shapes.
-      config: of the model.
-      with_head: list the token matrix a second time as `lm_head.weight`, as the official checkpoints do.
+      config: the model.
+      with_head: list the token embedding a second time as `lm_head.weight`, as the official checkpoints do.
 
     Raises:
       ConvertError: parameters are missing, unknown or of another shape; all are listed.

@@ -1,8 +1,8 @@
-"""State dicts that `torch.save` wrote, read without PyTorch and without running anything that is in them.
+"""Reads state dicts that `torch.save` wrote, without PyTorch and without running code in them.
 
-Such a file is a zip archive: `NAME/data.pkl` is a pickle of the dictionary in which each tensor is a call of a function
-that rebuilds it (storage, offset, size, stride), and `NAME/data/KEY` are the storages' bytes, not compressed. A pickle
-may ask for any function of any module; here it gets the ones below, which only describe tensors, and nothing else.
+Such a file is a zip archive: `NAME/data.pkl` is a pickle of the dictionary, in which each tensor is a call of a
+function that rebuilds it (storage, offset, size, stride), and `NAME/data/KEY` are the storages' bytes, uncompressed. A
+pickle may ask for any function of any module; this reader offers only the functions below, which describe tensors.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STORAGES = {
 }
 
 
-# What the pickle handles are tuples, so that a crafted one can change none of them.
+# The pickle only gets tuples, so that a crafted one cannot modify them.
 
 
 class _StorageType(NamedTuple):
@@ -46,7 +46,7 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-    """Where in the file a storage's bytes lie."""
+    """The place of a storage's bytes in the file."""
 
     start: int
     size: int  # elements
@@ -61,7 +61,7 @@ class _Function(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that state dicts need, and refuses all others."""
+    """Resolves the names that state dicts need, and refuses all others."""
 
     def __init__(self, path: Path, archive: zipfile.ZipFile, root: str):
         super().__init__(io.BytesIO(archive.read(f"{root}/data.pkl")))
@@ -92,7 +92,7 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(self._start(entry), size, storage_type.dtype)
 
     def _start(self, entry: zipfile.ZipInfo) -> int:
-        """The first byte of an entry's content: behind its local header, whose last two parts have any length."""
+        """Offset of an entry's content, after its local header, whose last two parts vary in length."""
         with self._path.open("rb") as file:
             file.seek(entry.header_offset)
             header = file.read(30)
@@ -120,7 +120,7 @@ class _Unpickler(pickle.Unpickler):
 def _read(
     path: Path, dtype: np.dtype, start: int, count: int, shape: tuple[int, ...], strides: tuple[int, ...]
 ) -> np.ndarray:
-    """The tensor whose elements lie, with these strides, among `count` in the file from byte `start` on."""
+    """Reads `count` elements from byte `start` on; returns the tensor with this shape and these strides."""
     if count == 0:
         return np.empty(shape, dtype)
     flat = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=start).view(dtype)
@@ -130,16 +130,16 @@ def _read(
 
 
 def open_torch(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
-    """The tensors of a state dict that `torch.save` wrote, by name; none is read yet.
+    """Opens a state dict that `torch.save` wrote: lazy tensors by name.
 
     Args:
-      path: of a `.bin`, `.pt` or `.pth` file in the zip format (PyTorch 1.6 and later). It must stay in place while
+      path: a `.bin`, `.pt` or `.pth` file in the zip format (PyTorch 1.6 and later). It must stay in place while
         tensors are read.
 
     Raises:
       FileNotFoundError: there is no such file.
-      UserError: it is not a whole file in this format, or it holds something other than named tensors, or asks for
-        code to be run (what it asks for is named, and is not run).
+      UserError: it is not a complete file in this format, holds something other than named tensors, or asks to run
+        code (which is named, and not run).
     """
     path = Path(path).expanduser()
 

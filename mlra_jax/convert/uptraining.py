@@ -1,8 +1,8 @@
-"""An MLA (or any latent attention) turned into one with more latent heads, as a point to train on from.
+"""Turns an MLA (or any latent attention) into one with more latent heads, as a starting point for training.
 
-The latent of an MLA is a vector in a basis that nothing fixes. A latent head cut into P pieces in a good basis gives P
-latent heads, each with its own part of W_KVA, W_UK and W_UV. docs/conversion.md derives what of it is exact, what is
-not, and why the scales are as they are; letters as in docs/notation.md, with 0 behind those of the model before.
+The latent of an MLA is a vector in an arbitrary basis. A latent head split into P pieces in a good basis gives P latent
+heads, each with its own part of W_KVA, W_UK and W_UV. docs/conversion.md derives what is exact, what is not, and the
+choice of scales; letters are those of docs/notation.md, with a 0 for the original model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.attention.registry import BUILT_IN, attention_name
+from mlra_jax.attention.registry import attention_name
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 
@@ -26,18 +26,26 @@ _CHANGED = ("w_kva", "kv_norm.gain", "w_uk", "w_uv")
 
 
 def split_config(config: ModelConfig, n_latent_heads: int, n_branches: int) -> ModelConfig:
-    """The model with its latent heads cut into `n_latent_heads`, of which each query head reads `n_branches`.
+    """The model with its latent heads split into `n_latent_heads`, of which each query head reads `n_branches`.
 
     Raises:
-      ConfigError: the attention is not latent, or its heads cannot be cut so.
+      ConfigError: the attention is not latent, or its heads cannot be split so.
     """
-    if (name := attention_name(type(config.attention))) not in BUILT_IN:
-        raise ConfigError(
-            [f"How the parameters of {name}, an attention of your own, are split is not known."]
-        )
-    split = dataclasses.replace(config, attention=config.attention.split(n_latent_heads, n_branches))
+    split = dataclasses.replace(config, attention=_latent(config).split(n_latent_heads, n_branches))
     split.validate()
     return split
+
+
+def _latent(config: ModelConfig) -> LatentAttentionConfig:
+    """The model's attention, whose parameters this module knows."""
+    if type(config.attention) is not LatentAttentionConfig:
+        raise ConfigError(
+            [
+                f"Only latent attention (MLA, GLA, MLRA) can be split; the model's is "
+                f"{attention_name(type(config.attention))}."
+            ]
+        )
+    return config.attention
 
 
 def split_latents(
@@ -49,25 +57,23 @@ def split_latents(
     key_scale: float | None = None,
     seed: int | None = 0,
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """The parameters and the configuration of a model whose latent heads are those of `config` cut into pieces.
+    """Splits a model's latent heads into pieces; returns parameters and configuration of the new model.
 
     Args:
-      params: nested dictionary, in the training layout, of arrays or lazy arrays. Those that change are made layer by
-        layer when they are asked for; all others are passed on.
-      config: of the model before.
-      n_latent_heads: L; a multiple of the L0 that the model has.
-      n_branches: J; a multiple of the J0 that the model has. With J = J0 * L / L0 every query head goes on reading all
-        that it read before; with fewer, it reads the part that its group of heads needs most.
-      key_scale: factor of W_UK; None: J / J0, so that a branch's score from its piece estimates the whole score.
-      seed: of the rotation that mixes the pieces; None: they are not mixed, an MLA's latent is cut as it lies.
+      params: nested dictionary, in the training layout, of arrays or lazy arrays. Those that change are computed layer
+        by layer on demand; all others are passed through.
+      config: the original model.
+      n_latent_heads: L; a multiple of the original L0.
+      n_branches: J; a multiple of the original J0. With J = J0 * L / L0 every query head still reads all that it read
+        before; with fewer, it reads the part that its group of heads needs most.
+      key_scale: scale of W_UK; None: J / J0, so that a branch's score from its piece estimates the whole score.
+      seed: seed of the rotation that mixes the pieces; None: no mixing, an MLA's latent is split in its own basis.
 
     Raises:
       ConfigError: see `split_config`.
     """
     split = split_config(config, n_latent_heads, n_branches)
-    before, after = config.attention, split.attention
-    assert isinstance(before, LatentAttentionConfig)
-    assert isinstance(after, LatentAttentionConfig)
+    after = _latent(split)
     flat: dict[str, Any] = nnx.traversals.flatten_mapping(params, sep=".")
 
     changed = {name: flat[_AT + name] for name in _CHANGED}
@@ -101,15 +107,13 @@ def _split_layer(
     rng: np.random.Generator | None,
 ) -> dict[str, np.ndarray]:
     """The changed parameters of one layer."""
-    before, after = config.attention, split.attention
-    assert isinstance(before, LatentAttentionConfig)
-    assert isinstance(after, LatentAttentionConfig)
+    before, after = _latent(config), _latent(split)
     c, groups = after.d_latent, after.n_groups
     pieces = after.n_branches // before.n_branches  # that a query head reads of a latent head that it read
     per_group = groups // before.n_groups  # groups of query heads that one becomes
     m = split.heads_per_latent
 
-    # What the two models multiply with: kv_scale on the latent, and the scale of the sum over branches.
+    # The two models' scales: kv_scale on the latent, and that of the sum over branches.
     latent_scale = branch_scale = 1.0
     if after.scale_latents:
         latent_scale = math.sqrt(c / before.d_latent)

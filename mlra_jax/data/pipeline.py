@@ -1,15 +1,16 @@
-"""From shards to batches on the mesh.
+"""The input pipeline, from shards to batches on the mesh.
 
-A window is T + 1 consecutive tokens: T inputs and, one further, T targets. A shard of n tokens has (n - 1) // T
+A window is T + 1 consecutive tokens: T inputs and, shifted by one, T targets. A shard of n tokens has (n - 1) // T
 windows; window k starts at token k * T. Windows are numbered through all shards, sorted by name. Which window is
-sequence i of step s is a pure function of (seed, s, i): the input has no state to save, any step can be the first, and
-each process reads just the rows that its own devices hold, however many processes there are.
+sequence i of step s is a pure function of (seed, s, i): there is no iterator state to save, any step can come first,
+and each process reads only the rows that its own devices hold, however many processes there are.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -23,7 +24,7 @@ from mlra_jax.data.shards import NO_TOKEN, ArrayShards, DataError, Shards, Split
 from mlra_jax.data.tokenizers import get_tokenizer
 
 IGNORED = NO_TOKEN
-"""Target of a position that has none: it counts neither in the loss nor in the number of tokens."""
+"""Target of a position without one; it is left out of the loss and of the token count."""
 
 Batch = dict[str, jax.Array]
 """`inputs` and `targets`, int32, of one shape and sharding."""
@@ -36,7 +37,7 @@ class Windows:
       shards: The shards in order.
       seq_len: T.
       vocab_size: Ids must be below it.
-      tails: Also take what remains of each shard as a shorter window, if it holds a target.
+      tails: Include the remainder of each shard as a shorter window, if it holds a target.
 
     Raises:
       DataError: there is not a single window, or (also when reading) an id is not below `vocab_size`.
@@ -88,7 +89,7 @@ class Windows:
 
 
 def open_windows(config: DataConfig, split: Split, vocab_size: int) -> Windows:
-    """The windows of one part of the data of `config`.
+    """Opens the windows of one split of the data of `config`.
 
     Raises:
       DataError, ValueError: the data cannot be used; says why.
@@ -97,7 +98,7 @@ def open_windows(config: DataConfig, split: Split, vocab_size: int) -> Windows:
 
 
 def open_part(config: DataConfig, split: Split, vocab_size: int) -> Shards:
-    """The shards of one part of the data of `config`.
+    """Opens the shards of one split of the data of `config`.
 
     Raises:
       DataError, ValueError: the data cannot be used; says why.
@@ -120,7 +121,7 @@ class TrainBatches:
     Args:
       config: What to read, and how.
       vocab_size: Ids must be below it.
-      seed: Of the shuffled order.
+      seed: Shuffling seed.
 
     Raises:
       DataError, ValueError: the data cannot be used; says why.
@@ -142,11 +143,11 @@ class TrainBatches:
 
     @property
     def n_windows(self) -> int:
-        """Windows in one pass over the data."""
+        """Number of windows in one epoch."""
         return len(self._windows)
 
     def window_number(self, step: int, sequence: int) -> int:
-        """Number of the window that is sequence `sequence` (0 to global_batch - 1) of step `step`."""
+        """The window that is sequence `sequence` (0 to global_batch - 1) of step `step`."""
         config = self.config
         if config.order == "official":
             # As the paper's PyTorch code: rank r has its own files and takes its windows one after the other, a fixed
@@ -160,16 +161,16 @@ class TrainBatches:
         return index_shuffle(k, max_index=self.n_windows - 1, seed=_epoch_seed(self._seed, epoch), rounds=4)
 
     def rows(self, step: int, sequences: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
-        """Sequences of a step (None: all of them) as windows, int32 [n, T + 1]."""
+        """The sequences of a step (None: all of them) as windows, int32 [n, T + 1]."""
         chosen = range(self.config.global_batch) if sequences is None else sequences
         return self._windows.read([self.window_number(step, int(i)) for i in chosen])
 
     def device_batches(self, sharding: Sharding, accumulation: int, start_step: int = 0) -> BatchIterator:
-        """The batches of steps `start_step`, `start_step` + 1, ... on the devices, read ahead by threads.
+        """Device batches of steps `start_step`, `start_step` + 1, ..., prefetched by threads.
 
         Args:
-          sharding: Of the arrays, int32 [accumulation, global_batch / accumulation, T]. Sequence i of the step is at
-            [i // micro, i % micro] with micro = global_batch / accumulation.
+          sharding: Sharding of the arrays, int32 [accumulation, global_batch / accumulation, T]. Sequence i of the
+            step is at [i // micro, i % micro] with micro = global_batch / accumulation.
           accumulation: Micro-batches in one step; divides `global_batch`.
           start_step: The first step.
 
@@ -192,7 +193,7 @@ class TrainBatches:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Puts host rows on the devices; `close` ends the threads that read ahead."""
+    """Puts host rows on the devices; `close` ends the prefetching threads."""
 
     def __init__(self, rows: grain.DatasetIterator, place: Placement):
         self._rows, self._place = rows, place
@@ -202,7 +203,7 @@ class BatchIterator(Iterator[Batch]):
         return self._place(windows[:, :-1], windows[:, 1:])
 
     def close(self) -> None:
-        """Ends the threads; the iterator cannot be used any more."""
+        """Ends the threads; the iterator cannot be used afterwards."""
         self._rows.close()
 
     def __enter__(self) -> BatchIterator:
@@ -213,27 +214,27 @@ class BatchIterator(Iterator[Batch]):
 
 
 class EvalBatches:
-    """Consecutive windows of some shards: what is evaluated, always the same.
+    """A fixed sequence of consecutive windows to evaluate.
 
     Args:
-      windows: Of the shards.
-      n_sequences: Windows wanted; if there are fewer, all of them are taken.
+      windows: Windows of the shards.
+      n_sequences: How many to take; all, if there are fewer.
       first: Number of the first one.
     """
 
     def __init__(self, windows: Windows, n_sequences: int, first: int = 0):
         self._windows, self._first = windows, first
         self.n_sequences = min(n_sequences, len(windows) - first)
-        """Windows in one evaluation."""
+        """Number of windows in one evaluation."""
 
     @classmethod
     def held_out(cls, config: DataConfig, vocab_size: int, n_sequences: int) -> EvalBatches:
-        """Those of a run's validation shards.
+        """The windows of a run's validation shards.
 
         Args:
           config: What to read.
           vocab_size: Ids must be below it.
-          n_sequences: Windows wanted; if there are fewer, all of them are taken.
+          n_sequences: How many to take; all, if there are fewer.
 
         Raises:
           DataError, ValueError: the data cannot be used; says why.
@@ -241,14 +242,14 @@ class EvalBatches:
         return cls(open_windows(config, "val", vocab_size), n_sequences)
 
     def device_batches(self, sharding: Sharding, accumulation: int, micro_batch: int) -> Iterator[Batch]:
-        """All windows in order, once, on the devices.
+        """All windows in order, once, as device batches.
 
         Args:
-          sharding: Of the arrays, int32 [accumulation, micro_batch, T]. Sequence i of a batch is at
+          sharding: Sharding of the arrays, int32 [accumulation, micro_batch, T]. Sequence i of a batch is at
             [i // micro_batch, i % micro_batch].
           accumulation: Micro-batches in a batch.
-          micro_batch: Sequences in one of them. Where the last batch has too few, sequences with targets -1 fill it,
-            as they do a window that a shard's end cuts short.
+          micro_batch: Sequences in each. The last batch, and windows cut short by the end of a shard, are padded with
+            targets of -1.
         """
         seq_len = self._windows.seq_len
         place = Placement(sharding, (accumulation, micro_batch, seq_len))
@@ -260,8 +261,18 @@ class EvalBatches:
             yield place(np.maximum(windows[:, :-1], 0), windows[:, 1:])
 
 
+def one_ahead(results: Iterable[Any]) -> Iterator[Any]:
+    """The results of device computations on the host, each fetched once the next one has been started."""
+    started = iter(results)
+    for pending in started:
+        for following in started:
+            yield jax.device_get(pending)
+            pending = following
+        yield jax.device_get(pending)
+
+
 class Placement:
-    """Lays rows of T tokens out as arrays [accumulation, micro, T] with a sharding; knows which of them it needs here.
+    """Lays out rows of T tokens as sharded arrays [accumulation, micro, T]; knows which rows this process needs.
 
     Row i of a batch is at [i // micro, i % micro].
     """
@@ -275,7 +286,7 @@ class Placement:
         """Sequences on this process's devices, ascending."""
 
     def __call__(self, inputs: np.ndarray, targets: np.ndarray) -> Batch:
-        """Batch of the rows of `sequences`, both int32 [n, T]."""
+        """Makes a batch from the rows numbered `sequences`, both int32 [n, T]."""
         return {"inputs": self._put(inputs), "targets": self._put(targets)}
 
     def _put(self, rows: np.ndarray) -> jax.Array:
@@ -288,7 +299,7 @@ class Placement:
 
 
 class _RankFiles:
-    """What one rank of the paper's PyTorch code reads: training files rank, rank + ranks, ..., in order, for ever."""
+    """What one rank of the paper's PyTorch code reads: training files rank, rank + ranks, ..., in order, cyclically."""
 
     def __init__(self, windows: Windows, rank: int, ranks: int):
         counts = windows.per_shard[rank::ranks]
@@ -297,7 +308,7 @@ class _RankFiles:
         self.n_windows = int(counts.sum())
 
     def window_number(self, k: int) -> int:
-        """Number of the k-th window that the rank reads."""
+        """The number of the k-th window that the rank reads."""
         k %= self.n_windows
         file = int(np.searchsorted(self._ends, k, side="right"))
         before = int(self._ends[file - 1]) if file else 0
@@ -306,5 +317,5 @@ class _RankFiles:
 
 @functools.lru_cache(maxsize=16)
 def _epoch_seed(seed: int, epoch: int) -> int:
-    """32 bits that look unrelated for every (seed, epoch)."""
+    """A 32-bit hash of (seed, epoch)."""
     return int(np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1)[0])

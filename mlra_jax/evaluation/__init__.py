@@ -1,1 +1,1 @@
-"""What a trained model is worth: perplexity of token shards, log-likelihoods of texts, lm-evaluation-harness."""
+"""Evaluation: perplexity of token shards, log-likelihoods of texts, lm-evaluation-harness."""

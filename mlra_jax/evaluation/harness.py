@@ -7,13 +7,13 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -27,7 +27,7 @@ from mlra_jax.generation.generator import GenerationOptions, Generator
 from mlra_jax.generation.sampling import Sampling
 
 LOCAL_TASKS = Path(__file__).parent / "tasks"
-"""`mlra_choice` and `mlra_rolling`: small tasks whose data is here, for trying things out without a network."""
+"""Holds `mlra_choice` and `mlra_rolling`, small tasks with their data, for trials without a network."""
 
 PAPER_TASKS = {
     "arc_easy": "acc_norm",
@@ -38,33 +38,33 @@ PAPER_TASKS = {
     "winogrande": "acc",
     "piqa": "acc_norm",
 }
-"""The paper's zero-shot tasks, and the metric that it reports of each."""
+"""The paper's zero-shot tasks, and the metric that it reports for each."""
 
 MAX_NEW_TOKENS = 256
-"""Of a generated text, where its task does not say."""
+"""Default length of a generated text, where its task does not set one."""
 
 
 class TaskError(UserError):
-    """A task that is not known, or whose data cannot be had."""
+    """A task that is unknown, or whose data is not available."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSet:
-    """Tasks whose data is here."""
+    """Tasks with their data."""
 
     loaded: dict[str, Any]
-    """As lm-evaluation-harness's `TaskManager.load` gives them."""
+    """The result of lm-evaluation-harness's `TaskManager.load`."""
     manager: TaskManager
-    """That knows them."""
+    """The manager that loaded them."""
 
     @property
     def generates(self) -> bool:
-        """Whether a task has texts generated."""
+        """Whether any task generates text."""
         return any(t.get_config("output_type") == "generate_until" for t in self.loaded["tasks"].values())
 
     @property
     def specs(self) -> list[Any]:
-        """What `simple_evaluate` takes: groups, and the tasks that are in none."""
+        """The arguments of `simple_evaluate`: groups, and the tasks that are in none."""
         groups = self.loaded["groups"]
         inner = {name for names in self.loaded["group_map"].values() for name in names}
         grouped = {t.task_name for group in groups.values() for t in group.get_all_tasks()}
@@ -73,16 +73,16 @@ class TaskSet:
 
 
 def load_tasks(names: Sequence[str], folder: str = "") -> TaskSet:
-    """Finds tasks, and fetches the data of those that need it.
+    """Finds tasks, and downloads data where needed.
 
     Args:
       names: tasks, groups or tags; `paper` stands for those of `PAPER_TASKS`.
-      folder: of further tasks, as YAML files; empty: none.
+      folder: folder with YAML files of further tasks; empty: none.
 
     Raises:
       TaskError: there is no such task, or its data could not be fetched or read.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells what it does in many lines
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its log is long
     if folder and not Path(folder).is_dir():
         raise TaskError(f"There is no folder {folder}; --task-folder takes one with YAML files of tasks.")
     wanted = list(itertools.chain.from_iterable(PAPER_TASKS if n == "paper" else [n] for n in names))
@@ -107,15 +107,15 @@ def load_tasks(names: Sequence[str], folder: str = "") -> TaskSet:
 
 
 class HarnessModel(TemplateLM):
-    """What lm-evaluation-harness asks of a model.
+    """A model as lm-evaluation-harness expects it.
 
-    Every process of a cluster runs the harness alike; to it they look like one.
+    Every process of a cluster runs the harness identically; to it they look like one.
 
     Args:
-      scorer: that computes log-likelihoods.
-      tokenizer: of the model.
-      make_generator: gives what generates texts, when the first one is wanted.
-      progress: whether to show bars, if standard error is a terminal.
+      scorer: computes log-likelihoods.
+      tokenizer: the model's tokenizer.
+      make_generator: makes the text generator, when a task first needs it.
+      progress: whether to show progress bars, if standard error is a terminal.
     """
 
     def __init__(
@@ -133,18 +133,18 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What precedes a text without a context."""
+        """The id that precedes a text without a context."""
         return self._tokenizer.eot_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of `string`; no special tokens are added, whatever is asked for."""
+        """Encodes `string` without special tokens, whatever is asked for."""
         return self._tokenizer.encode(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a context and of its continuation, spaces between them with the latter, as the harness has it.
+        """Encodes a context and its continuation; spaces between them belong to the continuation, as in the harness.
 
-        They are cut from the ids of the whole text where these begin with the context's; else, where a token joins the
-        two (the harness would then drop the beginning of the continuation, or all of it), each is encoded by itself.
+        The ids of the whole text are split where they begin with those of the context. Where a token spans the boundary
+        (the harness would then drop part or all of the continuation), the two are encoded separately.
         """
         kept = context.rstrip()
         context, continuation = kept, context[len(kept) :] + continuation
@@ -163,30 +163,22 @@ class HarnessModel(TemplateLM):
         return list(self._scorer.score(pairs, progress=self._progress))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, its first token after an end of text."""
+        """Log-likelihood of each whole text, whose first token follows an end-of-text token."""
         texts = [self.tok_encode(request.args[0]) for request in requests]
         cut = [list(rolling_windows(ids, self.prefix_token_id, self.max_length)) for ids in texts]
         scores = iter(self._scorer.score([pair for pairs in cut for pair in pairs], progress=self._progress))
         return [sum(next(scores).log_likelihood for _ in pairs) for pairs in cut]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """A completion of each text by the decode engine; prompts that are too long lose their beginning."""
-        by_options: dict[str, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_options.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(i)
-        texts = [""] * len(requests)
-        for described, members in by_options.items():
-            options = generation_options(
-                json.loads(described), self.max_length, self._scorer.model.batch_size
-            )
-            prompts = [requests[i].args[0] for i in members]
-            for i, text in zip(members, self._generator().generate(prompts, options), strict=True):
-                texts[i] = text
-        return texts
+        """Completes each prompt with the decode engine; prompts that are too long are truncated on the left."""
+        prompts, asked = zip(*(request.args for request in requests), strict=True)
+        batch_size = self._scorer.model.batch_size
+        options = [generation_options(kwargs, self.max_length, batch_size) for kwargs in asked]
+        return self._generator().generate(prompts, options)
 
 
 def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> GenerationOptions:
-    """Our options for a task's `generation_kwargs`.
+    """Translates a task's `generation_kwargs`.
 
     Raises:
       ConfigError: a value is not legal, or leaves no room for a prompt.
@@ -195,14 +187,12 @@ def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> 
     max_new_tokens = next((int(n) for n in lengths if n is not None), min(MAX_NEW_TOKENS, max_len // 2))
     if max_new_tokens >= max_len:
         raise ConfigError(
-            [
-                f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
-                "--seq-len."
-            ]
+            f"A task generates {max_new_tokens} tokens, which leaves no room for a prompt in {max_len}; raise "
+            "--seq-len."
         )
     until = asked.get("until") or ()
     temperature = float(asked.get("temperature") or 0)
-    # Tasks tend to say how to sample, and then that it is not wanted.
+    # Tasks often set sampling options together with do_sample=False.
     sampling = Sampling()
     if asked.get("do_sample", temperature > 0) and temperature > 0:
         sampling = Sampling(
@@ -224,16 +214,16 @@ def generation_options(asked: dict[str, Any], max_len: int, batch_size: int) -> 
 def run_tasks(
     model: HarnessModel, tasks: TaskSet, *, num_fewshot: int | None = 0, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """Results of each task and group: its metrics, with standard errors where the harness has them.
+    """Returns the metrics of each task and group, with standard errors where the harness has them.
 
     Args:
-      model: that is evaluated.
+      model: the model to evaluate.
       tasks: see `load_tasks`.
-      num_fewshot: examples before each question; None: as each task says.
-      limit: evaluate so many documents of each task, to try out; None: all.
+      num_fewshot: examples before each question; None: each task's default.
+      limit: number of documents to evaluate of each task, for a trial; None: all.
     """
-    # Standard output is for results. The harness would fork processes to bootstrap, which JAX's threads do not survive.
-    with contextlib.redirect_stdout(sys.stderr), _environment(DISABLE_MULTIPROC="1"):
+    # Standard output is for results. The harness bootstraps in forked processes, which JAX's threads do not survive.
+    with contextlib.redirect_stdout(sys.stderr), mock.patch.dict(os.environ, DISABLE_MULTIPROC="1"):
         found = simple_evaluate(
             model=model,
             tasks=tasks.specs,
@@ -248,22 +238,8 @@ def run_tasks(
     return {task: numbers(values) for task, values in found["results"].items()}
 
 
-@contextlib.contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def paper_average(results: dict[str, dict[str, float]]) -> float | None:
-    """Mean of the paper's metrics over its seven tasks, in per cent; None if one was not evaluated."""
+    """Mean of the paper's metrics over its seven tasks, in percent; None unless all were evaluated."""
     if not results.keys() >= PAPER_TASKS.keys():
         return None
     return 100 * sum(results[task][metric] for task, metric in PAPER_TASKS.items()) / len(PAPER_TASKS)

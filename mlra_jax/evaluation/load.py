@@ -1,9 +1,9 @@
-"""From a checkpoint to parameters that score whole sequences on a mesh."""
+"""Loads a checkpoint to score whole sequences on a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -20,59 +20,44 @@ ALL_DEVICES = MeshConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """A model that is evaluated, laid out as in training, and how its batches are."""
+    """A checkpoint's model to evaluate, laid out as in training; its parameters are read when they are first used.
 
-    config: TrainConfig
-    """Of the run that made it."""
-    params: dict[str, Any]
-    """In the training layout."""
-    mesh: Mesh
-    """With explicit axes."""
-    seq_len: int
-    """T: most tokens of a sequence."""
-    batch_size: int
-    """Sequences that a data-parallel device (data x fsdp) takes at a time."""
-
-    @property
-    def n_data_shards(self) -> int:
-        """Devices that take different sequences."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-    @property
-    def batch_sharding(self) -> NamedSharding:
-        """Of tokens [accumulation, sequences, T]."""
-        with jax.set_mesh(self.mesh):
-            return NamedSharding(self.mesh, TRAIN_RULES.spec(None, "batch", "length"))
-
-    def rows(self, n: int) -> int:
-        """Sequences in a batch, of which there are `n` in all: no more than needed, the same on each device."""
-        return self.n_data_shards * min(self.batch_size, -(-n // self.n_data_shards))
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationPlan:
-    """A checkpoint that fits a mesh; nothing has been allocated yet."""
+    Attributes:
+      checkpoint: folder of one step.
+      config: of the run that made it, with the sequence length of the evaluation.
+      mesh: with explicit axes.
+      batch_size: sequences per data-parallel device (data x fsdp).
+    """
 
     checkpoint: str
-    """Folder of one step."""
     config: TrainConfig
-    """Of the run that made it, with the T of the evaluation."""
-    sizes: MeshConfig
-    """Resolved."""
-    devices: Sequence[jax.Device]
-    """So many."""
+    mesh: Mesh
     batch_size: int
-    """See `Evaluated`."""
 
-    def load(self) -> Evaluated:
-        """Reads the parameters onto the mesh, in the type in which they are stored.
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        """The parameters on the mesh, in their stored dtype.
 
         Raises:
           CheckpointError: they are damaged, or not those of the configuration.
         """
-        mesh = make_mesh(self.sizes, self.devices)
-        params = load_params(self.checkpoint, abstract_state(self.config, mesh).params)
-        return Evaluated(self.config, params, mesh, self.config.data.seq_len, self.batch_size)
+        return load_params(self.checkpoint, abstract_state(self.config, self.mesh).params)
+
+    @property
+    def seq_len(self) -> int:
+        """T: maximum length of a sequence."""
+        return self.config.data.seq_len
+
+    @property
+    def batch_sharding(self) -> NamedSharding:
+        """Sharding of tokens [accumulation, sequences, T]."""
+        with jax.set_mesh(self.mesh):
+            return NamedSharding(self.mesh, TRAIN_RULES.spec(None, "batch", "length"))
+
+    def rows(self, n: int) -> int:
+        """Rows of a batch, given `n` sequences in all: no more than needed, the same number on each device."""
+        n_data_shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return n_data_shards * min(self.batch_size, -(-n // n_data_shards))
 
 
 def plan_evaluation(
@@ -82,15 +67,15 @@ def plan_evaluation(
     seq_len: int = 0,
     batch_size: int = 8,
     step: int | None = None,
-) -> EvaluationPlan:
-    """Checks that a checkpoint's model and its batches fit a mesh.
+) -> Evaluated:
+    """Checks that a checkpoint's model and its batches fit a mesh; reads no parameters.
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
       mesh: sizes, as in training; see `mlra_jax.generation.load.decode_devices` for which devices.
-      seq_len: most tokens of a sequence; 0: the length that the model was trained with.
-      batch_size: sequences that a data-parallel device takes at a time.
-      step: updates made by the checkpoint; None: the latest.
+      seq_len: maximum length of a sequence; 0: the training length.
+      batch_size: sequences per data-parallel device.
+      step: step of the checkpoint; None: the latest.
 
     Raises:
       ConfigError: mesh, devices, model and sequences do not fit together.
@@ -110,4 +95,4 @@ def plan_evaluation(
     )
     config = dataclasses.replace(config, data=data)
     check_train_layout(config, sizes)
-    return EvaluationPlan(folder, config, sizes, devices, batch_size)
+    return Evaluated(folder, config, make_mesh(sizes, devices), batch_size)

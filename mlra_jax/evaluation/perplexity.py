@@ -1,8 +1,8 @@
 """Perplexity of token shards.
 
-A shard is cut into windows of T inputs, one after the other from its first token: each token but the first is predicted
-once, from what precedes it in its window, across the ends of documents, with a softmax over all V ids. That is the
-protocol of the paper (`eval_ppl.py` of its PyTorch code), which stops early; see `paper_sequences`.
+A shard is split into consecutive windows of T inputs: each token but the first is predicted once, from the tokens
+before it in its window, across document boundaries, with a softmax over all V ids. That is the paper's protocol
+(`eval_ppl.py` of its PyTorch code), except that the paper stops early; see `paper_sequences`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mlra_jax.config import DataConfig, require
-from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, open_part
+from mlra_jax.data.pipeline import IGNORED, Batch, EvalBatches, Windows, one_ahead, open_part
 from mlra_jax.data.shards import DataError, open_files
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.generation.sampling import NotFiniteError
@@ -32,9 +32,9 @@ PAPER_TOKENS = 10**8
 
 
 def paper_sequences(n_tokens: int, seq_len: int) -> int:
-    """Windows of a shard of `n_tokens` that the paper evaluates: whole batches of 6, at most 10^8 tokens in all.
+    """The number of windows that the paper evaluates in a shard of `n_tokens`: whole batches of 6, at most 10^8 tokens.
 
-    All its batches have the same number of tokens, so that its mean of their means is the mean over these windows.
+    All batches have the same number of tokens, so the paper's mean of batch means is the mean over these windows.
     """
     batch_tokens = PAPER_BATCH * seq_len
     return PAPER_BATCH * min(PAPER_TOKENS // batch_tokens, (n_tokens - 1) // batch_tokens)
@@ -45,15 +45,15 @@ class Perplexity:
     """The result for one shard."""
 
     name: str
-    """Where the shard is."""
+    """Path or URL of the shard."""
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
     nats_per_token: float
-    """Their mean cross-entropy."""
+    """Mean cross-entropy."""
     n_bytes: int | None
-    """Bytes of text of these tokens, none for an end of text; None: not known."""
+    """Bytes of text of these tokens; end of text has none. None: unknown."""
     seconds: float
-    """What it took."""
+    """Time taken."""
 
     @property
     def perplexity(self) -> float:
@@ -62,19 +62,19 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Cross-entropy of all tokens by their bytes: comparable between tokenizers. None: not known."""
+        """Total cross-entropy over bytes of text, comparable between tokenizers. None: unknown."""
         if not self.n_bytes:
             return None
         return self.nats_per_token * self.tokens / math.log(2) / self.n_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a JSON object."""
         derived = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return dataclasses.asdict(self) | derived
 
 
 def mean(results: Sequence[Perplexity]) -> dict[str, float | None]:
-    """Plain means over shards, each counting the same (the paper's "Avg" is that of the perplexities)."""
+    """Unweighted means over shards (the paper's "Avg" is that of the perplexities)."""
     keys = ("nats_per_token", "perplexity", "bits_per_byte")
     columns = {key: [getattr(r, key) for r in results] for key in keys}
     return {key: None if None in column else float(np.mean(column)) for key, column in columns.items()}
@@ -82,10 +82,10 @@ def mean(results: Sequence[Perplexity]) -> dict[str, float | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What is evaluated of one shard."""
+    """What to evaluate of one shard."""
 
     name: str
-    """Where the shard is."""
+    """Path or URL of the shard."""
     batches: EvalBatches
     """Its windows."""
 
@@ -93,15 +93,15 @@ class Part:
 def open_parts(
     paths: Sequence[str], config: DataConfig, vocab_size: int, protocol: Protocol = "exact"
 ) -> list[Part]:
-    """What is evaluated, one part for each shard.
+    """Opens what to evaluate, one part per shard.
 
     Args:
-      paths: shards, folders of them (all their `*.bin`) or bucket URLs of either; or `embedded`, the held-out part of
-        the corpus in the package. None at all: the validation shards of `config`.
-      config: of the run, with the T of the windows and the tokenizer that shards must have been made with; with
-        `verify`, tokens are compared with their checksums first.
+      paths: shards, folders of shards (all their `*.bin`) or bucket URLs of either; or `embedded`, the held-out split
+        of the package's corpus. Empty: the validation shards of `config`.
+      config: gives T, and the tokenizer that shards must have been made with; with `verify`, tokens are first checked
+        against their checksums.
       vocab_size: ids must be below it.
-      protocol: `exact`: all tokens, also the last ones, which fill no window; `paper`: `paper_sequences`.
+      protocol: `exact`: all tokens, an incomplete last window included; `paper`: see `paper_sequences`.
 
     Raises:
       DataError, ValueError: a shard cannot be used, or is too short; says which.
@@ -127,12 +127,12 @@ def open_parts(
             windows.read([first])  # a vocabulary that does not fit shows before anything is compiled
             parts.append(Part(name, EvalBatches(windows, count, first)))
     if faults:
-        raise DataError(*faults)
+        raise DataError(faults)
     return parts
 
 
 def count_bytes(lengths_V: np.ndarray) -> Callable[[jax.Array], jax.Array]:
-    """A compiled function of targets, split in any way: the bytes (int32 scalar) that the counted ones stand for."""
+    """A compiled function of targets, sharded in any way: the bytes (int32 scalar) that the counted ones stand for."""
 
     def count(targets: jax.Array) -> jax.Array:
         lengths = jnp.asarray(lengths_V).at[targets].get(out_sharding=jax.typeof(targets).sharding)
@@ -144,13 +144,13 @@ def count_bytes(lengths_V: np.ndarray) -> Callable[[jax.Array], jax.Array]:
 def evaluate(
     model: Evaluated, parts: Sequence[Part], byte_lengths: np.ndarray | None = None, *, progress: bool = False
 ) -> Iterator[Perplexity]:
-    """Measures one part after the other; every process of a cluster calls it and gets the same.
+    """Evaluates one part after the other; every process of a cluster calls it and gets the same results.
 
     Args:
       model: on its mesh.
       parts: see `open_parts`.
-      byte_lengths: see `Tokenizer.byte_lengths`; None: bytes are not counted.
-      progress: whether to show a bar, if standard error is a terminal.
+      byte_lengths: see `Tokenizer.byte_lengths`; None: do not count bytes.
+      progress: whether to show a progress bar, if standard error is a terminal.
 
     Raises:
       NotFiniteError: the cross-entropy of a part is NaN or infinite.
@@ -177,16 +177,9 @@ def evaluate(
             start = time.monotonic()
             bar.set_description(part.name.rsplit("/", 1)[-1])
             sums: list[tuple[np.ndarray, ...]] = []
-            pending = None
-            for batch in part.batches.device_batches(sharding, 1, rows):
-                # The next batch is read and started while the device works on this one.
-                ahead = measure(batch)
-                if pending is not None:
-                    sums.append(jax.device_get(pending))
-                    bar.update(int(sums[-1][1]))
-                pending = ahead
-            sums.append(jax.device_get(pending))
-            bar.update(int(sums[-1][1]))
+            for result in one_ahead(map(measure, part.batches.device_batches(sharding, 1, rows))):
+                sums.append(result)
+                bar.update(int(result[1]))
             nats, tokens, *n_bytes = (
                 float(np.sum(column, dtype=np.float64)) for column in zip(*sums, strict=True)
             )

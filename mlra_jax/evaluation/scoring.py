@@ -11,32 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mlra_jax.data.pipeline import IGNORED, Placement
+from mlra_jax.data.pipeline import IGNORED, Placement, one_ahead
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.generation.sampling import NotFiniteError
 from mlra_jax.model import from_params
 from mlra_jax.training.losses import token_scores
 
 SHORTEST = 64
-"""Tokens to which the shortest sequences are padded; a program is compiled for this and each doubling up to T."""
+"""Shortest padded length; a program is compiled for it and each doubling up to T."""
 
 Pair = tuple[Sequence[int], Sequence[int]]
-"""Ids of a context, and of what continues it."""
+"""Ids of a context, and of its continuation."""
 
 
 class Score(NamedTuple):
-    """What a model says of a continuation."""
+    """A model's score of a continuation."""
 
     log_likelihood: float
-    """Sum of its tokens' log-probabilities, nats."""
+    """Sum of its tokens' log-probabilities, in nats."""
     is_greedy: bool
-    """Whether each token is the most probable one after those before it."""
+    """Whether every token is the most probable one in its place."""
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, seq_len: int) -> Iterator[Pair]:
-    """Cuts a text into pairs in which each of its tokens is scored once, `seq_len` at a time.
+    """Splits a text into pairs in which each of its tokens is scored once, `seq_len` at a time.
 
-    The first token is predicted from `prefix`; the last pair, which has fewer to score, looks back as far as it can.
+    The first token is predicted from `prefix`. The last pair has fewer tokens to score and so a longer context.
     """
     sequence = [prefix, *ids]
     for start in range(0, len(ids), seq_len):
@@ -45,7 +45,7 @@ def rolling_windows(ids: Sequence[int], prefix: int, seq_len: int) -> Iterator[P
 
 
 class Scorer:
-    """Scores continuations with one model; every process of a cluster calls it alike and gets the same.
+    """Scores continuations with one model; every process of a cluster makes the same calls and gets the same results.
 
     Args:
       model: on its mesh.
@@ -64,7 +64,6 @@ class Scorer:
                 params["embedding"]["table"],
                 targets_BT,
                 dtype=transformer.embedding.compute_dtype,
-                rules=transformer.rules,
             )
             whole = lambda x: transformer.rules.constrain(x, None)
             return whole(jnp.sum(nats_BT, axis=1)), whole(jnp.all(best_BT, axis=1))
@@ -72,20 +71,20 @@ class Scorer:
         self._step = jax.jit(step)
 
     def padded_length(self, n: int) -> int:
-        """Tokens to which a sequence of `n` inputs is padded."""
+        """The length to which a sequence of `n` inputs is padded."""
         doubled = SHORTEST * 2 ** max(0, math.ceil(math.log2(n / SHORTEST)))
         context = self.model.mesh.shape["context"]
         return min(-(-doubled // context) * context, self.model.seq_len)
 
     def score(self, pairs: Sequence[Pair], *, progress: bool = False) -> list[Score]:
-        """The score of each pair's continuation after its context, in the order given.
+        """Scores each pair's continuation after its context, in the order given.
 
-        Sequences are padded to one of few lengths, and batches are made of those of one length. A context that is too
-        long loses its beginning.
+        Sequences are padded to one of a few lengths and batched by length. Contexts that are too long are truncated on
+        the left.
 
         Args:
           pairs: contexts of at least one token, continuations of at most T.
-          progress: whether to show a bar, if standard error is a terminal.
+          progress: whether to show a progress bar, if standard error is a terminal.
 
         Raises:
           ValueError: a context is empty, a continuation does not fit, or an id is not in the vocabulary.
@@ -107,11 +106,8 @@ class Scorer:
             if continuation:
                 by_length.setdefault(self.padded_length(len(sequence) - 1), []).append(i)
 
-        scores = [Score(0.0, True)] * len(pairs)
-        bar = tqdm(total=len(pairs), unit="seq", dynamic_ncols=True, disable=None if progress else True)
-        with bar, jax.set_mesh(self.model.mesh):
-            pending: tuple[list[int], Any] | None = None
-            for length in sorted(by_length, reverse=True):  # what does not fit the memory shows at once
+        def batches() -> Iterator[tuple[list[int], Any]]:
+            for length in sorted(by_length, reverse=True):  # what does not fit in memory fails at once
                 members = by_length[length]
                 rows = self.model.rows(len(members))
                 for start in range(0, len(members), rows):
@@ -124,24 +120,18 @@ class Scorer:
                         targets[row, n - n_scored : n] = sequences[i][n + 1 - n_scored :]
                     place = Placement(self._sharding, (1, rows, length))
                     batch = place(inputs[place.sequences], targets[place.sequences])
-                    # The next batch is started before this one is waited for.
-                    ahead = chosen, self._step(self.model.params, batch["inputs"][0], batch["targets"][0])
-                    self._collect(pending, scores, bar)
-                    pending = ahead
-            self._collect(pending, scores, bar)
-        return scores
+                    yield chosen, self._step(self.model.params, batch["inputs"][0], batch["targets"][0])
 
-    def _collect(self, pending: tuple[list[int], Any] | None, scores: list[Score], bar: tqdm) -> None:
-        if pending is None:
-            return
-        chosen, results = pending
-        for i, total, greedy in zip(
-            chosen, *jax.device_get(results), strict=False
-        ):  # rows past them are padding
-            if not math.isfinite(total):
-                raise NotFiniteError(
-                    f"The log-likelihood of sequence {i} is {total}; the weights of this checkpoint are no good, take "
-                    "one from before its training diverged."
-                )
-            scores[i] = Score(float(total), bool(greedy))
-        bar.update(len(chosen))
+        scores = [Score(0.0, True)] * len(pairs)
+        bar = tqdm(total=len(pairs), unit="seq", dynamic_ncols=True, disable=None if progress else True)
+        with bar, jax.set_mesh(self.model.mesh):
+            for chosen, results in one_ahead(batches()):
+                for i, total, greedy in zip(chosen, *results, strict=False):  # rows past them are padding
+                    if not math.isfinite(total):
+                        raise NotFiniteError(
+                            f"The log-likelihood of sequence {i} is {total}; the weights of this checkpoint are no "
+                            "good, take one from before its training diverged."
+                        )
+                    scores[i] = Score(float(total), bool(greedy))
+                bar.update(len(chosen))
+        return scores

@@ -1,1 +1,1 @@
-"""How a step is run on the devices at hand: their data sheets, the planner and its roofline, compiled programs."""
+"""How steps run on devices: data sheets, planner and roofline, ahead-of-time compilation, collectives."""

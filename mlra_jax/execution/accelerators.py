@@ -1,6 +1,7 @@
-"""What accelerators can do at best, from their makers' data sheets.
+"""The one table of accelerators: what they can do at best and what kernels must know of them.
 
-One JAX device is meant: a whole GPU, a whole TPU v4, v5p, v5e or v6e chip, half a TPU7x chip.
+From their makers' data sheets. One JAX device is meant: a whole GPU, a whole TPU v4, v5p, v5e or v6e chip, half a TPU7x
+chip.
 """
 
 from __future__ import annotations
@@ -22,46 +23,70 @@ class Accelerator:
     flops: float
     """Dense bfloat16 matrix FLOP/s (T4 has no bfloat16: float16)."""
     memory: int
-    """Bytes of high-bandwidth memory."""
+    """Bytes of memory that programs may use."""
     bandwidth: float
     """Bytes per second between it and the chip."""
     links: float
     """Bytes per second that all links to other devices of the slice or host send at once; half of the bidirectional
     figure of the data sheet."""
+    capability: int = 0
+    """Compute capability of a GPU: 80 for 8.0; 0: not an NVIDIA GPU."""
+    processors: int = 0
+    """Streaming multiprocessors of a GPU."""
 
     @property
     def ridge(self) -> float:
         """FLOPs per byte of memory from which on a computation is bound by arithmetic, not by memory."""
         return self.flops / self.bandwidth
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one program at most (CUDA C++ Programming Guide, table of compute capabilities)."""
+        return {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}[self.capability] * 1024
 
-def _of(tflops: float, gib: float, gb_per_second: float, links: float) -> Accelerator:
-    return Accelerator(tflops * 1e12, int(gib * GIB), gb_per_second * 1e9, links * 1e9)
+
+def _of(
+    tflops: float, gib: float, gb_per_second: float, links: float, capability: int = 0, processors: int = 0
+) -> Accelerator:
+    return Accelerator(
+        tflops * 1e12, int(gib * GIB), gb_per_second * 1e9, links * 1e9, capability, processors
+    )
 
 
 # NVIDIA's data sheets and Google Cloud's pages on TPU system architecture; the first pattern that matches counts.
 _ACCELERATORS = (
-    (r"H100 PCIe", _of(756, 79.6, 2000, 300)),
-    (r"H100 NVL", _of(835, 93.6, 3900, 300)),
-    (r"H200 NVL", _of(835, 139.8, 4800, 450)),
-    (r"GH200 480GB", _of(989, 94.5, 4000, 450)),
-    (r"H200|GH200", _of(989, 139.8, 4800, 450)),
-    (r"H100", _of(989, 79.1, 3350, 450)),
-    (r"A100.*80GB", _of(312, 79.2, 2039, 300)),
-    (r"A100", _of(312, 39.4, 1555, 300)),
-    (r"\bL4\b", _of(121, 22.0, 300, 32)),
-    (r"\bT4\b", _of(65, 14.6, 300, 16)),
-    (r"^TPU v4$", _of(275, 32, 1228, 300)),
-    (r"^TPU (v5e|v5 lite)$", _of(197, 16, 819, 200)),
-    (r"^TPU (v5p|v5)$", _of(459, 95, 2765, 600)),
-    (r"^TPU (v6e|v6 lite)$", _of(918, 32, 1640, 400)),
-    (r"^TPU ?7x$", _of(1153.5, 96, 3690, 600)),
+    (r"H100 PCIe", _of(756, 79.6, 2000, 300, 90, 114)),
+    (r"H100 NVL", _of(835, 93.6, 3900, 300, 90, 132)),
+    (r"H200 NVL", _of(835, 139.8, 4800, 450, 90, 132)),
+    (r"GH200 480GB", _of(989, 94.5, 4000, 450, 90, 132)),
+    (r"H200|GH200", _of(989, 139.8, 4800, 450, 90, 132)),
+    (r"H100", _of(989, 79.1, 3350, 450, 90, 132)),
+    (r"H800", _of(989, 79.1, 3350, 200, 90, 132)),
+    (r"H20", _of(148, 94.9, 4000, 450, 90, 78)),
+    (r"A100.*80GB", _of(312, 79.2, 2039, 300, 80, 108)),
+    (r"A100", _of(312, 39.4, 1555, 300, 80, 108)),
+    (r"A30", _of(165, 23.5, 933, 100, 80, 56)),
+    (r"A10G", _of(70, 22.0, 600, 32, 86, 80)),
+    (r"A10", _of(125, 22.0, 600, 32, 86, 72)),
+    (r"A40", _of(150, 44.4, 696, 56, 86, 84)),
+    (r"A6000", _of(155, 47.4, 768, 56, 86, 84)),
+    (r"RTX 3090", _of(71, 23.5, 936, 56, 86, 82)),
+    (r"L4", _of(121, 22.0, 300, 32, 89, 58)),
+    (r"L40S", _of(362, 44.4, 864, 32, 89, 142)),
+    (r"L40", _of(181, 44.4, 864, 32, 89, 142)),
+    (r"RTX 4090", _of(165, 23.5, 1008, 32, 89, 128)),
+    (r"T4", _of(65, 14.6, 300, 16, 75, 40)),
+    (r"TPU v4$", _of(275, 32, 1228, 300)),
+    (r"TPU (v5e|v5 lite)$", _of(197, 16, 819, 200)),
+    (r"TPU (v5p|v5)$", _of(459, 95, 2765, 600)),
+    (r"TPU (v6e|v6 lite)$", _of(918, 32, 1640, 400)),
+    (r"TPU ?7x$", _of(1153.5, 96, 3690, 600)),
 )
 
 
 def find_accelerator(kind: str) -> Accelerator | None:
     """What is known of the devices of this `jax.Device.device_kind`; None: nothing."""
-    return next((chip for pattern, chip in _ACCELERATORS if re.search(pattern, kind)), None)
+    return next((chip for pattern, chip in _ACCELERATORS if re.search(rf"\b(?:{pattern})\b", kind)), None)
 
 
 KINDS = {

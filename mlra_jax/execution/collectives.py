@@ -1,4 +1,4 @@
-"""What a compiled program moves between devices, read off its HLO."""
+"""The collectives of a compiled program, read off its HLO."""
 
 from __future__ import annotations
 
@@ -21,29 +21,31 @@ _ARRAY = re.compile(r"\b(?P<dtype>pred|[a-z]+\d\w*)\[(?P<shape>[\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One exchange between devices in a compiled program."""
+    """One collective of a compiled program."""
 
     kind: str
-    """As in HLO: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute, collective-broadcast."""
+    """HLO opcode: all-gather, all-reduce, reduce-scatter, all-to-all, collective-permute or collective-broadcast."""
     devices: int
-    """That exchange with one another."""
+    """Size of the group of devices that take part."""
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
-    """Types and shapes that each device has afterwards."""
+    """Dtypes and shapes of the result on each device."""
 
     @property
     def bytes(self) -> int:
-        """Size of the arrays before they are cut or after they are put together: the larger side of the exchange."""
+        """Size of the larger side of the exchange: of the arrays before a scatter, or after a gather."""
         width = lambda dtype: math.ceil(int((re.findall(r"\d+", dtype) or ["8"])[0]) / 8)
         held = sum(width(dtype) * math.prod(shape) for dtype, shape in self.arrays)
         return held * self.devices if self.kind == "reduce-scatter" else held
 
-    def __str__(self) -> str:
+    @property
+    def cells(self) -> tuple[str, str, str]:
+        """Kind, devices and arrays, as tables show them."""
         arrays = " and ".join(f"{dtype}[{','.join(map(str, shape))}]" for dtype, shape in self.arrays)
-        return f"{self.kind} | {self.devices} | {arrays}"
+        return self.kind, str(self.devices), arrays
 
 
 def _group_size(line: str) -> int:
-    """How many devices exchange with one another in the collective of this line of HLO."""
+    """The number of devices in a group of the collective in this line of HLO."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return len(set(re.findall(r"\d+", pairs[1])))
     groups = re.search(r"replica_groups=(.*)", line)
@@ -60,14 +62,14 @@ def _group_size(line: str) -> int:
 
 
 def _of_line(line: str) -> Collective | None:
-    """The collective that a line of HLO starts, if it does."""
+    """The collective that a line of HLO starts, if any."""
     instruction = _INSTRUCTION.search(line)
     if instruction is None:
         return None
     arrays = _arrays(instruction["result"])
     nested = instruction["result"].startswith("((")  # ((operands), results), in newer versions of all of them
     if instruction["start"] and (nested or instruction["kind"] in ("all-gather", "collective-permute")):
-        # The result of an asynchronous one holds the operands, and for some what the hardware waits on, too.
+        # The result of an asynchronous collective also holds the operands, and for some what the hardware waits on.
         arrays = tuple(a for a in arrays if a[1])
         arrays = arrays[len(arrays) // 2 :]
     return Collective(instruction["kind"], _group_size(line), arrays)
@@ -79,16 +81,6 @@ def _arrays(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     )
 
 
-def parse_collectives(hlo: str) -> list[Collective]:
-    """The collectives in the text of a program compiled for the CPU, in order, without those of one device alone.
-
-    Raises:
-      NotImplementedError: a collective says in an unknown way which devices take part.
-    """
-    found = [_of_line(line) for line in hlo.splitlines()]
-    return [c for c in found if c is not None and c.devices > 1]
-
-
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>\S+) \(.*\{$")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)|(?:branch|called)_computations=\{(.*?)\}"
@@ -97,13 +89,13 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 def executed_collectives(hlo: str) -> dict[Collective, int]:
-    """The collectives of a program compiled for CPU, GPU or TPU, and how often each is executed in one run of it.
+    """The collectives of a program compiled for CPU, GPU or TPU, and how often each is executed per run.
 
-    What a loop calls counts as often as the loop goes round, where the program says how often that is. A collective
-    that the compiler has cut into steps (a chain, on TPU) counts once.
+    A collective in a loop counts once per iteration, where the program states the trip count. One that the compiler
+    has split into steps (a chain, on TPU) counts once. Collectives within single devices are left out.
 
     Raises:
-      NotImplementedError: a collective says in an unknown way which devices take part.
+      NotImplementedError: the replica groups of a collective have an unknown form.
     """
     computations = dict(_computations(hlo))
     times = _times(computations)
@@ -132,7 +124,7 @@ def executed_collectives(hlo: str) -> dict[Collective, int]:
 
 
 def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    """Names and lines of the program's computations; the one that is run is called `ENTRY`."""
+    """The names and lines of the program's computations; the entry computation is called `ENTRY`."""
     name = ""
     lines: list[str] = []
     for line in hlo.splitlines():
@@ -145,7 +137,7 @@ def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _times(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation is executed."""
+    """The number of times that each computation is executed."""
     times: dict[str, int] = {}
 
     def visit(name: str, n: int) -> None:
@@ -162,7 +154,7 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
-    """How often the loop of this line of HLO goes round; 1 where the program does not say."""
+    """The trip count of the loop in this line of HLO; 1 where the program does not state it."""
     if known := _TRIPS.search(line):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)

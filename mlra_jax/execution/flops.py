@@ -1,4 +1,4 @@
-"""Floating-point operations of training and of decoding, and what devices can do at best.
+"""Model FLOPs of training, and peak FLOP/s of devices.
 
 Model FLOPs utilisation is `tokens_per_second * train_flops_per_token(...) / (devices * peak_flops(kind))`.
 """
@@ -21,7 +21,7 @@ def train_flops_per_token(config: ModelConfig, n_params: int, seq_len: int) -> f
     Args:
       config: the model.
       n_params: number of parameters, the tied embedding once.
-      seq_len: T, tokens in a training sequence.
+      seq_len: T, tokens per training sequence.
     """
     attention = config.attention.train_flops(config.n_heads, keys=(seq_len + 1) / 2)
     return 6 * n_params + 3 * config.n_layers * attention

@@ -1,8 +1,8 @@
-"""What a train step takes of each device, estimated before anything is compiled, and what to choose so that it fits.
+"""Plans a train step before anything is compiled: estimates its memory and time, and chooses settings that fit.
 
-Parameters, moments and gradients are counted exactly, and what each layer keeps for the backward pass is read off the
-traced program of one layer, so that it follows the attention kernels and the mesh. What XLA needs besides (one layer's
-backward pass, a chunk of logits) is an estimate; docs/scaling.md compares the sum with the compiler's own count.
+Parameters, moments and gradients are counted exactly; what each layer saves for the backward pass is read off the
+traced program of one layer, so that it follows the attention kernels and the mesh. XLA's other needs (one layer's
+backward pass, a chunk of logits) are estimated; docs/scaling.md compares the sum with the compiler's own count.
 """
 
 from __future__ import annotations
@@ -23,42 +23,44 @@ from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
 from mlra_jax.execution.roofline import Costs, step_costs
 from mlra_jax.model import Transformer, cast_weights, from_params
 from mlra_jax.model.transformer import REMAT_POLICIES
-from mlra_jax.ops.device import find_chip
 from mlra_jax.sharding import TRAIN_RULES, on_mesh
 from mlra_jax.training.losses import logit_chunks
 from mlra_jax.training.step import abstract_state, unrolls_layers
 
 HEADROOM = 0.96
-"""Part of a device's memory that a plan may fill; the rest is for fragmentation and what the estimate misses."""
+"""Fraction of a device's memory that a plan may fill; the rest is for fragmentation and what the estimate misses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One way to run a train step, with its estimated memory and time on each device."""
+    """One way to run a train step, with its estimated memory and time on each device.
+
+    Attributes:
+      remat: what layers save (`ExecutionConfig.remat`).
+      micro_batch: sequences per data-parallel device and micro-batch.
+      accumulation: micro-batches in a step.
+      gather: when weights that fsdp splits are gathered (`ExecutionConfig.gather`).
+      memory: bytes per device, by use.
+      capacity: memory of a device in bytes; None: unknown.
+      costs: FLOPs and bytes of a step.
+    """
 
     remat: Remat
-    """What layers keep (`ExecutionConfig.remat`)."""
     micro_batch: int
-    """Sequences that a data-parallel device processes at a time."""
     accumulation: int
-    """Micro-batches in a step."""
     gather: Gather
-    """When weights that fsdp splits are gathered (`ExecutionConfig.gather`)."""
     memory: dict[str, int]
-    """Bytes of a device by what they hold."""
     capacity: int | None
-    """Bytes that the device has; None: unknown."""
     costs: Costs
-    """FLOPs and bytes of a step."""
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """Total bytes per device."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        """Whether it fits, as far as is known."""
+        """Whether it fits, as far as the memory is known."""
         return self.capacity is None or self.total <= HEADROOM * self.capacity
 
     def __str__(self) -> str:
@@ -76,7 +78,7 @@ def _shown(size: int) -> str:
 
 
 def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
-    """Bytes on each device of `mesh` of the abstract arrays of `tree`; `gathered`: if fsdp did not split them."""
+    """Bytes per device of `mesh` of the abstract arrays of `tree`; `gathered`: without splitting over fsdp."""
 
     def one(x: Any) -> int:
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()
@@ -89,7 +91,7 @@ def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: Mesh) -> int:
-    """See `Planner.kept`; read off the traced program of one layer."""
+    """`Planner.kept`, read off the traced program of one layer."""
     with jax.set_mesh(mesh):
         new = lambda: nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
         weights = on_mesh(jax.eval_shape(lambda: cast_weights(model, new())), mesh)
@@ -110,9 +112,9 @@ def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: Me
 
 
 def _origin(jaxpr: Any, var: Any) -> tuple[Any, ...]:
-    """What `var` of a program is: the same for two results of a call that are one value in what is called.
+    """Identifies the value of `var`: the same for two results of a call that are one value in the called program.
 
-    A kernel's output that is also saved is such a pair; XLA keeps it once.
+    A kernel's output that is also a residual is such a pair; XLA keeps it once.
     """
     for i, equation in enumerate(jaxpr.eqns):
         if var in equation.outvars:
@@ -125,13 +127,13 @@ def _origin(jaxpr: Any, var: Any) -> tuple[Any, ...]:
 
 
 class Planner:
-    """Estimates of the train step of `config` on `mesh`. What does not depend on the choice is computed once.
+    """Estimates the train step of `config` on `mesh`; what does not depend on the plan is computed once.
 
     Args:
-      config: the run; its mesh is not looked at.
-      mesh: of devices that are there or only described.
-      capacity: bytes of one device; None: as the device or the table of accelerators says, if it does.
-      kind: of devices that those of the mesh stand for, as JAX calls it; None: their own.
+      config: the run; its own mesh is ignored.
+      mesh: mesh of present or described devices.
+      capacity: memory of one device in bytes; None: what the device or the table of accelerators says, if known.
+      kind: JAX's name of the devices that those of the mesh stand for; None: their own.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, capacity: int | None = None, kind: str | None = None):
@@ -139,10 +141,11 @@ class Planner:
         self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
         device = mesh.devices.flat[0]
         kind = kind or device.device_kind
-        self._on_gpu = find_chip(kind) is not None or device.platform in ("gpu", "cuda")
+        chip = find_accelerator(kind)
+        self._on_gpu = bool(chip and chip.capability) or device.platform in ("gpu", "cuda")
         self.capacity = device_memory(device) if capacity is None else capacity
-        # To compare choices by: the proportions of an unknown device are taken to be an H100's.
-        self._chip = find_accelerator(kind) or find_accelerator("H100")
+        # For comparing plans; an unknown device is taken to have an H100's proportions.
+        self._chip = chip or find_accelerator("H100")
         self._state = abstract_state(config, mesh)
         with jax.set_mesh(mesh):
             self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)
@@ -151,19 +154,19 @@ class Planner:
         return device_bytes(tree, self.mesh, gathered)
 
     def kept(self, remat: Remat) -> int:
-        """Bytes that one layer, its input included, keeps for one sequence of each data-parallel device."""
+        """Bytes that one layer saves, its input included, for one sequence per data-parallel device."""
         execution = dataclasses.replace(self.config.execution, remat=remat)
         return _kept(self.config.model, execution, self.config.data.seq_len, self.mesh)
 
     def plan(self, micro_batch: int, remat: Remat, gather: Gather = "layer") -> Plan:
-        """What this choice takes; `micro_batch` must divide the sequences of a data-parallel device."""
+        """Estimates this choice; `micro_batch` must divide the sequences of a data-parallel device."""
         config, mesh = self.config, self.mesh
         accumulation = config.data.global_batch // (micro_batch * self.n_data)
         gather = gather if accumulation > 1 else "layer"
         model, once = config.model, gather == "step"
         execution = dataclasses.replace(config.execution, gather=gather)
         layers = self._weights["layers"]
-        # Of layers in a row, each one's gradients are added to the sum when they are there.
+        # With unrolled layers, each one's gradients are added to the sum as soon as they are computed.
         with jax.set_mesh(mesh):
             added_at_once = accumulation > 1 and unrolls_layers(execution, accumulation)
         cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
@@ -172,7 +175,7 @@ class Planner:
         vocab = model.vocab_size // mesh.shape["tensor"]
         size = logit_chunks(tokens, vocab)[1]
         width = jnp.dtype(model.compute_dtype).itemsize
-        # The backward pass of a layer has everything that its forward pass had, at once.
+        # The backward pass of a layer holds everything that its forward pass produced, at once.
         layer = micro_batch * max(self.kept("none") - self.kept(remat), 0) + gathered
         # Logits, their gradient, and the token matrix: cast, and its gradient.
         logits = (4 + width) * size * vocab + (4 + width) * vocab * model.d_model
@@ -204,7 +207,7 @@ class Planner:
         return Plan(remat, micro_batch, accumulation, gather, memory, self.capacity, costs)
 
     def _layer_size(self) -> int:
-        """Elements of one layer's weights on a device that has gathered them."""
+        """The number of elements of one layer's gathered weights on a device."""
         whole = self.mesh.shape["fsdp"]
         return self._float32_bytes(self._state.params["layers"]) // 4 * whole // self.config.model.n_layers
 
@@ -214,17 +217,17 @@ class Planner:
         return self._bytes(jax.tree.map(as_float32, tree), gathered)
 
     def micro_batches(self) -> list[int]:
-        """The sizes of micro-batch that divide the global batch."""
+        """The micro-batch sizes that divide the global batch."""
         sequences = self.config.data.global_batch // self.n_data
         return [n for n in range(1, sequences + 1) if sequences % n == 0]
 
     def choose(self) -> Plan:
-        """The plan that is asked for; where micro-batch (0), remat or gather are left open, the fastest that fits.
+        """The fastest plan that fits; chooses micro-batch (0), remat and gather where the run leaves them open.
 
-        Where the memory of the devices is unknown (a CPU), these are 1, full and layer.
+        If the devices' memory is unknown (a CPU), these are 1, full and layer.
 
         Raises:
-          ConfigError: nothing that is asked for fits; names what takes the memory, and what to change.
+          ConfigError: nothing fits; says what takes the memory, and what to change.
         """
         asked_batch, asked_remat = self.config.data.micro_batch, self.config.execution.remat
         batches = [asked_batch] if asked_batch else self.micro_batches()
@@ -237,10 +240,10 @@ class Planner:
             assert self._chip is not None
             chip = self._chip
             return min(fitting, key=lambda p: (p.costs.in_sequence(chip), p.total))
-        raise ConfigError([self._refusal(min(plans, key=lambda p: p.total))])
+        raise ConfigError(self._refusal(min(plans, key=lambda p: p.total)))
 
     def _gathers(self) -> list[Gather]:
-        """The choices of `ExecutionConfig.gather`, the one with the least memory first."""
+        """The choices of `ExecutionConfig.gather`, the one that takes least memory first."""
         mesh, asked = self.mesh.shape, self.config.execution.gather
         if asked != "auto":
             return [asked]
@@ -271,12 +274,12 @@ class Planner:
 
 
 def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tuple[TrainConfig, Plan]:
-    """The run with its micro-batch, remat and gather chosen, and the plan that says what they take.
+    """Chooses a run's micro-batch, remat and gather; returns the run with them, and the plan.
 
     Args:
       config: the run.
       mesh: its devices.
-      capacity: see `Planner`; where several processes choose, the same for all.
+      capacity: see `Planner`; must be the same on all processes.
 
     Raises:
       ConfigError: it does not fit.

@@ -12,13 +12,14 @@ from mlra_jax.execution.accelerators import GIB, find_accelerator
 from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.execution.planner import Plan
 from mlra_jax.execution.topologies import Memory
+from mlra_jax.markdown import table
 
 _LEAST = 2**20
-"""Bytes in a step below which an exchange is not worth a line."""
+"""Bytes per step below which a collective is left out."""
 
 
 def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list[str]:
-    """What is planned, its estimated memory, and the roofline."""
+    """Describes the plan, its estimated memory, and the roofline."""
     kind = mesh.devices.flat[0].device_kind
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     tokens = config.data.global_batch * config.data.seq_len
@@ -47,13 +48,13 @@ def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list
 
 
 def compiled(memory: Memory, plan: Plan, hlo: str | None, messages: Sequence[str]) -> list[str]:
-    """What the compiler says: memory, complaints, collectives with their sizes.
+    """Describes the compiled step: memory, warnings, collectives with their sizes.
 
     Args:
-      memory: of the compiled step.
-      plan: with which it is compared.
+      memory: memory of the compiled step.
+      plan: the plan to compare it with.
       hlo: the compiled program; None: the compiler cannot print it.
-      messages: what the compiler wrote while it compiled.
+      messages: the compiler's output to standard error.
     """
     of = f" of {plan.capacity / GIB:.1f} GiB" if plan.capacity else ""
     complaints = sum("nvoluntary full rematerialization" in message for message in messages)
@@ -67,18 +68,15 @@ def compiled(memory: Memory, plan: Plan, hlo: str | None, messages: Sequence[str
             *lines,
             "The compiler cannot print this program: what it moves between devices stays unknown.",
         ]
-    lines += [
-        "",
-        "| exchange | devices | each has afterwards | MB | times a step | GB |",
-        "| --- |" + " --- |" * 5,
-    ]
     executed = executed_collectives(hlo)
-    for collective, times in sorted(executed.items(), key=lambda item: -item[0].bytes * item[1]):
-        size = collective.bytes
-        if size * times >= _LEAST:
-            lines.append(f"| {collective} | {size / 1e6:,.1f} | {times} | {size * times / 1e9:.2f} |")
+    rows = [
+        (*c.cells, f"{c.bytes / 1e6:,.1f}", times, f"{c.bytes * times / 1e9:.2f}")
+        for c, times in sorted(executed.items(), key=lambda item: -item[0].bytes * item[1])
+        if c.bytes * times >= _LEAST
+    ]
+    names = ("collective", "devices", "result on each", "MB", "times a step", "GB")
     total: collections.Counter[str] = collections.Counter()
     for collective, times in executed.items():
         total[collective.kind] += collective.bytes * times
     sums = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in total.most_common())
-    return [*lines, "", f"GB in all: {sums or 'none'}."]
+    return [*lines, "", *table(names, rows), "", f"GB in all: {sums or 'none'}."]

@@ -1,6 +1,6 @@
-"""FLOPs and bytes of a train step by formula, and the time that they take at best: a roofline, nothing measured.
+"""Roofline of a train step: FLOPs and bytes by formula, and the least time that they take; nothing is measured.
 
-The compiler's own `cost_analysis()` counts the body of a scan once, and of a kernel what the kernel claims; these
+The compiler's own `cost_analysis()` counts the body of a scan once, and for a kernel what the kernel claims; these
 formulas count layers and micro-batches as often as they run.
 """
 
@@ -16,20 +16,19 @@ from mlra_jax.execution.flops import train_flops_per_token
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What one device does in one step."""
+    """The work of one device in one step."""
 
     model_flops: float
-    """Forward and backward pass, as `train_flops_per_token` counts them."""
+    """FLOPs of the forward and backward pass, as `train_flops_per_token` counts them."""
     recomputed_flops: float
-    """What the backward pass computes again."""
+    """FLOPs that the backward pass recomputes."""
     memory_bytes: float
-    """Read and written in high-bandwidth memory, if nothing but operands of products, of attention and of the optimizer
-    leaves the chip."""
+    """Traffic to high-bandwidth memory, if only operands of matmuls, attention and the optimizer leave the chip."""
     link_bytes: dict[str, float]
-    """Sent to other devices, by mesh axis."""
+    """Bytes sent to other devices, by mesh axis."""
 
     def parts(self, chip: Accelerator) -> dict[str, float]:
-        """Seconds that computation, memory and links take, each at its peak."""
+        """Seconds for computation, memory and links, each at its peak rate."""
         return {
             "compute": (self.model_flops + self.recomputed_flops) / chip.flops,
             "memory": self.memory_bytes / chip.bandwidth,
@@ -37,20 +36,20 @@ class Costs:
         }
 
     def at_best(self, chip: Accelerator) -> float:
-        """Seconds if everything overlaps: a bound that no program beats."""
+        """Seconds if everything overlaps: a lower bound."""
         return max(self.parts(chip).values())
 
     def in_sequence(self, chip: Accelerator) -> float:
-        """Seconds if nothing overlaps, at peak rates; to compare choices by."""
+        """Seconds if nothing overlaps, at peak rates, for comparing plans."""
         return sum(self.parts(chip).values())
 
 
 def recomputed_flops(config: ModelConfig, layer_params: int, seq_len: int, remat: str) -> float:
-    """Matrix FLOPs per token and layer that the backward pass computes again, under the policy `remat`.
+    """Matmul FLOPs per token and layer that the backward pass recomputes under the policy `remat`.
 
-    W_down never is: nothing but the next layer's input, which is kept, needs its product.
+    The product with W_down never is: only the next layer's input, which is kept, depends on it.
     """
-    product = 2 * config.d_model * config.d_ff  # with one of the MLP's three matrices
+    product = 2 * config.d_model * config.d_ff  # one of the MLP's three matmuls
     attention = train_flops_per_token(config, 0, seq_len) / 3 / config.n_layers
     all_but_attention = 2 * layer_params - product
     return {
@@ -72,18 +71,18 @@ def step_costs(
     kept: int,
     gather: str = "layer",
 ) -> Costs:
-    """Costs of a step on each device of a mesh of these sizes.
+    """The costs of a step on each device of a mesh.
 
     Args:
       config: the run.
       mesh: sizes of `data`, `fsdp`, `tensor`, `context`.
-      micro_batch: sequences that a data-parallel device processes at a time.
-      remat: policy.
-      n_params: parameters of the model, the tied matrix once.
+      micro_batch: sequences per data-parallel device and micro-batch.
+      remat: rematerialisation policy.
+      n_params: parameters of the model, the tied embedding once.
       layer_params: parameters of one layer.
-      operands: bytes on a device of what goes through memory in one layer's forward pass of one sequence.
-      kept: bytes on a device of what the backward pass of that layer is left.
-      gather: when weights that fsdp splits are gathered, and their gradients summed: `ExecutionConfig.gather`.
+      operands: bytes per device that pass through memory in one layer's forward pass of one sequence.
+      kept: bytes per device that this pass saves for the backward pass.
+      gather: when weights that fsdp splits are gathered, and their gradients summed; see `ExecutionConfig.gather`.
     """
     m = config.model
     data, fsdp, tensor, context = (mesh[axis] for axis in ("data", "fsdp", "tensor", "context"))
@@ -100,14 +99,14 @@ def step_costs(
     passes = 2 + (again > 0)
     added = used if gather == "step" else own
     per_micro = passes * width * used + 2 * width * added + (8 * added if n_micro > 1 else 0)
-    # Of what goes through memory in the forward pass: written and read, read in the backward pass, its gradient written
-    # and read; or made again from about as much, written and read. Beyond it, what is kept goes there and back.
+    # Operands are written and read in the forward pass and read in the backward pass; their gradients are written and
+    # read. What is not kept is recomputed from about as much, written and read; what is kept beyond it goes out and in.
     per_sequence = m.n_layers * (5 * operands + 3 * max(operands - kept, 0) + 2 * max(kept - operands, 0))
     logits = 4 * length / context * m.vocab_size / tensor * 4
     update = (24 + (4 if n_micro > 1 else width) + 4 + width) * own
 
     def ring(devices: int, size: float) -> float:
-        """Bytes that each of `devices` sends so that each has all `size` bytes, or its part of their sum."""
+        """Bytes that each of `devices` sends in a ring all-gather or reduce-scatter of `size` bytes."""
         return size * (devices - 1) / devices
 
     table = m.vocab_size * m.d_model / tensor

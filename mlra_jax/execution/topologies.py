@@ -1,6 +1,7 @@
-"""TPU slices and GPUs that are described but not there: the real compilers run on the CPU and say what a program needs.
+"""Ahead-of-time compilation for absent hardware: TPU slices and GPUs that are only described.
 
-TPUs need `libtpu` (`pip install libtpu`), GPUs JAX's CUDA plugin. Nothing is run and nothing is allocated.
+The real compilers run on the CPU: that for TPUs needs `libtpu` (`pip install libtpu`), that for GPUs JAX's CUDA plugin.
+Nothing is run or allocated.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.config import MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import MeshConfig, TrainConfig
 from mlra_jax.errors import UserError
-from mlra_jax.execution.accelerators import GIB, KINDS, device_memory, find_accelerator
+from mlra_jax.execution.accelerators import KINDS, find_accelerator
 from mlra_jax.execution.planner import resolve
-from mlra_jax.generation.engine import compile_step
-from mlra_jax.ops.device import find_chip
-from mlra_jax.sharding import TRAIN_RULES, check_decode_layout, check_train_layout, decode_rules, make_mesh
+from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
-"""Short names of GPUs, and what JAX calls them."""
+"""JAX's names of GPUs, by short name."""
 
 
 def described_devices(name: str) -> list[jax.Device]:
-    """The devices of a topology that is named and need not be there.
+    """The devices of a topology, which need not be present.
 
     Args:
       name: a TPU slice (`v5e:16x16`, `v5p:4x4x4`, `v6e:16x16`, `tpu7x:4x4x4`), several of them (`2*v5e:16x16`), or GPUs
@@ -68,22 +67,20 @@ def topology_mesh(name: str, config: MeshConfig) -> Mesh:
 
 
 def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
-    """NVIDIA GPUs that are described and not there: XLA and kernels compile for them on a CPU.
+    """Describes absent NVIDIA GPUs, for which XLA and kernels can be compiled on a CPU.
 
     Args:
-      kind: what JAX calls them, such as `NVIDIA H100 80GB HBM3`; one of those in `mlra_jax.ops.device.CHIPS`.
-      n: how many on a host.
-      hosts: how many hosts.
+      kind: JAX's name, such as `NVIDIA H100 80GB HBM3`; one of the GPUs in `mlra_jax.execution.accelerators`.
+      n: GPUs per host.
+      hosts: number of hosts.
 
     Raises:
       UserError: an unknown kind, or no CUDA plugin (`pip install jax-cuda13-plugin`).
     """
-    chip = find_chip(kind)
-    if chip is None:
-        raise UserError(f"{kind!r} is not among the GPUs of mlra_jax.ops.device.CHIPS.")
+    chip = find_accelerator(kind)
+    if chip is None or not chip.capability:
+        raise UserError(f"{kind!r} is not among the GPUs of mlra_jax.execution.accelerators.")
     major, minor = divmod(chip.capability, 10)
-    accelerator = find_accelerator(kind)
-    memory = accelerator.memory if accelerator else 24 * GIB
     description = f"""
       gpu_device_info {{
         threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: {chip.processors}
@@ -91,7 +88,7 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
         shared_memory_per_core: {chip.shared_bytes + 1024} registers_per_core_limit: 65536
         registers_per_block_limit: 65536 fpus_per_core: 128 clock_rate_ghz: 1.5 memory_bandwidth: 1000000000000
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 l2_cache_size: 41943040
-        device_memory_size: {memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
+        device_memory_size: {chip.memory} cuda_compute_capability {{ major: {major} minor: {minor} }}
       }}
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{kind}"
     """
@@ -106,19 +103,12 @@ def gpu_devices(kind: str, n: int = 1, hosts: int = 1) -> list[jax.Device]:
         ) from e
 
 
-def hbm_bytes(topology: str) -> int:
-    """Memory in bytes of one device of the topology."""
-    memory = device_memory(described_devices(topology)[0])
-    assert memory is not None
-    return memory
-
-
 def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.Compiled:
-    """Compiles the train step of `config` for `topology`, on its `mesh`, without allocating.
+    """Compiles the train step of `config` without allocating anything.
 
     Args:
-      config: the run; what it leaves to be chosen (micro-batch, remat) is chosen by the planner.
-      topology: a name (`described_devices`), or a mesh over such devices.
+      config: the run; the planner chooses what it leaves open (micro-batch, remat, gather).
+      topology: a name (`described_devices`), on which the run's own mesh is laid out; or a mesh over such devices.
 
     Raises:
       ConfigError: the model or the batch cannot be laid out on the mesh, or does not fit the devices by estimate.
@@ -137,45 +127,18 @@ def compile_train_step(config: TrainConfig, topology: str | Mesh) -> jax.stages.
         return make_train_step(config).lower(abstract_state(config, mesh), batch).compile()
 
 
-def compile_decode_step(
-    config: ModelConfig,
-    topology: str,
-    mesh_config: MeshConfig,
-    *,
-    batch: int,
-    max_len: int,
-    split_heads: bool = True,
-) -> jax.stages.Compiled:
-    """Compiles one decode step for `topology`, without allocating.
-
-    Args:
-      config: of the model; `param_dtype` is the type in which the weights are held.
-      topology: of the TPU slice.
-      mesh_config: of the decode mesh.
-      batch: rows.
-      max_len: tokens that the cache holds for each row.
-      split_heads: see `mlra_jax.sharding.decode_rules`.
-
-    Raises:
-      ConfigError: the model cannot be laid out on the mesh.
-    """
-    mesh = topology_mesh(topology, mesh_config)
-    check_decode_layout(config, MeshConfig(**mesh.shape), split_heads)
-    return compile_step(config, decode_rules(split_heads), mesh, batch=batch, max_len=max_len)
-
-
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device that a compiled program takes."""
+    """Memory that a compiled program takes on each device, in bytes."""
 
     arguments: int
     temporaries: int
     outputs: int
-    """Outputs that do not take the place of donated arguments."""
+    """Outputs that do not reuse donated arguments."""
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled) -> Memory:
-        """As the compiler counts them."""
+        """Reads the compiler's own account."""
         m = compiled.memory_analysis()
         assert m is not None
         return cls(
@@ -184,5 +147,5 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Peak bytes, at most."""
+        """Upper bound on the peak."""
         return self.arguments + self.temporaries + self.outputs

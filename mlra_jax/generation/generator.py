@@ -1,4 +1,4 @@
-"""Prompts in, strings out: `Generator` puts tokenizer, engine and stop strings together.
+"""Prompts in, text out: `Generator` combines tokenizer, engine and stop strings.
 
 generator = Generator.from_checkpoint("runs/tiny", mesh=MeshConfig(data=1, tensor=4))
 generator.generate("ROMEO:", max_new_tokens=200, temperature=0.8, top_p=0.95)
@@ -20,12 +20,12 @@ import tyro
 from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
 from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
-from mlra_jax.generation.load import ONE_DEVICE, ParamDtype, SplitHeads, load_model
+from mlra_jax.generation.load import ONE_DEVICE, load_model
 from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
 from mlra_jax.generation.text import FinishReason, RowText
 
 STEPS_BETWEEN_STOPS = 16
-"""Steps between looks at the text for stop strings: no row runs on for longer after one."""
+"""Steps between searches of the text for stop strings: no row runs on for longer than this after one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,24 +33,24 @@ class GenerationOptions(Validated):
     """What to generate from each prompt."""
 
     max_new_tokens: Positive = 128
-    """Tokens of a completion, at most."""
+    """Most tokens of a completion."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = GREEDY
-    """How each token is drawn."""
+    """How each token is chosen."""
     seed: Seed = 0
-    """Of the drawing. A completion depends on its prompt, this and the sample's number, not on the other prompts."""
+    """Sampling seed. A completion depends on it, its prompt and the sample's number, but not on other prompts."""
     n: Positive = 1
-    """Samples of each prompt."""
+    """Samples per prompt."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Ends a completion before this string; repeat it for several."""
+    """End a completion before this string; repeat the option for several strings."""
     ignore_eos: bool = False
-    """Go on after the end-of-text token."""
+    """Continue after the end-of-text token."""
     max_len: NotNegative = 0
-    """Tokens that the cache holds for each row, prompt and completion together; 0: what the longest one needs."""
+    """Tokens that the cache holds per row, for prompt and completion; 0: what the longest one needs."""
     overflow: Literal["refuse", "truncate-left", "shorten"] = "refuse"
-    """What happens where prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the
-    prompt; shorten ends the completion early."""
+    """What to do if prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the prompt;
+    shorten ends the completion early."""
     batch_size: Positive = 64
-    """Rows (prompts times samples) that are generated at a time, at most."""
+    """Most rows (prompts times samples) that are generated at a time."""
 
     def conflicts(self) -> list[str]:
         faults = []
@@ -69,88 +69,124 @@ DEFAULTS = GenerationOptions()
 
 Prompt = str | Sequence[int]
 """Text, or its token ids."""
+Options = GenerationOptions | Sequence[GenerationOptions]
+"""Options for all prompts, or for each."""
 
 
 def changed(options: GenerationOptions, **changes: Any) -> GenerationOptions:
-    """`options` with some fields changed, those of its `sampling` too.
+    """`options` with some fields changed, including those of its `sampling`.
 
     Raises:
-      TypeError: there is no such field; names those that there are.
+      TypeError: there is no such field (the message names all fields), or `sampling` is not a `Sampling`.
     """
-    names = lambda cls: [field.name for field in dataclasses.fields(cls)]
-    known = [*names(GenerationOptions), *names(Sampling)]
+    names = lambda x: [field.name for field in dataclasses.fields(x)]
+    sampling = changes.pop("sampling", options.sampling)
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling={sampling!r} must be a Sampling, not {type(sampling).__name__}.")
+    known = [*names(options), *names(sampling)]
     if unknown := [name for name in changes if name not in known]:
         raise TypeError(f"Generation has no option {', '.join(unknown)}; there are: {', '.join(known)}.")
-    drawing = {name: changes.pop(name) for name in names(Sampling) if name in changes}
-    sampling = dataclasses.replace(changes.pop("sampling", options.sampling), **drawing)
-    return dataclasses.replace(options, sampling=sampling, **changes)
+    of_sampling = {name: changes.pop(name) for name in names(sampling) if name in changes}
+    return dataclasses.replace(options, sampling=dataclasses.replace(sampling, **of_sampling), **changes)
+
+
+def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[GenerationOptions]:
+    """The options of each prompt.
+
+    Args:
+      options: for all prompts, or a list with one for each.
+      n_prompts: number of prompts.
+      **changes: see `changed`; a list, except for `stop`, holds one value for each prompt.
+
+    Raises:
+      ConfigError: a list has another length, a value is not legal, or `n`, `max_len` or `batch_size` differ.
+      TypeError: there is no such option.
+    """
+    given = {"options": options, **changes}
+    lists = {k: v for k, v in given.items() if isinstance(v, list | tuple) and k != "stop"}
+    faults = [
+        f"{name} has {len(values)} values for {n_prompts} prompt(s); give one for each prompt, or one for all."
+        for name, values in lists.items()
+        if len(values) != n_prompts
+    ]
+    if not faults:
+        one = lambda i: changed(**given | {name: values[i] for name, values in lists.items()})
+        found = [one(i) for i in range(n_prompts)]
+        faults = [*dict.fromkeys(fault for options in found for fault in options.faults())]
+        for name in ("n", "max_len", "batch_size"):
+            if len(values := {getattr(options, name) for options in found}) > 1:
+                faults.append(f"{name} must be the same for all prompts, not {sorted(values)}.")
+    if faults:
+        raise ConfigError(faults)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchStats:
-    """How the batch was generated in which a completion was; all its rows share one."""
+    """Statistics of the batch in which a completion was generated, shared by all its rows."""
 
     rows: int
     """Completions in the batch."""
     seconds_to_first_token: float
-    """From the tokenized prompts to the first token of every row on the host, without compiling."""
+    """From tokenized prompts to the first token of every row on the host, excluding compilation."""
     tokens_per_second: float | None
-    """Tokens after the first ones, of all rows together, by the seconds they took; None: there were none."""
+    """Rate of the tokens after the first ones, over all rows; None: there were none."""
     compile_seconds: float
-    """Compiling took this long."""
+    """Time spent compiling."""
     cache_bytes_per_device: int
-    """Bytes of the KV cache on the device that holds most."""
+    """Bytes of the KV cache on the device that holds the most."""
     cache_tokens_per_row: int
-    """Tokens that the cache holds for each row."""
+    """Tokens that the cache can hold per row."""
     devices: int
-    """In the mesh."""
+    """Devices in the mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What came of one sample of one prompt."""
+    """One sample for one prompt."""
 
     prompt_index: int
     """Which prompt, from 0."""
     sample: int
     """Which of its samples, from 0."""
     prompt: Prompt
-    """As given."""
+    """The prompt, as given."""
     text: str
-    """The completion, without stop string or end of text: what its tokens add to the prompt, a space first included."""
+    """What the completion's tokens add to the prompt, a leading space included; without stop string or end of text."""
     tokens: list[int]
-    """Its ids, without end of text. With finish reason `stop` they are those that complete the stop string."""
+    """Its token ids, without the end of text. With finish reason `stop`, they include the stop string."""
     finish_reason: FinishReason
-    """`eos`, `stop` or `length`."""
+    """`eos` (end-of-text token), `stop` (stop string) or `length`."""
     prompt_tokens: int
-    """Tokens of the prompt that the model has seen."""
+    """Tokens of the prompt that the model was given."""
     prompt_tokens_dropped: int
-    """Tokens cut off at the beginning of the prompt, with `overflow` truncate-left."""
+    """Tokens dropped from the beginning of the prompt (`overflow` truncate-left)."""
     stats: BatchStats
-    """Of its batch."""
+    """Statistics of its batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """More text of one completion."""
+    """A new piece of text of one completion."""
 
     prompt_index: int
     """Which prompt, from 0."""
     sample: int
     """Which of its samples, from 0."""
     text: str
-    """What is new: whole characters, and nothing that may still turn out to begin a stop string."""
+    """The new text: whole characters only, and nothing that might still become part of a stop string."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt that fits the cache together with its completion."""
+    """A prompt that fits into the cache together with its completion."""
 
     index: int
     given: Prompt
     ids: list[int]
     dropped: int
-    max_new_tokens: int
+    options: GenerationOptions
+    """The prompt's options, with `max_new_tokens` reduced to the room there is."""
 
 
 _OVERFLOW_HINTS = {
@@ -161,40 +197,41 @@ _OVERFLOW_HINTS = {
 
 
 def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is a single prompt, and not several."""
+    """Whether this is a single prompt rather than several."""
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], numbers.Integral))
 
 
 def fit_prompts(
-    prompts: Sequence[Prompt], options: GenerationOptions, tokenizer: Tokenizer
+    prompts: Sequence[Prompt], options: Sequence[GenerationOptions], tokenizer: Tokenizer
 ) -> list[FittedPrompt]:
-    """The prompts' tokens, cut as `options.overflow` says; an empty prompt becomes the end-of-text token.
+    """The prompts' tokens, cut as each one's `overflow` says; an empty prompt becomes the end-of-text token.
 
     Raises:
-      ConfigError: there is none, or some do not fit or hold ids that the tokenizer lacks: all of them are listed.
+      ConfigError: there is no prompt, or some do not fit or have ids that the tokenizer lacks; lists all of them.
     """
     if len(prompts) == 0:
-        raise ConfigError(["There is no prompt."])
+        raise ConfigError("There is no prompt.")
     fitted, faults = [], []
-    for index, given in enumerate(prompts):
+    for index, (given, own) in enumerate(zip(prompts, options, strict=True)):
         ids = tokenizer.encode(given) if isinstance(given, str) else [int(token) for token in given]
         ids = ids or [tokenizer.eot_id]
         if wrong := [token for token in ids if not 0 <= token < tokenizer.n_vocab]:
             faults.append(
                 f"Prompt {index} has the token id {wrong[0]}; ids are 0 to {tokenizer.n_vocab - 1}."
             )
-        new, room, dropped = options.max_new_tokens, options.max_len, 0
+        new, room, dropped = own.max_new_tokens, own.max_len, 0
         if room and len(ids) + new > room:
-            if options.overflow == "truncate-left" and new < room:
+            if own.overflow == "truncate-left" and new < room:
                 dropped = len(ids) - (room - new)
-            elif options.overflow == "shorten" and len(ids) < room:
+            elif own.overflow == "shorten" and len(ids) < room:
                 new = room - len(ids)
             else:
                 faults.append(
                     f"Prompt {index} has {len(ids)} tokens; with max_new_tokens={new} that is more than "
-                    f"max_len={room}{_OVERFLOW_HINTS[options.overflow]}."
+                    f"max_len={room}{_OVERFLOW_HINTS[own.overflow]}."
                 )
-        fitted.append(FittedPrompt(index, given, ids[dropped:], dropped, new))
+        own = dataclasses.replace(own, max_new_tokens=new)
+        fitted.append(FittedPrompt(index, given, ids[dropped:], dropped, own))
     if faults:
         raise ConfigError(faults)
     return fitted
@@ -205,72 +242,53 @@ class Generator:
 
     Args:
       engine: the model on its mesh.
-      tokenizer: of the model.
+      tokenizer: the model's tokenizer.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer):
         self.engine, self.tokenizer = engine, tokenizer
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: str,
-        *,
-        mesh: MeshConfig = ONE_DEVICE,
-        split_heads: SplitHeads = "auto",
-        param_dtype: ParamDtype = "auto",
-        step: int | None = None,
-        tokenizer: str = "",
-    ) -> Generator:
+    def from_checkpoint(cls, checkpoint: str, *, mesh: MeshConfig = ONE_DEVICE, **options: Any) -> Generator:
         """Reads a training run's checkpoint onto a mesh; every process of a cluster calls it.
 
         Args:
           checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
-          mesh: sizes of the mesh; their product is the number of devices it takes.
-          split_heads: whether the query heads of W_qb and W_o are split over `tensor` too; see
-            `mlra_jax.generation.load.splits_heads`.
-          param_dtype: type in which weights are held; see `mlra_jax.generation.load.load_model`.
-          step: updates made by the checkpoint; None: the latest.
-          tokenizer: see `mlra_jax.data.get_tokenizer`; empty: the one that the run was trained with.
+          mesh: sizes of the mesh; their product is the number of devices that are used.
+          **options: `split_heads`, `param_dtype`, `step` and `tokenizer`, as in `load_model`.
 
         Raises:
-          ConfigError: mesh, model and tokenizer do not fit together; nothing has been allocated then.
+          ConfigError: mesh, model and tokenizer do not fit together; nothing has been allocated.
           CheckpointError: there is no such checkpoint, or it does not fit its own configuration.
-          ValueError: the tokenizer is not available here.
+          ValueError: the tokenizer is not available.
         """
-        loaded = load_model(
-            checkpoint,
-            mesh,
-            split_heads=split_heads,
-            param_dtype=param_dtype,
-            step=step,
-            tokenizer=tokenizer,
-        )
+        loaded = load_model(checkpoint, mesh, **options)
         return cls(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
 
     @overload
-    def generate(self, prompts: Prompt, options: GenerationOptions = DEFAULTS, **changes: Any) -> str: ...
+    def generate(self, prompts: Prompt, options: Options = DEFAULTS, **changes: Any) -> str: ...
     @overload
     def generate(
-        self, prompts: Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> list[str]: ...
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> str | list[str]:
-        """The completion of a prompt, or those of several prompts: n for each, in order.
+        """The completion of a prompt, or the completions of several prompts: n for each, in order.
 
         Args:
-          prompts: one, or a sequence of them; each a string or a list of token ids.
-          options: what to generate.
+          prompts: one prompt or a sequence of them; each a string or a list of token ids.
+          options: what to generate, for all prompts or as a list with one for each.
           **changes: fields of `GenerationOptions` or of its `Sampling` that differ from `options`, such as
-            max_new_tokens=200 or temperature=0.8.
+            max_new_tokens=200 or temperature=0.8. A list holds one value for each prompt: temperature=[0, 0.8],
+            sampling=[...]. (`stop` is a list itself; to vary it, use a list of `options`.)
 
         Raises:
-          ConfigError: an option or token id is not legal, or prompt and completion do not fit max_len or the devices'
-            memory.
-          NotFiniteError: the logits after a text are NaN or infinite; names the prompt and the position.
+          ConfigError: an option or token id is not legal, prompt and completion do not fit max_len or the devices'
+            memory, or a list does not have one value for each prompt; n, max_len and batch_size cannot vary.
+          NotFiniteError: logits are NaN or infinite; the message names the prompt and the position.
           TypeError: there is no such option.
-          ValueError: one prompt was given, not as a list, and several samples asked for.
+          ValueError: several samples were asked for of a single prompt that is not in a list.
         """
         completions = self.complete(prompts, options, **changes)
         if not is_one(prompts):
@@ -280,68 +298,66 @@ class Generator:
         return completions[0].text
 
     def complete(
-        self, prompts: Prompt | Sequence[Prompt], options: GenerationOptions = DEFAULTS, **changes: Any
+        self, prompts: Prompt | Sequence[Prompt], options: Options = DEFAULTS, **changes: Any
     ) -> list[Completion]:
-        """As `generate`, with tokens, finish reasons and statistics; always a list."""
+        """Like `generate`, but returns a list of `Completion`s, with tokens, finish reasons and statistics."""
         events = self.stream(prompts, options, every_token=False, **changes)
         return [event for event in events if isinstance(event, Completion)]
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
-        options: GenerationOptions = DEFAULTS,
+        options: Options = DEFAULTS,
         *,
         every_token: bool = True,
         **changes: Any,
     ) -> Iterator[Delta | Completion]:
-        """As `complete`, while it is generated: text as it comes, and the completions when their batch is done.
+        """Like `complete`, but yields text as it is generated, and the completions when their batch is done.
 
-        With `every_token` steps are run one at a time, else in compiled loops, and text comes in larger pieces.
+        With `every_token` steps run one at a time, otherwise in compiled loops, and text comes in larger pieces.
         """
-        options = changed(options, **changes)
-        options.validate()
         several: Any = [prompts] if is_one(prompts) else prompts
-        fitted = fit_prompts(several, options, self.tokenizer)
-        # All batches get one shape, so that they are compiled once.
-        batch = min(len(fitted), options.batch_size // options.n)
-        max_len = options.max_len or round_up(max(len(p.ids) + p.max_new_tokens for p in fitted), LENGTH_UNIT)
-        self.engine.check_memory(batch, options.n, max_len)
+        by_prompt = options_by_prompt(options, len(several), **changes)
+        fitted = fit_prompts(several, by_prompt, self.tokenizer)
+        shared = by_prompt[0]
+        # All batches have one shape, so that it is compiled once.
+        batch = min(len(fitted), shared.batch_size // shared.n)
+        longest = max(len(p.ids) + p.options.max_new_tokens for p in fitted)
+        max_len = shared.max_len or round_up(longest, LENGTH_UNIT)
+        self.engine.check_memory(batch, shared.n, max_len)
         batches = [fitted[i : i + batch] for i in range(0, len(fitted), batch)]
-        return itertools.chain.from_iterable(
-            self._batch(b, options, batch, max_len, every_token) for b in batches
-        )
+        return itertools.chain.from_iterable(self._batch(b, batch, max_len, every_token) for b in batches)
 
     def _last(self, prompt: FittedPrompt) -> int | None:
         """The last token of a prompt's text; None: it is empty."""
         return None if prompt.ids[-1] == self.tokenizer.eot_id else prompt.ids[-1]
 
+    def _eos_id(self, prompt: FittedPrompt) -> int | None:
+        """The token that ends its completion; None: none does."""
+        return None if prompt.options.ignore_eos else self.tokenizer.eot_id
+
     def _batch(
-        self,
-        prompts: list[FittedPrompt],
-        options: GenerationOptions,
-        batch: int,
-        max_len: int,
-        every_token: bool,
+        self, prompts: list[FittedPrompt], batch: int, max_len: int, every_token: bool
     ) -> Iterator[Delta | Completion]:
-        engine, n = self.engine, options.n
-        eos_id = None if options.ignore_eos else self.tokenizer.eot_id
+        engine, n = self.engine, prompts[0].options.n
         clock = _Clock(engine)
         rows = engine.start(
             [p.ids for p in prompts],
-            [p.max_new_tokens for p in prompts],
+            [p.options.max_new_tokens for p in prompts],
             n=n,
-            sampling=options.sampling,
-            seed=options.seed,
-            eos_id=eos_id,
+            sampling=[p.options.sampling for p in prompts],
+            seed=[p.options.seed for p in prompts],
+            eos_id=[self._eos_id(p) for p in prompts],
             max_len=max_len,
             batch=batch,
         )
         owners = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        texts = [
-            RowText(self.tokenizer, options.stop, eos_id, prompt.max_new_tokens, self._last(prompt))
-            for prompt, _ in owners
-        ]
-        longest = max(prompt.max_new_tokens for prompt in prompts)
+        row_text = lambda p: RowText(
+            self.tokenizer, p.options.stop, self._eos_id(p), p.options.max_new_tokens, self._last(p)
+        )
+        texts = [row_text(prompt) for prompt, _ in owners]
+        longest = max(p.options.max_new_tokens for p in prompts)
+        looks_for_stops = any(p.options.stop for p in prompts)
         received, pending = 0, rows.first_B
         ahead: jax.Array | None = None
         while True:
@@ -370,11 +386,11 @@ class Generator:
                 break
             if stopped:
                 rows.stop(stopped)
-            if every_token:  # the next step is under way while the host looks at this one's tokens
+            if every_token:  # the next step runs while the host processes this one's tokens
                 pending = rows.step() if ahead is None else ahead
                 ahead = rows.step() if received + 1 < longest else None
             else:
-                pending = rows.run(STEPS_BETWEEN_STOPS if options.stop else STEPS_PER_RUN)
+                pending = rows.run(STEPS_BETWEEN_STOPS if looks_for_stops else STEPS_PER_RUN)
 
         stats = clock.stats(rows, texts)
         for text, (prompt, sample) in zip(texts, owners, strict=True):
@@ -393,7 +409,7 @@ class Generator:
 
 
 class _Clock:
-    """Times a batch; what the engine compiles meanwhile does not count."""
+    """Times a batch, excluding compilation."""
 
     def __init__(self, engine: Engine):
         self._engine, self._compiled = engine, engine.compile_seconds
@@ -404,11 +420,11 @@ class _Clock:
         return time.perf_counter() - self._engine.compile_seconds
 
     def read(self) -> None:
-        """Tokens have arrived on the host."""
+        """Records that tokens have arrived on the host."""
         self._reads = [*self._reads[:1], self._now()]
 
     def stats(self, rows: Rows, texts: list[RowText]) -> BatchStats:
-        """After the last tokens."""
+        """The statistics, once all tokens have arrived."""
         later_tokens = sum(max(0, len(text.tokens) - 1) for text in texts)
         return BatchStats(
             rows=len(texts),

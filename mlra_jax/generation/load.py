@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that decodes on a mesh: its parameters are read straight into their places there."""
+"""Loading a checkpoint's model onto a mesh; each device reads only its part of the parameters."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ ONE_DEVICE = MeshConfig(data=1)
 
 
 def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
-    """The devices that a mesh of these sizes takes: the first so many, all if a size is -1.
+    """The devices of a mesh of these sizes: as many as it needs, from the first on, or all if a size is -1.
 
     Raises:
-      ConfigError: there are fewer devices; or several processes, some of which would have none.
+      ConfigError: there are too few devices, or a process would have none of them.
     """
     mesh.validate()
     sizes = dataclasses.asdict(mesh)
@@ -51,32 +51,28 @@ def decode_devices(mesh: MeshConfig) -> list[jax.Device]:
             if platform == "cpu"
             else ""
         )
-        raise ConfigError(
-            [f"A mesh of {shown} needs {n} devices; JAX sees {len(devices)} ({platform}){hint}."]
-        )
+        raise ConfigError(f"A mesh of {shown} needs {n} devices; JAX sees {len(devices)} ({platform}){hint}.")
     if jax.process_count() > 1 and n != len(devices):
         raise ConfigError(
-            [
-                f"A mesh of {shown} uses {n} of {len(devices)} devices; with {jax.process_count()} processes it must "
-                "use all of them."
-            ]
+            f"A mesh of {shown} uses {n} of {len(devices)} devices; with {jax.process_count()} processes it must "
+            "use all of them."
         )
     return devices[:n]
 
 
 MORE_BYTES = 32e6
-"""Of W_qb and W_o that a GPU may read more in each layer to spare two exchanges: on two H100s those took some 20 us."""
+"""Bytes of W_qb and W_o that a GPU may read in addition per layer to save two exchanges (some 20 us on two H100s)."""
 
 
 def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform: str) -> bool:
     """Whether the query heads of W_qb and W_o are split over `tensor` devices (`mlra_jax.sharding.decode_rules`).
 
     Args:
-      choice: auto: split, but on GPUs whole where query heads read several latent heads and all of W_qb and W_o is soon
-        read (docs/decoding.md).
-      config: of the model.
-      tensor: devices that the latent heads are split over.
-      platform: of the devices, as JAX calls it.
+      choice: auto: yes, except on GPUs where query heads read several latent heads and reading all of W_qb and W_o
+        costs little (docs/decoding.md).
+      config: the model's configuration.
+      tensor: devices over which the latent heads are split.
+      platform: JAX's name of the devices' platform.
     """
     if choice != "auto":
         return choice == "yes"
@@ -92,8 +88,9 @@ def splits_heads(choice: SplitHeads, config: ModelConfig, tensor: int, platform:
 def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[str, Any]:
     """Shapes of the stored parameters (the training layout), and how they are split over `mesh` while they are read.
 
-    What the decoding table does not split yet, because it becomes KV-head shards only afterwards, is split over the
-    same mesh axes along its longest axis that divides: no device reads more than its share. Norm gains stay float32.
+    Parameters that become KV-head shards only later are not split by the decoding table yet. They are split over the
+    same mesh axes along their longest axis that divides, so that no device reads more than its share. Norm gains stay
+    float32.
     """
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
@@ -115,16 +112,16 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint's model, and what belongs to it."""
+    """A checkpoint's model with its configuration, tokenizer and mesh."""
 
     config: TrainConfig
-    """Of the run that wrote the checkpoint."""
+    """Configuration of the run that wrote the checkpoint."""
     tokenizer: Tokenizer
-    """Of the model."""
+    """The model's tokenizer."""
     mesh: Mesh
-    """With explicit axes; the model is laid out over it."""
+    """The mesh, with explicit axes, over which the model is laid out."""
     model: Transformer
-    """In the layout that was asked for."""
+    """The model, in the requested layout."""
 
 
 def load_model(
@@ -137,22 +134,23 @@ def load_model(
     step: int | None = None,
     tokenizer: str = "",
 ) -> Loaded:
-    """Reads a checkpoint onto a mesh. Its model runs under `with jax.set_mesh(loaded.mesh):`.
+    """Loads a checkpoint onto a mesh. Run the model under `with jax.set_mesh(loaded.mesh):`.
 
     Args:
       checkpoint: a run's folder, its `checkpoints` folder or one step's folder; local or a bucket URL.
-      mesh: sizes; see `decode_devices`.
+      mesh: sizes of the mesh; it takes as many devices as their product, or all if a size is -1.
       layout: `decode` for cached decoding, `train` for whole sequences (logits, hidden states, attention weights).
-      split_heads: in the decode layout; see `splits_heads`.
-      param_dtype: type in which weights are held. auto: to decode, bfloat16 on accelerators if the model computes in it
-        (its products take the weights in that type anyway), else as they are stored.
-      step: updates made by the checkpoint; None: the latest.
+      split_heads: in the decode layout, whether the query heads of W_qb and W_o are split over `tensor` too. auto: yes,
+        except on GPUs where reading all of them costs little (docs/decoding.md).
+      param_dtype: type in which weights are held. auto: for decoding on accelerators, bfloat16 if the model computes in
+        it (its products use the weights in that type anyway), otherwise as stored.
+      step: number of updates of the checkpoint; None: the latest.
       tokenizer: see `get_tokenizer`; empty: the one that the run was trained with.
 
     Raises:
-      ConfigError: mesh, devices, model and tokenizer do not fit together; nothing has been allocated then.
-      CheckpointError: there is no such checkpoint, or its parameters are not those of its configuration.
-      ValueError: the tokenizer is not available here.
+      ConfigError: mesh, devices, model and tokenizer do not fit together; nothing has been allocated.
+      CheckpointError: there is no such checkpoint, or its parameters do not fit its configuration.
+      ValueError: the tokenizer is not available.
     """
     require(Layout, layout=layout)
     require(SplitHeads, split_heads=split_heads)
@@ -169,10 +167,8 @@ def load_model(
     found = get_tokenizer(tokenizer or config.data.tokenizer)
     if found.n_vocab > model_config.vocab_size:
         raise ConfigError(
-            [
-                f"The tokenizer {tokenizer or config.data.tokenizer} has {found.n_vocab} ids, the model's vocabulary "
-                f"{model_config.vocab_size}; name the tokenizer that the model was trained with."
-            ]
+            f"The tokenizer {tokenizer or config.data.tokenizer} has {found.n_vocab} ids, the model's vocabulary "
+            f"{model_config.vocab_size}; name the tokenizer that the model was trained with."
         )
 
     if param_dtype == "auto":

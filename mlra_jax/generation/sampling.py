@@ -1,16 +1,19 @@
-"""Choosing the next token from logits: greedy, temperature, top-k, top-p, min-p."""
+"""Choosing the next token from logits: greedy, temperature, top-k, top-p, min-p, each row in its own way."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Annotated
+import functools
+from collections.abc import Sequence
+from typing import Annotated, Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mlra_jax.config import NotNegative, Range, Validated
+from mlra_jax.config import ConfigError, NotNegative, Range, Validated
 from mlra_jax.errors import ExplainedError
+from mlra_jax.ops.all_reduce import Workspace, all_reduce
 from mlra_jax.sharding import AxisRules
 
 NO_NUMBER = -2
@@ -18,14 +21,17 @@ NO_NUMBER = -2
 
 
 class NotFiniteError(ExplainedError, ValueError):
-    """What a model gives for a text is NaN or infinite; the message says where."""
+    """The logits that a model computes for a text are NaN or infinite; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Validated):
-    """How a token is drawn; the filters apply in the order of the fields, each to what the one before has left.
+    """How a token is sampled; the filters apply in the order of the fields, each to what the one before has left.
 
     Tokens whose logits tie with the last one that a filter keeps are kept too.
+
+    To sample in another way, derive a frozen dataclass, add numeric fields, and override `filtered_logits`. Prompts
+    that are generated together can use different classes. A temperature of 0 always takes the most probable token.
     """
 
     # Float32 logits divided by less would overflow; by more, they would all be equal.
@@ -34,104 +40,188 @@ class Sampling(Validated):
     top_k: NotNegative = 0
     """Keep the k most probable tokens; 0: all."""
     top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
-    """Keep the most probable tokens, as few as have this probability together; 1: all."""
+    """Keep the fewest most probable tokens whose probabilities sum to at least this; 1: all."""
     min_p: Annotated[float, Range(ge=0, le=1)] = 0.0
-    """Keep the tokens that have at least this share of the most probable one's probability; 0: all."""
+    """Keep tokens with at least this fraction of the most probable token's probability; 0: all."""
 
     def conflicts(self) -> list[str]:
         if self.temperature or (self.top_k, self.top_p, self.min_p) == (0, 1, 0):
             return []
         return ["top_k, top_p and min_p have no effect on greedy decoding; give a temperature above 0."]
 
+    def filtered_logits(self, logits_V: jax.Array) -> jax.Array:
+        """The logits [V] from which one row's token is sampled: divided by the temperature, -inf for excluded tokens.
+
+        Called inside a compiled function, where fields are scalar arrays. A field that no row of the batch sets is
+        still the default number, so that its filter can be omitted from the program.
+
+        Args:
+          logits_V: the model's logits, float32, -inf for ids that the tokenizer does not have.
+
+        Returns:
+          Float32 [V]; here, the largest is 0.
+        """
+
+        def off(value: Any, neutral: float) -> bool:
+            return not isinstance(value, jax.Array) and value == neutral
+
+        temperature: Any = jnp.where(self.temperature == 0, 1, self.temperature)
+        logits_V = (logits_V - logits_V.max()) / temperature
+        lowest: Any = -jnp.inf
+        if not (off(self.top_k, 0) and off(self.top_p, 1)):
+            descending_V = -jnp.sort(-logits_V)
+        if not off(self.top_k, 0):
+            kth = descending_V[jnp.clip(self.top_k, 1, len(logits_V)) - 1]
+            lowest = jnp.where(self.top_k == 0, -jnp.inf, kth)
+        if not off(self.top_p, 1):
+            p_V = jax.nn.softmax(jnp.where(descending_V >= lowest, descending_V, -jnp.inf))
+            needed_V = jnp.cumsum(p_V) - p_V < self.top_p  # those before it do not suffice
+            # 0 is the largest logit, which is kept even if top_p is 0 in float32.
+            least = jnp.where(needed_V, descending_V, 0.0).min()
+            lowest = jnp.where(self.top_p == 1, lowest, jnp.maximum(lowest, least))
+        if not off(self.min_p, 0):
+            lowest = jnp.maximum(lowest, jnp.log(self.min_p))
+        return jnp.where(logits_V >= lowest, logits_V, -jnp.inf)
+
 
 GREEDY = Sampling()
 
 
-def filtered_logits(logits: jax.Array, sampling: Sampling, n_vocab: int) -> jax.Array:
-    """Logits [..., V] of the distribution that is drawn from: divided by the temperature, -inf where excluded.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowSampling:
+    """How the rows of a batch are sampled, as arrays, so that other values run the same compiled program."""
 
-    The largest is 0; it is -inf or NaN where the logits leave no choice (see `NO_NUMBER`).
+    classes: tuple[type[Sampling], ...] = dataclasses.field(metadata={"static": True})
+    """The classes that occur in the batch."""
+    fields: tuple[dict[str, Any], ...]
+    """For each class, the fields in which any row differs from the default: numbers [B]."""
+    class_B: Any
+    """Each row's class, an index into `classes`: int32."""
+    seed_B: Any
+    """Each row's seed: uint32."""
+    sample_B: Any
+    """Each row's number among the samples of its prompt: int32."""
 
-    Args:
-      logits: of the model, float32 [..., V].
-      sampling: with a temperature above 0.
-      n_vocab: ids from here on are padding of the vocabulary, and excluded.
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], seeds: Sequence[int], samples: Sequence[int]) -> Self:
+        """NumPy arrays that hold the sampling, the seed and the sample number of each row.
+
+        Raises:
+          ConfigError: a subclass of `Sampling` has a field that is not a number.
+        """
+        classes = tuple(dict.fromkeys(map(type, samplings)))
+
+        def used(kind: type[Sampling]) -> dict[str, Any]:
+            own = [sampling for sampling in samplings if type(sampling) is kind]
+            fields = {}
+            for field in dataclasses.fields(kind):
+                if all(getattr(sampling, field.name) == field.default for sampling in own):
+                    continue
+                # Rows of other classes get the values of any row of this one, which they do not use.
+                rows = [s if type(s) is kind else own[0] for s in samplings]
+                values = np.array([getattr(s, field.name) for s in rows])
+                if values.dtype.kind not in "biuf" or values.ndim > 1:
+                    raise ConfigError(
+                        f"{kind.__name__}.{field.name} must be a number to be compiled for each row."
+                    )
+                if values.dtype.kind in "iu":
+                    values = np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)
+                fields[field.name] = values.astype(np.float32) if values.dtype.kind == "f" else values
+            return fields
+
+        class_B = np.array([classes.index(type(sampling)) for sampling in samplings], np.int32)
+        seed_B = np.array([seed % 2**32 for seed in seeds], np.uint32)
+        return cls(classes, tuple(map(used, classes)), class_B, seed_B, np.array(samples, np.int32))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row takes its most probable token, whatever the values of the arrays."""
+        return all(
+            kind.temperature == 0 and "temperature" not in fields
+            for kind, fields in zip(self.classes, self.fields, strict=True)
+        )
+
+
+def greedy(
+    rules: AxisRules, logits_BV: jax.Array, n_vocab: int, workspace: Workspace | None = None
+) -> jax.Array:
+    """The most probable token of each row, int32 [B], the first of equals; `NO_NUMBER` where there is none.
+
+    Logits may be split over the vocabulary: devices exchange only the best of their own, two numbers per row.
     """
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < n_vocab, logits, -jnp.inf)
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    keep_from = lambda logits, lowest: jnp.where(logits >= lowest, logits, -jnp.inf)
-    if 0 < sampling.top_k < n_vocab:
-        logits = keep_from(logits, jax.lax.top_k(logits, sampling.top_k)[0][..., -1:])
-    if sampling.top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        p = jax.nn.softmax(descending, axis=-1)
-        needed = jnp.cumsum(p, axis=-1) - p < sampling.top_p  # those before it do not suffice
-        # 0 is the largest logit, which is kept even if top_p is 0 in float32.
-        logits = keep_from(logits, jnp.where(needed, descending, 0.0).min(axis=-1, keepdims=True))
-    if sampling.min_p > 0:
-        logits = keep_from(logits, logits.max(axis=-1, keepdims=True) + math.log(sampling.min_p))
-    return logits
+    parts, part = rules.size("vocab"), ("vocab",)
 
-
-def greedy(rules: AxisRules, logits_BV: jax.Array, n_vocab: int) -> jax.Array:
-    """The most probable token of each row, int32 [B]; of equals the first. `NO_NUMBER` where there is none.
-
-    Logits may be split over the vocabulary: each device looks at its own, and two numbers a row are exchanged.
-    """
-
-    def best(logits_BV: jax.Array) -> jax.Array:
+    def best(logits_BV: jax.Array, *workspaces: Workspace) -> jax.Array:
         first = rules.axis_index("vocab") * logits_BV.shape[1]
         logits_BV = jnp.where(first + jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
-        value_B, id_B = logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)
-        value_B = jnp.where(
-            jnp.isnan(value_B), jnp.inf, value_B
-        )  # for a maximum over devices might ignore NaN
-        best_B = rules.pmax(value_B, "vocab")
-        id_B = -rules.pmax(jnp.where(value_B == best_B, -id_B, -n_vocab).astype(jnp.int32), "vocab")
-        return jnp.where(jnp.isfinite(best_B), id_B, NO_NUMBER)
+        # Ids are exact in float32. argmax takes NaN for the largest number.
+        best_B2 = jnp.stack([logits_BV.max(axis=1), first + logits_BV.argmax(axis=1)], axis=1)
+        if parts > 1:
+            mine = jnp.arange(parts)[:, None] == rules.axis_index("vocab")
+            all_BP = jnp.where(mine, best_B2[:, None], 0).reshape(-1, 2 * parts)
+            all_BP = all_reduce(all_BP, *workspaces, axis=rules.mesh_axes("vocab")).reshape(-1, parts, 2)
+            device_B = all_BP[..., 0].argmax(axis=1)
+            best_B2 = jnp.take_along_axis(all_BP, device_B[:, None, None], axis=1)[:, 0]
+        return jnp.where(jnp.isfinite(best_B2[:, 0]), best_B2[:, 1].astype(jnp.int32), NO_NUMBER)
 
-    return rules.shard_map(best, (("batch", "vocab"),), ("batch",))(logits_BV)
+    workspaces = () if workspace is None else (workspace,)
+    names = (("batch", "vocab"), *(Workspace(part, part) for _ in workspaces))
+    return rules.shard_map(best, names, ("batch",), check_vma=False)(logits_BV, *workspaces)
 
 
 def sample(
     rules: AxisRules,
     logits_BV: jax.Array,
-    sampling: Sampling,
+    sampling: RowSampling,
     n_vocab: int,
     *,
-    seed: jax.Array,
-    sample_B: jax.Array,
     position_B: jax.Array,
+    workspace: Workspace | None = None,
 ) -> jax.Array:
     """The next token of each row, int32 [B]; `NO_NUMBER` where its logits leave no choice.
 
-    What is drawn for a row depends on its logits, on `seed` and on the row's `sample` and `position`, and not on the
-    other rows, nor on the mesh: each row has a key of its own.
+    A row's token depends on its logits, sampling, seed, sample number and position, and not on the other rows, nor on
+    the mesh: each row has a key of its own.
 
     Args:
-      rules: the decoding table. Each device draws for its own rows; the logits are gathered over the vocabulary for it.
-      logits_BV: of the model, float32.
-      sampling: what to draw from.
-      n_vocab: ids from here on are padding of the vocabulary, and never drawn.
-      seed: uint32 scalar.
-      sample_B: which of its prompt's samples a row is.
-      position_B: where in its sequence the drawn token goes.
+      rules: the decoding table. Each device samples for its own rows; the logits are gathered over the vocabulary for
+        it, unless all rows are greedy.
+      logits_BV: the model's logits, float32.
+      sampling: how each row is sampled.
+      n_vocab: number of ids of the tokenizer; later ones are padding and never sampled.
+      position_B: the sampled token's position in its sequence.
+      workspace: through which devices exchange their most probable tokens (`Workspace`).
     """
-    if sampling.temperature == 0:
-        return greedy(rules, logits_BV, n_vocab)
+    if sampling.is_greedy:
+        return greedy(rules, logits_BV, n_vocab, workspace)
 
-    def draw(logits_V: jax.Array, seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
-        return jax.random.categorical(key, logits_V).astype(jnp.int32)
-
-    def draw_rows(
-        logits_BV: jax.Array, seed: jax.Array, sample_B: jax.Array, position_B: jax.Array
+    def one(
+        kind: type[Sampling],
+        fields: dict[str, Any],
+        logits_V: jax.Array,
+        seed: Any,
+        index: Any,
+        position: Any,
     ) -> jax.Array:
-        logits_BV = filtered_logits(logits_BV, sampling, n_vocab)
-        drawn_B = jax.vmap(draw, (0, None, 0, 0))(logits_BV, seed, sample_B, position_B)
-        return jnp.where(logits_BV.max(axis=-1) == 0, drawn_B, NO_NUMBER)
+        method = kind(**fields)
+        filtered_V = method.filtered_logits(logits_V)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
+        sampled = jax.random.categorical(key, filtered_V)
+        token = jnp.where(method.temperature == 0, logits_V.argmax(), sampled).astype(jnp.int32)
+        # The maximum is NaN if any logit is.
+        finite = jnp.isfinite(logits_V.max()) & jnp.isfinite(filtered_V.max())
+        return jnp.where(finite, token, NO_NUMBER)
 
-    row = ("batch",)
-    return rules.shard_map(draw_rows, ((*row, None), (), row, row), row)(
-        logits_BV, seed, sample_B, position_B
-    )
+    def rows(logits_BV: jax.Array, sampling: RowSampling, position_B: jax.Array) -> jax.Array:
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < n_vocab, logits_BV, -jnp.inf)
+        token_B = jnp.zeros_like(sampling.class_B)
+        for i, (kind, fields) in enumerate(zip(sampling.classes, sampling.fields, strict=True)):
+            args = fields, logits_BV, sampling.seed_B, sampling.sample_B, position_B
+            kind_B = jax.vmap(functools.partial(one, kind))(*args)
+            token_B = jnp.where(sampling.class_B == i, kind_B, token_B)
+        return token_B
+
+    by_row = jax.tree.map(lambda _: rules.spec("batch"), sampling)
+    names = (("batch", None), by_row, ("batch",))
+    return rules.shard_map(rows, names, ("batch",))(logits_BV, sampling, position_B)

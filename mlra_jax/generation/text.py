@@ -8,19 +8,19 @@ from typing import Literal
 from mlra_jax.data.tokenizers import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
-"""The model ended the text; a stop string came; the row has all the tokens that it may have."""
+"""The model ended the text, a stop string came, or the row has its maximum number of tokens."""
 
 
 class RowText:
-    """Takes the tokens of one row one by one, each at the same cost.
+    """Assembles the text of one row token by token, each at constant cost.
 
     Args:
-      tokenizer: that made the prompt's tokens.
-      stop: strings at which the text ends. The text is cut before the first one that is complete, wherever the
-        boundaries of its tokens are; if a token completes several, before the one that begins first.
-      eos_id: token that ends the text and is no part of it; None: none.
-      max_new_tokens: at most so many tokens.
-      after: the prompt's last token; None: it has none. The text is what its tokens add to the prompt.
+      tokenizer: the one that made the prompt's tokens.
+      stop: strings at which the text ends. It is cut before the first complete one, wherever token boundaries are; if
+        one token completes several, before the one that begins first.
+      eos_id: token that ends the text and is not part of it; None: no token does.
+      max_new_tokens: most tokens of the row.
+      after: the prompt's last token, after which the text continues; None: the prompt is empty.
     """
 
     def __init__(
@@ -33,25 +33,25 @@ class RowText:
     ):
         self.tokens: list[int] = []
         self.finish_reason: FinishReason | None = None
-        """None as long as more may come."""
+        """Why the text ended; None while it continues."""
         self._stream = tokenizer.stream(after)
         self._stop, self._eos_id, self._max = stop, eos_id, max_new_tokens
         self._sure: list[str] = []
-        self._held = ""  # the longest end of the text that may turn out to begin a stop string
-        self._taken = 0  # pieces of `_sure`
+        self._held = ""  # the longest end of the text that might begin a stop string
+        self._taken = 0  # pieces of `_sure` that `take` has returned
 
     @property
     def text(self) -> str:
-        """All of it so far, whole characters only."""
+        """The text so far, whole characters only."""
         return "".join(self._sure) + self._held
 
     @property
     def done(self) -> bool:
-        """Whether no more tokens are taken."""
+        """Whether the text has ended."""
         return self.finish_reason is not None
 
     def push(self, token: int) -> None:
-        """Adds a token; does nothing once the text is finished."""
+        """Adds a token; does nothing once the text has ended."""
         if self.done:
             return
         if token == self._eos_id:
@@ -63,13 +63,13 @@ class RowText:
             self._finish("length")
 
     def take(self) -> str:
-        """What came since the last call and is sure to stay: not what may turn out to begin a stop string."""
+        """The text since the last call, except an end that might begin a stop string."""
         new = "".join(self._sure[self._taken :])
         self._taken = len(self._sure)
         return new
 
     def _extend(self, piece: str) -> None:
-        text = self._held + piece  # a stop string that ends in the piece begins in here
+        text = self._held + piece  # a stop string that ends in the piece begins in it
         if starts := [i for stop in self._stop if (i := text.find(stop)) >= 0]:
             self._sure.append(text[: min(starts)])
             self._held, self.finish_reason = "", "stop"

@@ -23,6 +23,7 @@ from mlra_jax.model.layers import (
     check,
     nested,
 )
+from mlra_jax.ops.all_reduce import Workspace, fitting
 from mlra_jax.ops.remat import ATTENTION, HEADS, HIDDEN, MLP, PRODUCT, QUERIES, RESIDUAL
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
@@ -42,13 +43,12 @@ REMAT_POLICIES: dict[Remat, Any] = {
     "attention": _policies.save_only_these_names(ATTENTION),
     "full": _policies.nothing_saveable,
 }
-"""What the backward pass keeps of a layer besides its input, from most memory to most computation: everything; products
-with weights and what attention gives; the MLP's first products and what attention gives; that alone; nothing."""
+"""What is saved of a layer for the backward pass, besides its input (`ExecutionConfig.remat`)."""
 
 
 @jax.custom_vjp
 def _backward_together(*args: Any) -> Any:
-    """`args`, none of whose gradients is passed on before all are there."""
+    """`args`; none of their gradients is passed on before all have been computed."""
     return args
 
 
@@ -88,7 +88,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Whole sequences, [B, T, D].
 
-        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        Residual sums are left to the next norm: the input is x + y (or x if y is None), and so is the output.
         """
         names = ("batch", "length", None)
         if y_BTD is None:
@@ -99,37 +99,65 @@ class Block(nnx.Module):
         return x_BTD, self.mlp(h_BTD)
 
     def decode(
-        self, x_BTD: jax.Array, y_BTD: jax.Array | None, cache: Any, start_B: jax.Array, n_new_B: jax.Array
+        self,
+        x_BTD: jax.Array,
+        h_BTD: jax.Array,
+        next_norm: RMSNorm,
+        cache: Any,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        workspace: Workspace | None = None,
     ) -> tuple[jax.Array, jax.Array, Any]:
-        """T new tokens of each row, with and into the layer's cache.
+        """Runs T new tokens of each row against the layer's cache, to which they are appended.
 
-        Sums are left to the norm that follows: the input is x + y, or x where y is None, and so is the output.
+        Args:
+          x_BTD: the residual stream, float32.
+          h_BTD: its `attention_norm`.
+          next_norm: of the layer that follows, or the final one.
+          cache: of this layer.
+          start_B: tokens of each row in the cache.
+          n_new_B: new tokens of each row.
+          workspace: through which devices exchange partial sums; None: `psum`.
+
+        Returns:
+          The residual stream, its `next_norm`, and the cache with the new tokens.
         """
         # The scopes name the parts of a step in profiles (benchmarks/decode_step.py).
+        reduce = workspace is None
+        y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B, reduce=reduce)
         with jax.named_scope("norm"):
-            if y_BTD is None:
-                h_BTD = self.attention_norm(x_BTD)
-            else:
-                x_BTD, h_BTD = self.attention_norm.of_sum(x_BTD, y_BTD)
-        y_BTD, cache = self.attention.decode(h_BTD, cache, start_B, n_new_B)
-        with jax.named_scope("norm"):
-            x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD)
+            x_BTD, h_BTD = self.mlp_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
         with jax.named_scope("mlp"):
-            return x_BTD, self.mlp(h_BTD), cache
+            y_BTD = self.mlp(h_BTD, reduce=reduce)
+        with jax.named_scope("norm"):
+            x_BTD, h_BTD = next_norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+        return x_BTD, h_BTD, cache
+
+
+class _Layers(nnx.List):
+    """Layers that are not stacked; `nnx.update` with stacked ones says what to do instead."""
+
+    def _graph_node_set_key(self, key: Any, value: Any) -> None:
+        if isinstance(key, str):
+            raise ValueError(
+                "The state has stacked layers, this model a list of them; convert a trained model with `to_decode`, "
+                "or parameters with `from_params`."
+            )
+        super()._graph_node_set_key(key, value)
 
 
 class Transformer(WithLayout):
     """Tied embedding, layers, final norm.
 
-    In the training layout the layers' parameters are stacked on a leading axis and scanned, if `stacked`; else, and in
-    the decode layout, they are a list, so that no step slices or copies them.
+    In the training layout, if `stacked`, the layers' parameters are stacked on a leading axis and scanned. Otherwise,
+    and in the decode layout, layers are a list, so that no step slices or copies parameters.
 
     Args:
-      config: sizes and options; refused here if illegal.
+      config: sizes and options.
       rngs: for the initial parameters.
-      rules: table of logical axis names. Without a mesh nothing is split.
-      layout: `train`, or `decode` for cached decoding; `to_decode` turns the first into the second.
-      stacked: whether layers are stacked in the training layout, so that one is compiled for all.
+      rules: the table of logical axis names; without a mesh nothing is split.
+      layout: `train`, or `decode` for cached decoding; `to_decode` converts the first into the second.
+      stacked: whether layers are stacked in the training layout, so that a single one is compiled.
       execution: how whole sequences are computed.
 
     Raises:
@@ -154,15 +182,17 @@ class Transformer(WithLayout):
             stack = nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layers"})
             self.layers: Any = nnx.split_rngs(splits=config.n_layers)(stack)(rngs)
         else:
-            self.layers = nnx.List([make(rngs) for _ in range(config.n_layers)])
+            self.layers = _Layers([make(rngs) for _ in range(config.n_layers)])
         self.final_norm = RMSNorm(config, (config.d_model,), (None,), rngs=rngs, rules=rules)
+        self.workspace: Workspace | None = nnx.data(None)
+        """Through which GPUs that decode exchange partial sums; None: `psum`."""
 
     def hidden(self, tokens_BT: jax.Array, totals: Mapping[int, Any] | None = None) -> jax.Array:
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout.
 
         Args:
           tokens_BT: ids, at positions 0 to T - 1.
-          totals: for layers that are not stacked, float32 sums for the gradients of each one's parameters (`Summed`).
+          totals: for layers that are not stacked, the float32 sums for each one's gradients (`Summed`).
         """
         self.require_layout("train")
         x_BTD = self.embedding.encode(tokens_BT)
@@ -199,7 +229,7 @@ class Transformer(WithLayout):
     def scanned_layer(self) -> tuple[Callable[[jax.Array, nnx.State], jax.Array], nnx.State]:
         """A function of hidden states [B, T, D] and one layer's state, and the stacked states of all layers.
 
-        When differentiated it recomputes what `execution.remat` says.
+        Its backward pass recomputes what `execution.remat` does not save.
         """
         graph, stacked = nnx.split(self.layers)
         layer = self._recomputing(graph, prevent_cse=False, add=True)
@@ -208,7 +238,7 @@ class Transformer(WithLayout):
     def _recomputing(
         self, graph: nnx.GraphDef, *, prevent_cse: bool, add: bool = False
     ) -> Callable[[jax.Array, jax.Array | None, nnx.State], Any]:
-        """A layer of hidden states x + y; `add`: of x alone, and gives their sum."""
+        """A layer as a function of (x, y), with input x + y; `add`: it takes x alone and returns the sum."""
 
         def layer(x_BTD: jax.Array, y_BTD: jax.Array | None, state: nnx.State) -> Any:
             x_BTD, y_BTD = nnx.merge(graph, state)(x_BTD, y_BTD)
@@ -223,21 +253,28 @@ class Transformer(WithLayout):
         """Float32 logits [B, T, V] of whole sequences of token ids [B, T] at positions 0 to T - 1."""
         return self.embedding.decode(self.hidden(tokens_BT))
 
+    def _embed(self, tokens_BT: jax.Array, workspace: Workspace | None) -> tuple[jax.Array, jax.Array]:
+        """The residual stream before the first layer, [B, T, D] in float32, and the first layer's norm of it."""
+        embedding, norm = self.embedding, self.layers[0].attention_norm
+        # A part of a sum is rounded to the compute type.
+        exact = jnp.promote_types(embedding.compute_dtype, embedding.table.dtype) == embedding.compute_dtype
+        if workspace is None or not exact:
+            x_BTD = embedding.encode(tokens_BT)
+            return x_BTD, norm(x_BTD).astype(embedding.compute_dtype)
+        y_BTD = embedding.encode(tokens_BT, reduce=False)
+        x_BTD = self.rules.constrain(jnp.zeros(y_BTD.shape[1:], jnp.float32), "batch", "length", None)
+        return norm.of_sum(x_BTD, y_BTD, workspace=workspace)
+
     def decode(
-        self,
-        tokens_BT: jax.Array,
-        cache: Cache,
-        n_new_B: jax.Array,
-        *,
-        logits: LogitsOf = "all",
+        self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: LogitsOf = "all"
     ) -> tuple[jax.Array, Cache]:
         """Runs T new tokens of each row against the cache, in the decode layout.
 
         Args:
-          tokens_BT: ids; row b's first `n_new_B[b]` count, the rest is padding.
-          cache: donate it to the compiled function; it comes back with the new tokens.
+          tokens_BT: ids; the first `n_new_B[b]` of row b count, the rest is padding.
+          cache: donate it to the compiled function; it is returned with the new tokens.
           n_new_B: new tokens of each row, 0 to T; `cache.lengths + n_new_B` must not exceed `cache.capacity`.
-          logits: `all`: after every token [B, T, V]; `last`: after each row's last new one [B, 1, V].
+          logits: `all`: after every token, [B, T, V]; `last`: after each row's last new token, [B, 1, V].
 
         Returns:
           Float32 logits, meaningless where there is no token, and the cache.
@@ -245,19 +282,20 @@ class Transformer(WithLayout):
         self.require_layout("decode")
         require(LogitsOf, logits=logits)
         start_B = cache.lengths
+        workspace = None
+        if self.rules.size("mlp") > 1:
+            workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
         with jax.named_scope("embed"):
-            x_BTD = self.embedding.encode(tokens_BT)
-        layers, y_BTD = [], None
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, y_BTD, layer_cache = layer.decode(x_BTD, y_BTD, layer_cache, start_B, n_new_B)
+            x_BTD, h_BTD = self._embed(tokens_BT, workspace)
+        layers, norms = [], [*(layer.attention_norm for layer in self.layers), self.final_norm]
+        # A function of its own is traced and lowered once for all layers.
+        decode = jax.jit(lambda layer, *args: layer.decode(*args))
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            args = x_BTD, h_BTD, norms[i + 1], layer_cache, start_B, n_new_B, workspace
+            x_BTD, h_BTD, layer_cache = decode(layer, *args)
             layers.append(layer_cache)
-        assert y_BTD is not None
-        with jax.named_scope("mlp"):
-            x_BTD = x_BTD + y_BTD
         if logits == "last":
-            x_BTD = jnp.take_along_axis(x_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
-        with jax.named_scope("norm"):
-            h_BTD = self.final_norm(x_BTD)
+            h_BTD = jnp.take_along_axis(h_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
         with jax.named_scope("logits"):
             logits_BTV = self.embedding.decode(h_BTD)
         return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
@@ -271,7 +309,7 @@ def _abstract(
     stacked: bool = True,
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> tuple[nnx.GraphDef, nnx.State]:
-    """The split model without its values. `nnx.eval_shape` would take our logical names for axes of an Auto mesh."""
+    """The split model without values. `nnx.eval_shape` would mistake our logical names for axes of an Auto mesh."""
     options: dict[str, Any] = {"rules": rules, "layout": layout, "stacked": stacked, "execution": execution}
     make = lambda: Transformer(config, rngs=nnx.Rngs(0), **options)
     return jax.eval_shape(lambda: nnx.split(make()))
@@ -285,9 +323,9 @@ def from_params(
     layout: Layout = "train",
     execution: ExecutionConfig = ExecutionConfig(),
 ) -> Transformer:
-    """The model with these parameters: a nested dictionary of arrays as `nnx.to_pure_dict` gives it for `layout`.
+    """The model with these parameters, a nested dictionary of arrays as `nnx.to_pure_dict` returns for `layout`.
 
-    In the training layout the layers may be stacked or, as `unstack_layers` leaves them, not.
+    In the training layout the layers may be stacked or not (`unstack_layers`).
     """
     stacked = 0 not in params["layers"]
     graph, state = _abstract(config, rules, layout, stacked=stacked, execution=execution)
@@ -296,23 +334,23 @@ def from_params(
 
 
 def unstack_layers(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with `layers` a dictionary of each layer's own, by its number."""
+    """The parameters with each layer's own under its number in `layers`."""
     layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers)}
     return {**params, "layers": layers}
 
 
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of `unstack_layers`."""
+    """The inverse of `unstack_layers`."""
     layers = [params["layers"][i] for i in range(len(params["layers"]))]
     return {**params, "layers": jax.tree.map(lambda *xs: jnp.stack(xs), *layers)}
 
 
 def cast_weights(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters, layers stacked or not, with those of products (`w_...`) in the compute type.
+    """The parameters, layers stacked or not, with the weights of products (`w_...`) cast to the compute type.
 
-    The model gives the same with them as with `params`: it casts them where it uses them. Where a step uses them often
-    (micro-batches, and layers that are recomputed), they are cast once and then read at half the size. Gains and the
-    token matrix, which are used in float32, stay as they are.
+    The model computes the same with them as with `params`, which it casts where it uses them. But a step that uses them
+    often (with several micro-batches, or recomputed layers) then casts them once and reads half the bytes. Gains and
+    the token matrix, which are used in float32, stay as they are.
     """
     cast = lambda path, x: x.astype(config.compute_dtype) if path[-1].key.startswith("w_") else x
     return jax.tree_util.tree_map_with_path(cast, params)
@@ -323,14 +361,14 @@ def to_decode(
 ) -> Transformer:
     """The decode-layout model on the current mesh, from the parameter tree of the training layout.
 
-    Layers are unstacked, their matrices joined and turned as the modules' `decode_leaves` say, and everything is split
-    as `rules` say: once, at load, leaf by leaf.
+    Layers are unstacked, their matrices joined and transposed as the modules' `decode_leaves` say, and everything is
+    split as `rules` say: once, at load, leaf by leaf.
 
     Args:
-      config: of the model.
+      config: the model's configuration.
       params: nested dictionary of arrays with stacked layers, laid out in any way on the current mesh.
       rules: the decoding table.
-      donate: empty `params` on the way, so that no more than one leaf of the result is in memory twice.
+      donate: remove parameters from `params` as they are converted, so that at most one is in memory twice.
     """
     graph, state = _abstract(config, rules, "decode")
     names: dict[Any, Any] = {path: var.get_metadata("out_sharding") for path, var in nnx.to_flat_state(state)}

@@ -1,4 +1,4 @@
-"""Looking at what attention gives to which token."""
+"""Attention weights, for looking at what a model attends to."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def attention_weights(
     model: Transformer | Attention, inputs: jax.Array, *, layer: int | None = None
 ) -> jax.Array:
-    """The softmax weights of each branch: how much each query head gives to each token.
+    """The softmax weights of each branch: how much each query head attends to each token.
 
-    They are computed by `mlra_jax.reference`, whole on every device: T * T values for each sequence, head and branch.
+    They are computed by `mlra_jax.reference`, unsplit on every device: T * T values per sequence, head and branch.
 
     Args:
       model: a model or one attention layer, in the training layout.
       inputs: token ids [B, T] for a model; for an attention layer its normalised input [B, T, D].
-      layer: of a model, the only layer to look at; None: all of them.
+      layer: the only layer of a model to compute them for; None: all layers.
 
     Returns:
-      Float32 [J, B, N, T, S] of one layer, or [layers, J, B, N, T, S]: branches, sequences, query heads, queries, keys.
-      Branch j of query head n reads latent head j*G + n // M; J is 1 in all but MLRA.
+      Float32 [J, B, N, T, S] for one layer, or [layers, J, B, N, T, S]: branches, sequences, query heads, queries,
+      keys. Branch j of query head n reads latent head j*G + n // M; J is 1 in all but MLRA.
 
     Raises:
       NotImplementedError: the model is in the decode layout, or its attention is not one of the package's own.

@@ -1,7 +1,7 @@
-"""Attention kernels: arrays in, arrays out; no module, configuration or mesh is known here.
+"""Kernels and their references: arrays in, arrays out, with no knowledge of modules, configurations or meshes.
 
-One folder per kernel family: `api.py` (the public function and its dispatch), `reference.py` (the specification) and
-one file per back end.
+Each op has a folder: `api.py` (the public function and its back ends), `reference.py` (the specification), and a file
+or folder for each back end. `back_end.py` is the protocol that all back ends follow (docs/kernels.md).
 """
 
 from mlra_jax.ops.dispatch import explain

@@ -1,63 +1,70 @@
-"""The device that a traced function is for, and what kernels must know of GPUs."""
+"""What a traced function is compiled for. No other module of `ops` reads the ambient mesh or JAX's devices."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh
 
+from mlra_jax.execution.accelerators import Accelerator, find_accelerator
+
+
+def default_device() -> tuple[str, str]:
+    """Platform (`cpu`, `gpu` or `tpu`) and kind (such as `NVIDIA H100 80GB HBM3`) of JAX's default device."""
+    device = jax.config.values["jax_default_device"] or jax.devices()[0]
+    if isinstance(device, str):
+        device = jax.devices(device)[0]
+    return _named(device.platform, device.device_kind)
+
 
 def current_device() -> tuple[str, str]:
-    """Platform (`cpu`, `gpu` or `tpu`) and kind (such as `NVIDIA H100 80GB HBM3`) of what is being compiled for.
+    """Platform and kind of the device that is compiled for.
 
-    That is the device of the current mesh, which may be one that is only described (ahead-of-time compilation), and
-    the default device where there is no mesh.
+    That is a device of the current mesh, which may be one that is only described (ahead-of-time compilation), or the
+    default device if there is no mesh.
     """
     mesh: AbstractMesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.abstract_device is not None:
-        platform, kind = mesh.abstract_device.platform, mesh.abstract_device.device_kind
-    else:
-        device = jax.config.values["jax_default_device"] or jax.devices()[0]
-        if isinstance(device, str):
-            device = jax.devices(device)[0]
-        platform, kind = device.platform, device.device_kind
+    if mesh.empty or mesh.abstract_device is None:
+        return default_device()
+    return _named(mesh.abstract_device.platform, mesh.abstract_device.device_kind)
+
+
+def _named(platform: str, kind: str) -> tuple[str, str]:
     return ("gpu" if platform in ("cuda", "rocm") else platform), kind
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What kernels must know of an NVIDIA GPU."""
-
-    capability: int
-    """Compute capability: 80 for 8.0."""
-    processors: int
-    """Streaming multiprocessors."""
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of one program at most (CUDA C++ Programming Guide, table of compute capabilities)."""
-        return {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}[self.capability] * 1024
+def inside_shard_map() -> bool:
+    """Whether what is traced runs on each device by itself, in `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
-CHIPS = {
-    r"A100": Chip(80, 108),
-    r"A30": Chip(80, 56),
-    r"A10G": Chip(86, 80),
-    r"A10": Chip(86, 72),
-    r"A40|A6000": Chip(86, 84),
-    r"RTX 3090": Chip(86, 82),
-    r"L4": Chip(89, 58),
-    r"L40S?": Chip(89, 142),
-    r"RTX 4090": Chip(89, 128),
-    r"H100 PCIe": Chip(90, 114),
-    r"H20": Chip(90, 78),
-    r"H100|H200|H800|GH200": Chip(90, 132),
-}
-"""By what their names in JAX (`NVIDIA A100-SXM4-40GB`) hold; numbers from NVIDIA's data sheets."""
+def tpu_info() -> Any:
+    """The `pltpu.TpuInfo` of the device that is compiled for.
+
+    Raises:
+      NotImplementedError: it is no TPU.
+    """
+    from jax.experimental.pallas import tpu as pltpu  # not every platform has it
+
+    try:
+        return pltpu.get_tpu_info()
+    except ValueError as e:
+        raise NotImplementedError("It needs a TPU.") from e
 
 
-def find_chip(kind: str) -> Chip | None:
-    """The chip that a JAX device kind names; None: unknown."""
-    return next((chip for name, chip in CHIPS.items() if re.search(rf"\b({name})\b", kind)), None)
+def require_ampere() -> tuple[str, Accelerator]:
+    """Kind and data sheet of the NVIDIA GPU that is compiled for.
+
+    Raises:
+      NotImplementedError: it is none that we know, or older than Ampere.
+    """
+    platform, kind = current_device()
+    chip = find_accelerator(kind) if platform == "gpu" else None
+    if chip is None and platform == "gpu":
+        raise NotImplementedError(f"It does not know {kind}; add it to mlra_jax.execution.accelerators.")
+    if chip is None or chip.capability < 80:
+        raise NotImplementedError(
+            f"It needs an NVIDIA GPU of the Ampere generation or later; this is a {kind}."
+        )
+    return kind, chip

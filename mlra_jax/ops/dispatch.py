@@ -1,35 +1,47 @@
-"""How an op picks one of its implementations, and says why."""
+"""How an op picks one of its back ends, and says why."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
-import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from mlra_jax.ops.back_end import BackEnd
+
+Implementation = str | BackEnd | Sequence[str | BackEnd] | None
+"""What ops take as `implementation`: a name or a back end, or several to be tried in order; None: as `choose` says, or
+else the first back end that takes the call."""
+
+RENAMED = {"product": "skinny_gemm"}
+"""Former names of ops, which `choose` still takes."""
+
 logger = logging.getLogger(__name__)
-_explained: set[tuple[str, str]] = set()
-_asked: contextvars.ContextVar[dict[str, dict[str, str | None]] | None] = contextvars.ContextVar(
-    "asked", default=None
+_logged: set[tuple[str, str]] = set()
+_reasons: contextvars.ContextVar[dict[str, dict[str, str | None]] | None] = contextvars.ContextVar(
+    "reasons", default=None
 )
-_chosen: contextvars.ContextVar[Mapping[str, str | Sequence[str]] | None] = contextvars.ContextVar(
+_chosen: contextvars.ContextVar[Mapping[str, Implementation] | None] = contextvars.ContextVar(
     "chosen", default=None
 )
 
 
 @contextlib.contextmanager
-def choose(**implementations: str | Sequence[str]) -> Iterator[None]:
-    """While functions are traced inside, `implementation` of each op named, where it is None.
+def choose(**implementations: Implementation) -> Iterator[None]:
+    """Sets the `implementation` of ops, by name, for all calls that are traced inside and leave it None.
 
-        with choose(product=("mosaic_gpu", "reference")):
+        with choose(skinny_gemm=("mosaic_gpu", "reference")):
             engine.run(...)  # what it compiles
 
-    What was compiled before stays as it is. A name that no op has changes nothing.
+    Functions that were compiled before are not affected. A name that no op has changes nothing.
     """
+    for old, new in RENAMED.items():
+        if old in implementations:
+            logger.warning("The op %r is called %r now; choose(%s=...).", old, new, new)
+            implementations.setdefault(new, implementations.pop(old))
     token = _chosen.set({**(_chosen.get() or {}), **implementations})
     try:
         yield
@@ -37,87 +49,64 @@ def choose(**implementations: str | Sequence[str]) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def chosen(op: str) -> str | Sequence[str] | None:
+def chosen(op: str) -> Implementation:
     """What `choose` says of an op; None: nothing."""
     return (_chosen.get() or {}).get(op)
 
 
-def lazily(module: str, name: str) -> Callable[..., Any]:
-    """The implementation `name` of a module that is imported when it is first asked for.
-
-    It declines where the module does not import: libraries have no such part on this platform, or in this version.
-    """
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            implementation = getattr(importlib.import_module(module), name)
-        except Exception as e:
-            raise NotImplementedError(
-                f"{module} does not work with JAX {jax.__version__} here ({type(e).__name__}: {e})."
-            ) from e
-        return implementation(*args, **kwargs)
-
-    return call
-
-
 def dispatch(
     op: str,
-    implementations: Mapping[str, Callable[..., Any]],
-    implementation: str | Sequence[str] | None,
+    back_ends: Mapping[str, BackEnd],
+    implementation: Implementation,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Calls the first implementation that takes these arguments.
+    """Calls the first back end that takes these arguments.
 
     Args:
       op: name of the op, for messages.
-      implementations: name to function, best first. A function declines by raising `NotImplementedError`.
-      implementation: a name takes that one or fails; a sequence of names is tried in order; None is what `choose`
-        says, or else tries all in order and logs once why one declined.
-      *args: passed on.
-      **kwargs: passed on.
+      back_ends: those of the op by name, in order of preference.
+      implementation: one name or back end is called or fails; several are tried in order; None is what `choose` says,
+        or else all of `back_ends`. Why one of several declines is logged once.
+      *args: of the call.
+      **kwargs: of the call.
 
     Raises:
       ValueError: an unknown name.
-      NotImplementedError: the one named implementation declines.
+      NotImplementedError: the only one named declines.
       ExceptionGroup: all of several decline; it holds every reason.
     """
     implementation = chosen(op) if implementation is None else implementation
     if implementation is None:
-        names: Sequence[str] = tuple(implementations)
-    else:
-        names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    for name in names:
-        if name not in implementations:
-            raise ValueError(
-                f"{op} has no implementation {name!r}; choose from {', '.join(implementations)}."
-            )
-    if (asked := _asked.get()) is not None:
-        asked[op] = {name: _reason(implementations[name], *args, **kwargs) for name in names}
-    reasons: list[NotImplementedError] = []
-    for name in names:
+        implementation = tuple(back_ends)
+    elif isinstance(implementation, str | BackEnd):
+        implementation = (implementation,)
+    candidates: dict[str, BackEnd] = {}
+    for one in implementation:
+        if isinstance(one, BackEnd):
+            candidates[getattr(one, "name", type(one).__name__)] = one
+        elif one in back_ends:
+            candidates[one] = back_ends[one]
+        else:
+            raise ValueError(f"{op} has no implementation {one!r}; choose from {', '.join(back_ends)}.")
+    if (reasons := _reasons.get()) is not None:
+        reasons[op] = {name: b.reason_to_decline(*args, **kwargs) for name, b in candidates.items()}
+    declined: list[NotImplementedError] = []
+    for name, back_end in candidates.items():
         try:
-            return implementations[name](*args, **kwargs)
+            return back_end(*args, **kwargs)
         except NotImplementedError as e:
-            if len(names) == 1:
+            if len(candidates) == 1:
                 raise
-            if (key := (f"{op}:{name}", str(e))) not in _explained:
-                _explained.add(key)
+            if (key := (f"{op}:{name}", str(e))) not in _logged:
+                _logged.add(key)
                 logger.info("%s: %s declines: %s", op, name, e)
-            reasons.append(e)
-    raise ExceptionGroup(f"{op}: no implementation takes these arguments", reasons)
-
-
-def _reason(implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> str | None:
-    try:
-        implementation(*args, **kwargs)
-    except NotImplementedError as e:
-        return str(e)
-    return None
+            declined.append(e)
+    raise ExceptionGroup(f"{op}: no implementation takes these arguments", declined)
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, dict[str, str | None]]:
-    """Why each implementation of the ops that `function` calls would or would not take its call; nothing is run.
+    """Says which back ends would take the calls of ops that `function` makes, and why others decline; runs nothing.
 
         explain(latent_decode_attention, q_nope, q_rope, kv_latent, k_rope, kv_len, scale=0.1)
 
@@ -127,13 +116,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
       **kwargs: its keywords, as they are.
 
     Returns:
-      For each op the names in the order in which they are tried, each with its reason to decline, or None: it takes
-      the call. The first None is what `implementation=None` runs.
+      For each op its back ends in the order in which they are tried, each with its reason to decline, or None if it
+      takes the call. The first None is what runs.
     """
     found: dict[str, dict[str, str | None]] = {}
-    token = _asked.set(found)
+    token = _reasons.set(found)
     try:
         jax.eval_shape(lambda *args: function(*args, **kwargs), *args)
     finally:
-        _asked.reset(token)
+        _reasons.reset(token)
     return found

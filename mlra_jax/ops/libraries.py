@@ -1,4 +1,4 @@
-"""Optional libraries that back ends build on: which versions there are, and declining where they do not fit."""
+"""Optional libraries that back ends build on: their versions, and how a back end declines if they do not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def version(package: str) -> tuple[int, ...] | None:
-    """The installed version of a package, (1, 2, 3) of 1.2.3rc1; None: there is none."""
+    """The installed version of a package, such as (1, 2, 3) for 1.2.3rc1; None: it is not installed."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -28,11 +28,11 @@ def name(*packages: str) -> str:
 
 @contextlib.contextmanager
 def declining(*packages: str, remedy: str) -> Iterator[None]:
-    """Calls into libraries: whatever they raise says that they do not take the call.
+    """A context for calls into libraries: whatever they raise means that the back end declines.
 
     Args:
-      *packages: distributions that are named with their versions.
-      remedy: a command that brings versions that fit.
+      *packages: distributions to name, with their versions.
+      remedy: a command that installs versions that fit.
 
     Raises:
       NotImplementedError: in place of any other exception.

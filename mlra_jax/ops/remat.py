@@ -1,8 +1,8 @@
-"""Names of what is dear to compute again, for rematerialisation policies (`jax.ad_checkpoint.checkpoint_name`)."""
+"""Names of what is expensive to recompute, for rematerialisation policies (`jax.ad_checkpoint.checkpoint_name`)."""
 
 ATTENTION = "attention"
-"""Output and log-sum-exp of attention over whole sequences. A kernel with a backward pass of its own names both where
-its forward pass saves them, else all of it would run again."""
+"""Output and log-sum-exp of attention over whole sequences. A kernel with its own backward pass names both where its
+forward pass saves them; otherwise the whole kernel would run again."""
 MLP = "mlp"
 """The products with the MLP's first two matrices."""
 HEADS = "heads"
@@ -10,8 +10,8 @@ HEADS = "heads"
 PRODUCT = "product"
 """A product with a matrix of weights."""
 RESIDUAL = "residual"
-"""The residual stream and its norm, where a kernel with a backward pass of its own gives both."""
+"""The residual stream and its norm, where one kernel with its own backward pass computes both."""
 QUERIES = "queries"
-"""Queries in latents, a product with a matrix for each head and branch."""
+"""Absorbed queries, a product with a matrix for each head and branch."""
 HIDDEN = "hidden"
-"""What the MLP's last matrix multiplies."""
+"""The input of the MLP's last matrix."""

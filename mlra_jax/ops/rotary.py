@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 Frequencies = tuple[float, ...]
-"""Radians per position of each of R/2 pairs. Python's floats are float64: `jax.Array`s would not do."""
+"""Radians per position of each of R/2 pairs, as Python floats, which are float64, unlike a `jax.Array`."""
 
 
 def frequencies(width: int, base: float) -> Frequencies:
@@ -17,27 +17,27 @@ def frequencies(width: int, base: float) -> Frequencies:
 
     Args:
       width: R, even.
-      base: of the frequencies.
+      base: theta, of which the frequencies are powers.
     """
     return tuple(base ** (-2 * i / width) for i in range(width // 2))
 
 
-# A function of its own holds its numbers. Else they would be inputs of layers that are computed anew, and each of those
-# would make tables for itself; so the compiler sees that those of all layers are the same.
+# A jitted function holds the frequencies as its constants. Otherwise they would be inputs of layers that are
+# rematerialised, each of which would compute its own tables; this way the compiler sees that they are all the same.
 @functools.partial(jax.jit, static_argnames="frequencies")
 def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.Array, jax.Array]:
     """Float32 cosines and sines of positions times frequencies, [*positions.shape, R/2].
 
     A float32 product would be off by as much as the position's last bits: 2e-3 rad at 128K tokens, 0.1 at 2M. Here
-    integers count parts of 2**-32 turn, and whole turns overflow: angles are right to 4e-7 rad at every position.
+    integers count units of 2**-32 revolution, and whole revolutions overflow: angles are right to 4e-7 rad everywhere.
 
     Args:
       positions: integers from 0 to 2**31 - 1.
       frequencies: radians per position.
     """
-    # Turns per position as 64-bit fractions, in two halves. A Python float times a power of two is exact.
-    turns = [int(f / (2 * math.pi) * 2.0**64) for f in frequencies]
-    high, low = (jnp.array([x >> bits & 0xFFFFFFFF for x in turns], jnp.uint32) for bits in (32, 0))
+    # Revolutions per position as 64-bit fractions, in two halves. A Python float times a power of two is exact.
+    revolutions = [int(f / (2 * math.pi) * 2.0**64) for f in frequencies]
+    high, low = (jnp.array([x >> bits & 0xFFFFFFFF for x in revolutions], jnp.uint32) for bits in (32, 0))
     p = positions.astype(jnp.uint32)[..., None]
     upper = lambda x: x >> 16
     lower = lambda x: x & 0xFFFF
@@ -49,12 +49,12 @@ def rotary_tables(positions: jax.Array, frequencies: Frequencies) -> tuple[jax.A
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` [..., R] turned by angles: element i, of R/2, pairs with element i + R/2.
+    """`x` [..., R] rotated by angles: element i, of R/2, pairs with element i + R/2.
 
     Args:
-      x: what is turned.
-      cos: of the angles, [..., R/2], of a shape that broadcasts; rounded to the type of `x`.
-      sin: the same.
+      x: queries or keys.
+      cos: cosines of the angles [..., R/2], broadcast to `x` and rounded to its type.
+      sin: sines, likewise.
     """
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     a, b = jnp.split(x, 2, axis=-1)

@@ -10,25 +10,27 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
+from mlra_jax.ops.device import inside_shard_map
+
 
 def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-    """`x`, said to vary over the mesh axes `axes` too, inside `shard_map`; its gradient is summed over those added."""
+    """`x` marked as varying over the mesh axes `axes` too, inside `shard_map`; gradients are summed over those."""
     missing = axes - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
 
 
 def unchecked(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, also where `shard_map` checks over which axes arrays vary, which `f`'s kernels do not say.
+    """`f` made to run also where `shard_map` checks over which axes arrays vary, although kernels do not say that.
 
-    Forward and backward pass are traced without the axes and run in an inner `shard_map` without the checks; what comes
-    out is then said to vary over every axis over which something that goes in does.
+    Forward and backward pass are traced without the axes and run in an inner `shard_map` without the checks. Outputs
+    are then marked as varying over every axis over which some input does.
 
     Args:
-      f: takes a pytree of constants and arrays; differentiable in the arrays.
+      f: a function of a pytree of constants, and arrays; differentiable in the arrays.
     """
 
     def call(constants: Any, *args: Any) -> Any:
-        if not jax.sharding.get_abstract_mesh().manual_axes:  # not inside `shard_map`
+        if not inside_shard_map():
             return f(constants, *args)
         of = lambda x: jax.typeof(x).manual_axis_type.varying
         axes = frozenset().union(*map(of, args))

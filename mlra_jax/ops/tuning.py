@@ -1,8 +1,8 @@
-"""Tables of measured kernel configurations: one JSON file for each kind of device.
+"""Tables of measured kernel configurations: a folder for each op, a JSON file in it for each kind of device.
 
-A table holds, for a back end and the sizes of a call, the configuration that was fastest when
-`python -m benchmarks.tune_decode_attention` last measured it. Back ends ask `find` where their caller names no
-configuration, and fall back on a heuristic.
+An entry holds the configuration that was fastest for a back end and the sizes of a call, when
+`python -m benchmarks.tune_decode_attention` measured it. A back end looks here if its caller names no configuration,
+and falls back on a heuristic.
 """
 
 from __future__ import annotations
@@ -15,47 +15,31 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 C = TypeVar("C")
 logger = logging.getLogger(__name__)
 
-DECODE = pathlib.Path(__file__).parent / "decode" / "tuned"
-"""Tables of the back ends of decode attention."""
+Sizes = Mapping[str, Any]
+"""What the best configuration of a back end depends on, by name: numbers, tuples of numbers, booleans."""
+ROUNDED = ("batch", "capacity")
+"""Sizes that are rounded up to powers of two, and may differ between a measurement and the call that it serves."""
 REACH = 2
-"""How many doublings of batch and capacity together a measurement speaks for."""
+"""By how many doublings, of all `ROUNDED` together, a measurement may differ from the call that it serves."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the best configuration of decode attention depends on."""
+def bucket(sizes: Sizes) -> tuple[int, ...]:
+    """The exponents of the powers of two that hold the `ROUNDED` sizes."""
+    return tuple((sizes[name] - 1).bit_length() for name in ROUNDED)
 
-    heads: int
-    """Latent or KV heads."""
-    rows: int
-    """Query heads that read one of them."""
-    q_len: int
-    widths: tuple[int, ...]
-    """Of the parts of a key."""
-    v_width: int
-    latent: bool
-    """Whether the value is the first part of the key."""
-    batch: int
-    capacity: int
-    """Tokens that a row may hold."""
 
-    @property
-    def bucket(self) -> tuple[int, int]:
-        """Batch and capacity as exponents of the powers of two that hold them."""
-        return (self.batch - 1).bit_length(), (self.capacity - 1).bit_length()
-
-    def distance(self, other: Sizes) -> tuple[int, int] | None:
-        """Doublings of both, and of the batch alone, between the buckets; None: these sizes do not compare."""
-        if dataclasses.replace(other, batch=self.batch, capacity=self.capacity) != self:
-            return None
-        of_batch, of_capacity = (abs(a - b) for a, b in zip(self.bucket, other.bucket, strict=True))
-        return of_batch + of_capacity, of_batch
+def distance(a: Sizes, b: Sizes) -> tuple[int, int] | None:
+    """Doublings between two buckets, in all and of the batch alone; None: the sizes differ otherwise."""
+    if {**a, **{name: b[name] for name in ROUNDED}} != dict(b):
+        return None
+    doublings = [abs(i - j) for i, j in zip(bucket(a), bucket(b), strict=True)]
+    return sum(doublings), doublings[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +64,12 @@ class Entry:
         Raises:
           TypeError, ValueError, KeyError: it is none.
         """
-        sizes = fields["sizes"]
-        numbers = [*(fields["config"] or {}).values(), sizes["batch"], sizes["capacity"]]
+        lists_to_tuples = lambda x: tuple(x) if isinstance(x, list) else x
+        sizes = {name: lists_to_tuples(x) for name, x in fields["sizes"].items()}
+        numbers = [*(fields["config"] or {}).values(), *(sizes[name] for name in ROUNDED)]
         if any(type(x) is not int or x < 1 for x in numbers):
-            raise ValueError(f"sizes and configurations are whole numbers from 1; got {numbers}")
-        return cls(**{**fields, "sizes": Sizes(**{**sizes, "widths": tuple(sizes["widths"])})})
+            raise ValueError(f"sizes and configurations are integers from 1; got {numbers}")
+        return cls(**{**fields, "sizes": sizes})
 
 
 def slug(kind: str) -> str:
@@ -112,8 +97,8 @@ def read_table(path: pathlib.Path) -> tuple[Entry, ...]:
 
 
 def write_table(path: pathlib.Path, kind: str, entries: Iterable[Entry]) -> None:
-    """Writes a table, an entry a line; who reads meanwhile sees the old one or the new one."""
-    order = lambda e: (e.back_end, not e.sizes.latent, dataclasses.astuple(e.sizes))
+    """Writes a table, one entry per line; replaces an older one atomically."""
+    order = lambda e: (e.back_end, json.dumps(e.sizes, sort_keys=True))
     lines = [json.dumps(dataclasses.asdict(e)) for e in sorted(entries, key=order)]
     text = f'{{"device": {json.dumps(kind)}, "entries": [\n' + ",\n".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,24 +111,26 @@ def write_table(path: pathlib.Path, kind: str, entries: Iterable[Entry]) -> None
 
 def update(entries: Iterable[Entry], new: Entry) -> tuple[Entry, ...]:
     """The entries with a new one in place of that for the same back end, sizes and bucket."""
-    same = lambda e: e.back_end == new.back_end and e.sizes.distance(new.sizes) == (0, 0)
+    same = lambda e: e.back_end == new.back_end and distance(e.sizes, new.sizes) == (0, 0)
     return *(e for e in entries if not same(e)), new
 
 
 @functools.cache
 def load(path: pathlib.Path) -> tuple[Entry, ...]:
-    """`read_table`, once for each file; one that cannot be read is warned of, and then taken for empty."""
+    """`read_table`, once per file; warns of a table that cannot be read, and takes it for empty."""
     try:
         return read_table(path)
     except ValueError as e:
-        logger.warning("%s Heuristics are used; write it anew: python -m benchmarks.tune_decode_attention", e)
+        logger.warning(
+            "%s Heuristics are used instead; to write it anew: python -m benchmarks.tune_decode_attention", e
+        )
         return ()
 
 
 @functools.cache
 def _warn_of_fields(path: pathlib.Path, back_end: str, error: str) -> None:
     logger.warning(
-        "%s holds a configuration that %s does not know (%s); it is passed over. Tune again: "
+        "%s holds a configuration with fields that %s does not have (%s); it is ignored. Tune again: "
         "python -m benchmarks.tune_decode_attention --again",
         path,
         back_end,
@@ -152,39 +139,38 @@ def _warn_of_fields(path: pathlib.Path, back_end: str, error: str) -> None:
 
 
 def find(
+    folder: pathlib.Path,
+    kind: str,
     back_end: str,
     sizes: Sizes,
-    kind: str,
+    *,
     make: Callable[..., C],
     adapt: Callable[[C, Sizes], C | None],
-    *,
-    folder: pathlib.Path | None = None,
 ) -> C | None:
     """The configuration measured for a call, or for one like it.
 
-    Entries count if they are of the back end and differ from the call in nothing but batch and capacity. Those two
-    are rounded up to powers of two. The same bucket comes first, then the nearest one, by doublings of batch and of
-    capacity together, up to `REACH`; of equally near ones that with the nearer batch, then the first in the table.
-    Where the nearest says that the heuristic was best, it is.
+    An entry counts if it is of the back end and its sizes differ from the call's in none but the `ROUNDED` ones. The
+    nearest entry within `REACH` comes first, by doublings in all; of equally near ones that with the nearer batch, then
+    the first in the table. If the nearest says that the heuristic was best, the heuristic it is.
 
     Args:
+      folder: of tables.
+      kind: of the device, as JAX calls it.
       back_end: its name.
       sizes: of the call.
-      kind: of the device, as JAX calls it.
       make: makes a configuration of its fields.
-      adapt: makes of a configuration, and the sizes that it was measured with, what this call can run; or None, if it
-        cannot, and the next entry is asked.
-      folder: of tables; None: those that come with the package.
+      adapt: takes a configuration and the sizes that it was measured with; returns what this call can run, or None,
+        and the next entry is tried.
 
     Returns:
-      A configuration, or None: the heuristic must do.
+      A configuration, or None: use the heuristic.
     """
-    path = table_path(folder or DECODE, kind)
+    path = table_path(folder, kind)
     near = []
     for entry in load(path):
-        distance = entry.sizes.distance(sizes) if entry.back_end == back_end else None
-        if distance is not None and distance[0] <= REACH:
-            near.append((distance, entry))
+        doublings = distance(entry.sizes, sizes) if entry.back_end == back_end else None
+        if doublings is not None and doublings[0] <= REACH:
+            near.append((doublings, entry))
     for _, entry in sorted(near, key=lambda x: x[0]):
         if entry.config is None:
             return None

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
 from mlra_jax.config import TrainConfig
@@ -35,23 +35,35 @@ class DivergedError(ExplainedError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """How a call of `train` ended."""
+    """The outcome of a call of `train`."""
 
     state: TrainState
     """The final state."""
     step: int
-    """Updates made, those of earlier processes included."""
+    """Number of updates made, including those of earlier processes."""
     eval_loss: float | None
-    """The last held-out loss of this process, nats per token; None if there was no evaluation."""
+    """The last held-out loss in this process, in nats per token; None if there was no evaluation."""
     interrupted: bool
-    """Whether a SIGTERM ended it before the last step."""
+    """Whether a SIGTERM ended the run before its last step."""
+
+
+def laid_out(config: TrainConfig) -> tuple[TrainConfig, Mesh, Plan]:
+    """The run with what it leaves open chosen, its mesh over all devices, and what was chosen.
+
+    Raises:
+      ConfigError: the model or the batch cannot be laid out on the devices, or does not fit them.
+    """
+    check_train_layout(config, config.mesh.resolve(jax.device_count()))
+    mesh = make_mesh(config.mesh)
+    config, plan = resolve(config, mesh, agree(device_memory(jax.local_devices()[0])))
+    return config, mesh, plan
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains, or continues, the run that `config` describes; every process of a cluster calls it.
+    """Trains the run that `config` describes, or continues it; every process of a cluster calls it.
 
-    What is found in `config.run_dir` is continued from its latest complete checkpoint, on whatever mesh; parameters
-    alone (converted ones) are trained further from step 0 with a new optimizer. SIGTERM on any process saves and
+    A run found in `config.run_dir` continues from its latest complete checkpoint, on any mesh; a checkpoint of
+    parameters alone (converted ones) is trained from step 0 with a new optimizer. SIGTERM on any process saves and
     returns. Hosts must share the storage of `run_dir`.
 
     Raises:
@@ -62,15 +74,12 @@ def train(config: TrainConfig) -> TrainResult:
       CheckpointError: the run's folder holds a run of another model.
       DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
     """
-    # Everything that can be refused is refused here, before anything is compiled or allocated.
+    # All checks come first, before anything is compiled or allocated.
     config.validate()
     check_sinks(config)
     check_storage(config.run_dir, RUN_PROTOCOLS)
-    mesh_config = config.mesh.resolve(jax.device_count())
-    check_train_layout(config, mesh_config)
-    n_data_shards = mesh_config.data * mesh_config.fsdp
-    mesh = make_mesh(config.mesh)
-    config, plan = resolve(config, mesh, agree(device_memory(jax.local_devices()[0])))
+    config, mesh, plan = laid_out(config)
+    n_data_shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
@@ -118,7 +127,7 @@ def train(config: TrainConfig) -> TrainResult:
             measure = not interrupted and (last or step % config.log.eval_every == 0)
             if save or measure:
                 monitor.finish()  # raises if this step is bad, before it can get into a checkpoint
-                # In this order: a run killed in between does not take itself for finished without its evaluation.
+                # In this order, so that a run killed in between does not count as finished without its evaluation.
                 if measure:
                     eval_loss = evaluate(state.params)
                     monitor.evaluated(step, eval_loss)
@@ -131,7 +140,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 class _Monitor:
-    """Fetches each step's metrics while the next one runs, checks them, and reports every `log.every` steps."""
+    """Fetches each step's metrics while the next step runs, checks them, and reports every `log.every` steps."""
 
     def __init__(self, config: TrainConfig, abstract: TrainState, found: Restored | None, plan: Plan):
         """`found`: the checkpoint that the run continues; None: there is none."""
@@ -150,8 +159,8 @@ class _Monitor:
         peak = peak_flops(device.device_kind)
         self._mfu_per_rate = flops_per_token / (peak * jax.device_count()) if peak else None
 
-        # Since the last report: when it was (None: before the first step is done, compilation is not measured), time
-        # in evaluation and saving, steps, and how many of them were clipped.
+        # Since the last report: its time (None until the first step is done, so that compilation is not measured), time
+        # spent evaluating and saving, steps, and how many of them were clipped.
         self._since: float | None = None
         self._paused_at = self._paused = 0.0
         self._steps = self._clipped = 0.0
@@ -171,17 +180,17 @@ class _Monitor:
                 self._progress.say(f"  changed since the checkpoint: {change}")
 
     def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Step `step` is on the device; the one before it is looked at meanwhile."""
+        """Processes the previous step's metrics while step `step` runs on the device."""
         self._look()
         self._pending = step, metrics
 
     def finish(self) -> None:
-        """Waits for the step that runs, looks at it, and stops the clock."""
+        """Waits for the running step, processes its metrics, and stops the clock."""
         self._look()
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Starts the clock again."""
+        """Restarts the clock."""
         self._paused += time.perf_counter() - self._paused_at
 
     def _look(self) -> None:
@@ -209,11 +218,11 @@ class _Monitor:
         seen = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
         if in_row > limit:
             raise DivergedError(
-                f"Step {step} diverged: its update had to be left out ({seen}), number {in_row} in a row, more than "
+                f"Step {step} diverged: its update had to be skipped ({seen}), number {in_row} in a row, more than "
                 f"--optim.skip_limit {limit}; {self._config.run_dir} holds the checkpoints before it. Try a lower "
                 "--optim.lr, or other data from there on (another --seed)."
             )
-        self._progress.say(f"step {step}/{self._config.steps} · update left out: {seen} ({in_row} in a row)")
+        self._progress.say(f"step {step}/{self._config.steps} · update skipped: {seen} ({in_row} in a row)")
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
         if bad := [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]:
@@ -246,7 +255,7 @@ class _Monitor:
         self._progress.say(f"step {step}/{self._config.steps} · held-out loss {loss:.4f} nats per token")
 
     def ended(self, step: int, interrupted: bool) -> None:
-        """Says how it ended."""
+        """Reports how the run ended."""
         if interrupted:
             self._progress.say(f"Stopped by SIGTERM after step {step}, saved; the same command continues.")
         elif step == self._start:
@@ -259,7 +268,7 @@ class _Monitor:
 
 
 class _Profiler:
-    """Records a window of steps into `profile/` of the run, for TensorBoard or XProf.
+    """Profiles a window of steps into `profile/` of the run, for TensorBoard or XProf.
 
     A run too short for the window records its last steps.
     """
@@ -279,13 +288,13 @@ class _Profiler:
             jax.profiler.start_trace(self._local)
 
     def after(self, step: int, result: Any) -> None:
-        """Stops after the window's last step, when `result` is there."""
+        """Stops after the window's last step, once `result` is computed."""
         if self._local is not None and step == self._last:
             jax.block_until_ready(result)
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded."""
+        """Writes the profile."""
         if self._local is None:
             return
         local, self._local = self._local, None

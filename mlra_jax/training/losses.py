@@ -1,4 +1,4 @@
-"""The training loss."""
+"""The training loss; in what runs on each device, T counts all of its tokens."""
 
 from __future__ import annotations
 
@@ -13,31 +13,11 @@ from mlra_jax.data.pipeline import IGNORED
 from mlra_jax.sharding import TRAIN_RULES, AxisRules
 
 LOGIT_BYTES = 2**29
-"""Most bytes of float32 logits that a device holds at a time."""
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies of all counted positions, in nats, and their number.
-
-    The vocabulary may be split over devices: the target's logit is picked by comparing ids and summing, which crosses
-    devices as a scalar per position, where an index would gather the logits.
-
-    Args:
-      logits: [..., V] float32. All V ids are in the softmax, those past the tokenizer's own too (as in the paper).
-      targets: [...] int32 in [0, V), or `IGNORED`.
-
-    Returns:
-      The sum (float32) and the count (int32) as scalars.
-    """
-    counted = targets != IGNORED
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    target_logit = jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    nats = jax.nn.logsumexp(logits, axis=-1) - target_logit
-    return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted)
+"""Most bytes of float32 logits that exist on a device at a time."""
 
 
 def logit_chunks(tokens: int, vocab: int, logit_bytes: int = LOGIT_BYTES) -> tuple[int, int]:
-    """How many chunks a device cuts its tokens into, and tokens in a chunk, for `vocab` logits a token of its own."""
+    """The number of chunks of a device's tokens, and tokens per chunk, with `vocab` logits per token."""
     most = max(logit_bytes // (4 * vocab), 1)
     n_chunks = -(-tokens // most)
     return n_chunks, -(-tokens // n_chunks)
@@ -52,18 +32,18 @@ def chunked_cross_entropy(
     rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of the logits x · tableᵀ, of which only those of some tokens exist at a time.
+    """Sum of the cross-entropies of the logits x · tableᵀ, in nats, of which only some tokens' exist at a time.
 
-    Each device goes through its own tokens in chunks. When differentiated, a chunk's logits become gradients of `x_BTD`
-    and `table_VD` at once and are not computed again in the backward pass: three products, as with stored logits.
+    Each device processes its tokens in chunks. When differentiated, a chunk's logits are turned into gradients of
+    `x_BTD` and `table_VD` right away and not recomputed in the backward pass: three products, as with stored logits.
 
     Args:
       x_BTD: the last hidden states, laid out as (batch, length, whole).
       table_VD: output embedding, laid out as (vocab, embed); all V ids are in the softmax.
       targets_BT: int32 in [0, V), or `IGNORED`.
-      dtype: of the products and of the gradients between devices; logits, softmax and sums are float32.
-      rules: table of logical axis names.
-      logit_bytes: most bytes of float32 logits that a device holds.
+      dtype: type of the products and of the gradients exchanged; logits, softmax and sums are float32.
+      rules: the table of logical axis names.
+      logit_bytes: most bytes of float32 logits that exist on a device at a time.
 
     Returns:
       The sum (float32, nats) and the count (int32) as scalars.
@@ -96,26 +76,23 @@ def token_scores(
     targets_BT: jax.Array,
     *,
     dtype: jnp.dtype,
-    rules: AxisRules = TRAIN_RULES,
     logit_bytes: int = LOGIT_BYTES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each target's log-probability, and whether no other id is more probable; arguments as `chunked_cross_entropy`.
+    """Each target's log-probability, and whether it is the most probable id; arguments as in `chunked_cross_entropy`.
 
     Returns:
       Log-probabilities in nats (float32 [B, T], 0 where the target is `IGNORED`), and whether the target is the most
-      probable id (bool [B, T], true where it is `IGNORED`); laid out as the targets. Not differentiable in chunks.
+      probable id (bool [B, T], true where it is `IGNORED`); laid out like the targets. Not meant to be differentiated.
     """
+    rules = TRAIN_RULES
 
     def on_device(
         x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        def step(x_ND: jax.Array, targets_N: jax.Array) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
-            ignored_N = targets_N == IGNORED
-            largest_N, normalizer_N, target_N, _ = _normalize(rules, _logits(x_ND, table_VD), targets_N)
-            return (), (
-                jnp.where(ignored_N, 0, target_N - normalizer_N),
-                ignored_N | (target_N == largest_N),
-            )
+        def step(x_TD: jax.Array, targets_T: jax.Array) -> tuple[tuple[()], tuple[jax.Array, jax.Array]]:
+            ignored_T = targets_T == IGNORED
+            largest_T, normalizer_T, target_T, _ = _normalize(rules, _logits(x_TD, table_VD), targets_T)
+            return (), (jnp.where(ignored_T, 0, target_T - normalizer_T), ignored_T | (target_T == largest_T))
 
         chunks = logit_chunks(targets_BT.size, table_VD.shape[0], logit_bytes)
         _, scores = _over_chunks(step, (), chunks, x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.ravel())
@@ -129,82 +106,82 @@ def token_scores(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(
-    rules: AxisRules, chunks: tuple[int, int], x_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array
+    rules: AxisRules, chunks: tuple[int, int], x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array
 ) -> jax.Array:
     """Sum of the cross-entropies of a device's tokens; x and table must `vary` over batch, length and vocabulary."""
-    step = lambda x_ND, targets_N: (_nats(rules, _logits(x_ND, table_VD), targets_N)[0], ())
-    return _over_chunks(step, rules.vary(jnp.zeros(()), "batch", "length"), chunks, x_ND, targets_N)[0]
+    step = lambda x_TD, targets_T: (_nats(rules, _logits(x_TD, table_VD), targets_T)[0], ())
+    return _over_chunks(step, rules.vary(jnp.zeros(()), "batch", "length"), chunks, x_TD, targets_T)[0]
 
 
 def _forward(
-    rules: AxisRules, chunks: tuple[int, int], x_ND: jax.Array, table_VD: jax.Array, targets_N: jax.Array
+    rules: AxisRules, chunks: tuple[int, int], x_TD: jax.Array, table_VD: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def step(x_ND: jax.Array, targets_N: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-        logits_NV = _logits(x_ND, table_VD)
-        nats, normalizer_N, is_target_NV = _nats(rules, logits_NV, targets_N)
-        d_NV = jnp.exp(logits_NV - normalizer_N[:, None]) - is_target_NV
-        d_NV = jnp.where((targets_N != IGNORED)[:, None], d_NV, 0).astype(x_ND.dtype)
-        d_table = jnp.einsum("NV,ND->VD", d_NV, x_ND, preferred_element_type=jnp.float32)
-        return (nats, d_table), jnp.einsum("NV,VD->ND", d_NV, table_VD)
+    def step(x_TD: jax.Array, targets_T: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        logits_TV = _logits(x_TD, table_VD)
+        nats, normalizer_T, is_target_TV = _nats(rules, logits_TV, targets_T)
+        d_TV = jnp.exp(logits_TV - normalizer_T[:, None]) - is_target_TV
+        d_TV = jnp.where((targets_T != IGNORED)[:, None], d_TV, 0).astype(x_TD.dtype)
+        d_table = jnp.einsum("TV,TD->VD", d_TV, x_TD, preferred_element_type=jnp.float32)
+        return (nats, d_table), jnp.einsum("TV,VD->TD", d_TV, table_VD)
 
     zeros = (
         rules.vary(jnp.zeros(()), "batch", "length"),
         rules.vary(jnp.zeros(table_VD.shape, jnp.float32), "batch", "length", "vocab"),
     )
-    (nats, d_table_VD), d_x_ND = _over_chunks(step, zeros, chunks, x_ND, targets_N)
-    return nats, (d_x_ND, d_table_VD.astype(table_VD.dtype))
+    (nats, d_table_VD), d_x_TD = _over_chunks(step, zeros, chunks, x_TD, targets_T)
+    return nats, (d_x_TD, d_table_VD.astype(table_VD.dtype))
 
 
 def _backward(
     rules: AxisRules, chunks: tuple[int, int], gradients: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    d_x_ND, d_table_VD = ((g * d).astype(d.dtype) for d in gradients)
-    return d_x_ND, d_table_VD, None
+    d_x_TD, d_table_VD = ((g * d).astype(d.dtype) for d in gradients)
+    return d_x_TD, d_table_VD, None
 
 
 _chunked.defvjp(_forward, _backward)
 
 
-def _logits(x_ND: jax.Array, table_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("ND,VD->NV", x_ND, table_VD, preferred_element_type=jnp.float32)
+def _logits(x_TD: jax.Array, table_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("TD,VD->TV", x_TD, table_VD, preferred_element_type=jnp.float32)
 
 
 def _nats(
-    rules: AxisRules, logits_NV: jax.Array, targets_N: jax.Array
+    rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum of the counted cross-entropies, log-sum-exp [N], and which logit is the target's [N, V]; V a device's own."""
-    _, normalizer_N, target_N, is_target_NV = _normalize(rules, logits_NV, targets_N)
-    nats = jnp.sum(jnp.where(targets_N != IGNORED, normalizer_N - target_N, 0))
-    return nats, normalizer_N, is_target_NV
+    """Sum of the cross-entropies, log-sum-exp [T], and which logits are the targets' [T, V of this device]."""
+    _, normalizer_T, target_T, is_target_TV = _normalize(rules, logits_TV, targets_T)
+    nats = jnp.sum(jnp.where(targets_T != IGNORED, normalizer_T - target_T, 0))
+    return nats, normalizer_T, is_target_TV
 
 
 def _normalize(
-    rules: AxisRules, logits_NV: jax.Array, targets_N: jax.Array
+    rules: AxisRules, logits_TV: jax.Array, targets_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Largest logit, log-sum-exp and target's logit [N], and which is the target's [N, V]; V a device's own."""
-    v = logits_NV.shape[1]
-    is_target_NV = rules.axis_index("vocab") * v + jnp.arange(v) == targets_N[:, None]
-    largest_N = rules.pmax(jnp.max(logits_NV, axis=1), "vocab")
-    total_N = rules.psum(jnp.sum(jnp.exp(logits_NV - largest_N[:, None]), axis=1), "vocab")
-    target_N = rules.psum(jnp.sum(jnp.where(is_target_NV, logits_NV, 0), axis=1), "vocab")
-    return largest_N, largest_N + jnp.log(total_N), target_N, is_target_NV
+    """Largest logit, log-sum-exp and target's logit [T], and which is the target's [T, V]; V is the device's part."""
+    v = logits_TV.shape[1]
+    is_target_TV = rules.axis_index("vocab") * v + jnp.arange(v) == targets_T[:, None]
+    largest_T = rules.pmax(jnp.max(logits_TV, axis=1), "vocab")
+    total_T = rules.psum(jnp.sum(jnp.exp(logits_TV - largest_T[:, None]), axis=1), "vocab")
+    target_T = rules.psum(jnp.sum(jnp.where(is_target_TV, logits_TV, 0), axis=1), "vocab")
+    return largest_T, largest_T + jnp.log(total_T), target_T, is_target_TV
 
 
 def _over_chunks(
     step: Callable[[jax.Array, jax.Array], tuple[Any, Any]],
     zeros: Any,
     chunks: tuple[int, int],
-    x_ND: jax.Array,
-    targets_N: jax.Array,
+    x_TD: jax.Array,
+    targets_T: jax.Array,
 ) -> tuple[Any, Any]:
-    """Runs `step(x, targets) -> (added up, joined)` on chunks of the tokens: adds the first, joins the second."""
+    """Runs `step(x, targets) -> (a, b)` on chunks of the tokens; returns the sum of a and the concatenation of b."""
     n_chunks, size = chunks
     if n_chunks == 1:
-        return step(x_ND, targets_N)
-    n = targets_N.size
+        return step(x_TD, targets_T)
+    n = targets_T.size
     padding = n_chunks * size - n
-    x = jnp.pad(x_ND, ((0, padding), (0, 0))).reshape(n_chunks, size, -1)
-    targets = jnp.pad(targets_N, (0, padding), constant_values=IGNORED).reshape(n_chunks, size)
+    x = jnp.pad(x_TD, ((0, padding), (0, 0))).reshape(n_chunks, size, -1)
+    targets = jnp.pad(targets_T, (0, padding), constant_values=IGNORED).reshape(n_chunks, size)
 
     def add(total: Any, chunk: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
         added, joined = step(*chunk)

@@ -1,8 +1,8 @@
-"""Where measurements go: JSON lines, TensorBoard, Weights & Biases, and a progress bar.
+"""Metrics go to JSON lines, TensorBoard, Weights & Biases, and a progress bar.
 
 "Step k" means the same in every file of a run: the parameters after k updates. The line of step k holds the loss of
-batch k under those parameters, and what update k (the next one) did; an evaluation and a checkpoint of step k are of
-those parameters too.
+batch k under those parameters and the metrics of the update made from it; evaluations and checkpoints of step k belong
+to those parameters too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SECONDS_BETWEEN_UPLOADS = 60.0
 
 
 class Sink(Protocol):
-    """Somewhere that metrics are written to."""
+    """A destination of metrics."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -42,16 +42,16 @@ class Sink(Protocol):
 class JsonLines:
     """Appends one JSON object per line to a file: `{"step": 10, "loss": 2.5, ...}`.
 
-    A bucket has no append: there the whole object is written again, at most once a minute and at `flush`.
+    Buckets cannot append: there the whole object is rewritten, at most once a minute and at `flush`.
     """
 
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._remote = is_remote(self._path)
-        # What is there stays, byte for byte.
+        # Existing bytes are kept as they are.
         found = self._path.read_bytes() if self._path.exists() else b""
-        # A killed run may have left half a line; what follows must not be glued to it.
+        # A killed run may have left half a line; the next one must not be joined to it.
         repair = b"\n" if found and not found.endswith(b"\n") else b""
         self._lines = [found + repair] if self._remote else []
         self._uploaded = time.monotonic()
@@ -83,7 +83,8 @@ class JsonLines:
 class TensorBoard:
     """TensorBoard event files in a folder or a bucket.
 
-    Written here and now: the thread of tensorboardX's `SummaryWriter` dies of a full disk, and then all wait for it.
+    They are written synchronously: a full disk kills the thread of tensorboardX's `SummaryWriter`, and then every
+    writer waits for it forever.
     """
 
     def __init__(self, folder: epath.PathLike, start_step: int):
@@ -124,7 +125,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run on Weights & Biases; one that resumes continues the same run, whose id is kept in the run's folder."""
+    """A run on Weights & Biases. Its id is kept in the run's folder, so that a resumed run continues it."""
 
     def __init__(self, config: TrainConfig):
         import wandb
@@ -151,22 +152,20 @@ class WeightsAndBiases:
 
 
 def check_sinks(config: TrainConfig) -> None:
-    """Refuses a configuration that asks for a package which is not installed.
+    """Checks that the packages that a configuration asks for are installed.
 
     Raises:
       ConfigError: `log.wandb_project` is set without `wandb`.
     """
     if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
-            [
-                f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
-                "pip install 'mlra-jax[wandb]', or leave it empty."
-            ]
+            f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
+            "pip install 'mlra-jax[wandb]', or leave it empty."
         )
 
 
 def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
-    """The sinks that `config.log` asks for, of a run that starts or resumes at `start_step`."""
+    """The sinks that `config.log` asks for, for a run that starts or resumes at `start_step`."""
     run_dir = epath.Path(config.run_dir)
     sinks: list[Sink] = [JsonLines(run_dir / FILE_NAME)]
     if config.log.tensorboard:
@@ -177,7 +176,7 @@ def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
 
 
 class Metrics:
-    """Writes to all of its sinks; with none (on all processes but the first) it does nothing."""
+    """Writes to all of its sinks; without any (on all processes but the first), it does nothing."""
 
     def __init__(self, sinks: Sequence[Sink]):
         self._sinks = sinks
@@ -201,8 +200,8 @@ class Metrics:
 def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
     """The metrics of a run by step, in order of steps.
 
-    A resumed run may have written a step twice: the later value of each metric counts. A line that was cut short when
-    the run was killed, or that is damaged in another way, is passed over.
+    A resumed run may have written a step twice: the later value of each metric counts. Lines that were cut short when
+    the run was killed, or are otherwise damaged, are skipped.
 
     Args:
       path: a run's folder, or a metrics file.
@@ -230,7 +229,7 @@ def read_metrics(path: epath.PathLike) -> dict[int, dict[str, float]]:
 
 
 def shown(value: float) -> str:
-    """Three digits of `value`, with k, M or G."""
+    """`value` with three digits and the suffix k, M or G."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
@@ -238,7 +237,7 @@ def shown(value: float) -> str:
 
 
 class Progress:
-    """One line about the run: a bar on a terminal, else a line of text for each report.
+    """The run's progress: a bar on a terminal, otherwise a line of text for each report.
 
     Shows loss, tokens per second, MFU (where the device's peak is known) and the time left.
     """
@@ -251,7 +250,7 @@ class Progress:
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Counts one more step."""
         if self._bar is not None:
             self._bar.update()
 
@@ -259,7 +258,9 @@ class Progress:
         """Shows the metrics of `step`."""
         if not self._active:
             return
-        parts = [f"loss {values['loss']:.4f}"] if "loss" in values else []  # of a step left out it may be NaN
+        parts = (
+            [f"loss {values['loss']:.4f}"] if "loss" in values else []
+        )  # it may be missing for a skipped step
         if "tokens_per_second" in values:
             parts.append(f"{shown(values['tokens_per_second'])} tokens/s")
         if "mfu" in values:
@@ -277,6 +278,6 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Leaves the bar as it is and goes to the next line."""
+        """Leaves the bar on the terminal and goes to the next line."""
         if self._bar is not None:
             self._bar.close()

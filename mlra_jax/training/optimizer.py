@@ -1,4 +1,4 @@
-"""AdamW as the paper trains with it: warm-up from exactly zero, cosine decay, clipping, weight decay on everything."""
+"""The paper's AdamW: warm-up from exactly zero, cosine decay, clipping, weight decay on every parameter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from mlra_jax.config import OptimConfig
 def learning_rate(config: OptimConfig, step: jax.typing.ArrayLike) -> jax.Array:
     """Learning rate of update `step` (counted from 0): `lr * step / warmup`, then a cosine down to `min_lr`.
 
-    The first update has rate exactly 0 (its gradient still enters the moments), as in the paper's `train.py:get_lr`.
+    The first update has a rate of exactly 0 (its gradient still enters the moments), as in `get_lr` of the paper's
+    `train.py`.
 
     Args:
       config: the recipe.
-      step: number of updates made before this one; a scalar or an array, float32 out.
+      step: number of updates made before this one, a scalar or an array; the result is float32.
     """
     step = jnp.asarray(step, jnp.float32)
     warmup = config.warmup
@@ -28,9 +29,9 @@ def learning_rate(config: OptimConfig, step: jax.typing.ArrayLike) -> jax.Array:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """Scales gradients by `min(1, max_norm / (norm + 1e-6))`, `norm` being the norm of all of them together.
+    """Scales gradients by `min(1, max_norm / (norm + 1e-6))`, with the global norm of all gradients.
 
-    PyTorch's `clip_grad_norm_`, which the paper uses; optax's own has no 1e-6.
+    This is PyTorch's `clip_grad_norm_`, which the paper uses; optax's version lacks the 1e-6.
     """
 
     def update(

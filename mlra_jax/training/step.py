@@ -1,4 +1,4 @@
-"""The training state, and the compiled functions that make, update and evaluate it.
+"""The training state, and the compiled functions that initialise, update and evaluate it.
 
 All run under `jax.set_mesh(mesh)` with explicit axes; every array's layout follows from the parameters' logical names.
 """
@@ -6,6 +6,8 @@ All run under `jax.set_mesh(mesh)` with explicit axes; every array's layout foll
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from typing import Any
 
 import jax
@@ -20,24 +22,24 @@ from mlra_jax.model import Transformer, cast_weights, from_params, stack_layers,
 from mlra_jax.model.layers import adding
 from mlra_jax.ops.device import current_device
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, current_mesh, on_mesh
-from mlra_jax.training.guard import Guard, init_guard, judge
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
+from mlra_jax.training.update_skipping import SkipState, init_skip_state, judge_update
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that training changes, after `step` updates."""
+    """The state of training after `step` updates."""
 
     params: dict[str, Any]
     """Nested dictionary of the model's parameters, in the training layout."""
     opt_state: optax.OptState
-    """Moments, laid out like the parameters, and counts."""
+    """Moments, laid out like the parameters, and step counts."""
     step: jax.Array
-    """Updates made, those left out included: int32 scalar."""
-    guard: Guard = dataclasses.field(default_factory=init_guard)
-    """What tells which updates to leave out (`optim.skip_limit`)."""
+    """Number of updates, including skipped ones: int32 scalar."""
+    skip_state: SkipState = dataclasses.field(default_factory=init_skip_state)
+    """Running statistics that decide which updates are skipped (`optim.skip_limit`)."""
 
 
 def _init(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
@@ -48,17 +50,17 @@ def _init(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainSta
 
 
 def init_state(config: TrainConfig, params: dict[str, Any] | None = None) -> TrainState:
-    """The initial state on the current mesh: each device makes its own part, and the values depend on no mesh.
+    """The initial state on the current mesh; each device makes its own part, and the values do not depend on the mesh.
 
     Args:
-      config: the run.
+      config: the run's configuration.
       params: parameters to start from, laid out on the mesh and donated; None: random ones from `config.seed`.
     """
     return jax.jit(lambda p: _init(config, p), donate_argnums=0)(params)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, types and layouts on `mesh` of what `init_state` returns, without allocating anything."""
+    """Shapes, types and layouts on `mesh` of the state that `init_state` returns; nothing is allocated."""
     with jax.set_mesh(mesh):
         return on_mesh(jax.eval_shape(lambda: _init(config)), mesh)
 
@@ -71,7 +73,7 @@ def _loss_sum(
     totals: dict[str, Any] | None = None,
     rules: AxisRules = TRAIN_RULES,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of the cross-entropies, and how many; with `totals`, these are differentiated (`Summed`), not `params`."""
+    """Sum and number of the cross-entropies; with `totals`, these are differentiated (`Summed`), not `params`."""
     if totals is not None:
         layers, sums = params["layers"], totals["layers"]
         rest = lambda tree: {**tree, "layers": {}}
@@ -83,9 +85,9 @@ def _loss_sum(
 
 
 def computes_alone(execution: ExecutionConfig, n_micro: int) -> bool:
-    """Whether each of the current mesh's devices has all weights during a step of so many micro-batches.
+    """Whether each device of the current mesh has all weights during a step of `n_micro` micro-batches.
 
-    Then it exchanges nothing but gradients, after the last one (`execution.gather`).
+    Devices then exchange only gradients, after the last micro-batch (`execution.gather`).
     """
     mesh = current_mesh()
     if mesh is None or not mesh.are_all_axes_explicit or n_micro == 1:
@@ -95,7 +97,7 @@ def computes_alone(execution: ExecutionConfig, n_micro: int) -> bool:
 
 
 def unrolls_layers(execution: ExecutionConfig, n_micro: int) -> bool:
-    """Whether a train step of so many micro-batches has its layers in a row, as `execution.unroll_layers` says."""
+    """Whether a train step of `n_micro` micro-batches unrolls its layers, following `execution.unroll_layers`."""
     if execution.unroll_layers != "auto":
         return execution.unroll_layers == "yes"
     # A loop keeps one layer's gathered parameters at a time.
@@ -103,23 +105,32 @@ def unrolls_layers(execution: ExecutionConfig, n_micro: int) -> bool:
     return whole and current_device()[0] == "gpu"
 
 
-def gpu_options() -> dict[str, Any]:
-    """How XLA compiles the train step for GPUs; empty elsewhere."""
+def gpu_options(execution: ExecutionConfig = ExecutionConfig()) -> dict[str, Any]:
+    """XLA options for compiling the train step for GPUs, except those that `XLA_FLAGS` sets; empty elsewhere."""
     if current_device()[0] != "gpu":
         return {}
-    return {
-        # `config.execution.remat` says what is recomputed; XLA's own pass would repeat products many times over.
-        # Products with one operand in common are not made one, whose result would have to be cut up.
+    options: dict[str, Any] = {
+        # `execution.remat` already decides what is recomputed; XLA's own pass would repeat products many times over.
+        # Products that share an operand are not merged, since the result would have to be sliced again.
         "xla_disable_hlo_passes": "rematerialization,dot-merger",
-        # Of cuBLAS and XLA's own products, cuBLAS alone adds to the sum of gradients (`Summed`).
+        # Unlike XLA's own products, cuBLAS's can add to the sum of gradients (`Summed`).
         "xla_gpu_enable_triton_gemm": False,
     }
+    if execution.deterministic == "yes":
+        options |= {
+            # No atomic additions of floats, and of algorithms the first and not the fastest when it was measured ...
+            "xla_gpu_exclude_nondeterministic_ops": True,
+            # ... nor one that another program found, which JAX keeps in its compilation cache for all of them.
+            "xla_gpu_per_fusion_autotune_cache_dir": "",
+        }
+    given = set(re.findall(r"--(\w+)", os.environ.get("XLA_FLAGS", "")))
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def _apart(config: ModelConfig, path: Any, x: jax.Array) -> frozenset[str]:
-    """Mesh axes over which the gradients of a weight stay each device's own until all micro-batches are done.
+    """Mesh axes over which a weight's gradients are not summed until all micro-batches are done.
 
-    They are those that split tokens and not the weight, of weights that products gather (`AxisRules.gather`).
+    These are the axes that split tokens but not the weight, for weights that products gather (`AxisRules.gather`).
     """
     mesh, name = current_mesh(), path[-1].key
     if (
@@ -139,7 +150,7 @@ def _axes(entry: Any) -> tuple[str, ...]:
 
 
 def _laid_out(tree: Any, apart: Any, kind: str | None = None) -> Any:
-    """The arrays with the axes `apart` of each in their type as `reduced` or `unreduced`, or (None) as neither."""
+    """The arrays with their axes `apart` marked in their type as `reduced` or `unreduced`, or (None) as neither."""
 
     def one(x: jax.Array, axes: frozenset[str]) -> jax.Array:
         kinds = {kind: axes} if kind else {}
@@ -153,21 +164,21 @@ def _laid_out(tree: Any, apart: Any, kind: str | None = None) -> Any:
 
 
 def _split_axes(spec: PartitionSpec) -> list[tuple[int, tuple[str, ...]]]:
-    """Which dimensions of an array laid out as `spec` are in parts, and over which axes of the current mesh."""
+    """The dimensions that `spec` splits, each with the axes of the current mesh that split it."""
     sizes = jax.sharding.get_abstract_mesh().shape
     axes = [tuple(axis for axis in _axes(entry) if axis and sizes[axis] > 1) for entry in spec]
     return [(i, over) for i, over in enumerate(axes) if over]
 
 
 def _gathered(w: jax.Array, spec: PartitionSpec) -> jax.Array:
-    """All of a weight, of which each device has the part that `spec` says; inside `shard_map`."""
+    """Inside `shard_map`: all of a weight of which each device has the part that `spec` says."""
     for i, over in _split_axes(spec):
         w = jax.lax.all_gather(w, over, axis=i, tiled=True)
     return w
 
 
 def _summed(gradient: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> jax.Array:
-    """The sum of the devices' gradients along `axes`, each device keeping its part by `spec`; inside `shard_map`."""
+    """Inside `shard_map`: the sum of the devices' gradients along `axes`, each device keeping its part by `spec`."""
     for i, over in _split_axes(spec):
         gradient = jax.lax.psum_scatter(gradient, over, scatter_dimension=i, tiled=True)
         axes = tuple(axis for axis in axes if axis not in over)
@@ -175,7 +186,7 @@ def _summed(gradient: jax.Array, spec: PartitionSpec, axes: tuple[str, ...]) -> 
 
 
 def _where(good: jax.Array, new: Any, old: Any) -> Any:
-    """`new` or `old`, but the count of the learning rate's schedule is always the new one."""
+    """`new` where `good`, else `old`; but the count of the learning rate's schedule is always the new one."""
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
     select = lambda a, b: a if is_schedule(a) else jnp.where(good, a, b)
     return jax.tree.map(select, new, old, is_leaf=is_schedule)
@@ -184,7 +195,7 @@ def _where(good: jax.Array, new: Any, old: Any) -> Any:
 def _loss_and_grads(
     config: TrainConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array, rules: AxisRules
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """The loss over `n_tokens` of the micro-batches of `batch`, and its float32 gradients, laid out as `weights`."""
+    """The loss of `batch`'s micro-batches, of `n_tokens` tokens, and its float32 gradients, laid out as `weights`."""
     unrolled = 0 in weights["layers"]
 
     def share(weights: Any, totals: Any, micro: Batch) -> jax.Array:
@@ -204,7 +215,7 @@ def _loss_and_grads(
         return (nats + loss, grads), None
 
     zeros = jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), weights)
-    # Devices sum their gradients after the last micro-batch, and not after each one.
+    # Devices sum their gradients once, after the last micro-batch.
     apart = jax.tree_util.tree_map_with_path(
         lambda path, w: frozenset() if unrolled else _apart(config.model, path, w), weights
     )
@@ -216,7 +227,7 @@ def _loss_and_grads(
 def _alone(
     config: TrainConfig, weights: dict[str, Any], batch: Batch, n_tokens: jax.Array
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """`_loss_and_grads` with the weights gathered first, on each device the program that a single device would run."""
+    """`_loss_and_grads` with the weights gathered first; each device then runs the program of a single one."""
     specs = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
     tokens = TRAIN_RULES.mesh_axes("batch")
 
@@ -227,27 +238,27 @@ def _alone(
             lambda g, spec: _summed(g, spec, tokens), grads, specs
         )
 
-    # Gradients are taken inside; which values differ between devices need not be known.
+    # Gradients are taken inside, so `shard_map` need not track which values differ between devices.
     mapped = jax.shard_map(on_device, out_specs=(PartitionSpec(), specs), check_vma=False)
     batch = jax.sharding.reshard(batch, TRAIN_RULES.spec(None, "batch", "length"))
     return mapped(weights, batch, n_tokens)
 
 
 def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
-    """A compiled function `(state, batch) -> (state, metrics)` that makes one update; it donates the state.
+    """A compiled function `(state, batch) -> (state, metrics)` that makes one update and donates the state.
 
-    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over and their
-    gradients, which are taken with respect to the weights in the compute type, add up in float32. The loss is the
-    mean cross-entropy over all counted tokens of all of them, in nats. Metrics are float32 scalars: `loss`,
-    `grad_norm` (before clipping), `clipped` (1 where the gradient was scaled down), `learning_rate`, `param_norm`
-    and `momentum_norm` (after the update). With `optim.skip_limit`, an update whose loss or gradient is not finite or
-    spikes is left out: parameters and moments keep their bits, the step counts, and so the learning rate's schedule and
-    the data go on; `skipped` (since step 0) and `skipped_in_row` say how many.
+    `batch` holds `inputs` and `targets` [accumulation, B, T]. The micro-batches are scanned, and their gradients, taken
+    with respect to the weights in the compute type, are accumulated in float32. The loss is the mean cross-entropy in
+    nats over all counted tokens of all micro-batches. Metrics are float32 scalars: `loss`, `grad_norm` (before
+    clipping), `clipped` (1 if the gradient was scaled down), `learning_rate`, `param_norm` and `momentum_norm` (after
+    the update). With `optim.skip_limit`, an update whose loss or gradient norm is not finite, or a spike, is skipped:
+    parameters and moments keep their bits, but the step counts, so that the learning rate's schedule and the data go
+    on; `skipped` (since step 0) and `skipped_in_row` say how many.
     """
     optimizer = make_optimizer(config.optim)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Each micro-batch's sum is divided by the tokens of all of them, so that the gradients of the mean just add up.
+        # Each micro-batch's sum is divided by the tokens of all, so that gradients of the mean simply add up.
         n_tokens = jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         weights = cast_weights(config.model, state.params)
@@ -262,11 +273,11 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optax.tree.norm(grads)
-        guard, counts = state.guard, {}
+        skip_state, counts = state.skip_state, {}
         if config.optim.skip_limit:
-            good, guard = judge(config.optim, guard, loss, grad_norm)
+            good, skip_state = judge_update(config.optim, skip_state, loss, grad_norm)
             params, opt_state = _where(good, (params, opt_state), (state.params, state.opt_state))
-            counts = {name: guard[name].astype(jnp.float32) for name in ("skipped", "skipped_in_row")}
+            counts = {name: skip_state[name].astype(jnp.float32) for name in ("skipped", "skipped_in_row")}
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -276,15 +287,15 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
             "momentum_norm": optax.tree.norm(optax.tree.get(opt_state, "mu")),
             **counts,
         }
-        return TrainState(params, opt_state, state.step + 1, guard), metrics
+        return TrainState(params, opt_state, state.step + 1, skip_state), metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=gpu_options() or None)
+    return jax.jit(step, donate_argnums=0, compiler_options=gpu_options(config.execution) or None)
 
 
 def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
     """A compiled function `(params, batch) -> (sum, count)`: cross-entropies in nats, and counted tokens.
 
-    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned over.
+    `batch` holds `inputs` and `targets` [accumulation, B, T]; the micro-batches are scanned.
     """
 
     def step(params: dict[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -294,4 +305,4 @@ def make_eval_step(config: TrainConfig) -> jax.stages.Wrapped:
 
         return jax.lax.scan(add, (jnp.zeros(()), jnp.zeros((), jnp.int32)), batch)[0]
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=gpu_options(config.execution) or None)

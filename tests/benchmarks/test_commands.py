@@ -2,21 +2,23 @@
 
 import dataclasses
 import json
+import operator
 import re
+import subprocess
 import sys
 import types
 
 import jax
 import pytest
 
-from benchmarks import input_pipeline, split_latents, tpu_static, train, train_attention
+from benchmarks import determinism, input_pipeline, split_latents, tpu_static, train, train_attention
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.convert import main as convert
 from mlra_jax.config import ModelConfig
-from mlra_jax.ops import hopper
-from mlra_jax.ops.attention import xla
-from mlra_jax.ops.attention.qk_parts import joined
+from mlra_jax.model import layers
+from mlra_jax.ops import device
+from mlra_jax.ops.attention.api import IMPLEMENTATIONS
 
 
 @pytest.fixture
@@ -47,9 +49,9 @@ def test_every_option_of_every_command_is_used_in_a_test(repository):
 def test_attention_of_whole_sequences_by_back_end_and_cut(call, monkeypatch, capsys):
     tried = []
 
-    def attend(parts, v, *, scale, q_start, config):
+    def run(kernels, shape, config, parts, v, **keywords):
         tried.append(config)
-        return joined(xla.causal_attention)(parts, v, scale=scale, q_start=q_start)
+        return IMPLEMENTATIONS["xla"](parts, v, **keywords)
 
     sizes = ["--cases", "tiny", "--batch", "1", "--tokens", "64", "--runs", "1"]
     argv = [*sizes, "--implementations", "xla", "cudnn", "--cuts", "block=128,stages=3"]
@@ -59,9 +61,9 @@ def test_attention_of_whole_sequences_by_back_end_and_cut(call, monkeypatch, cap
     assert "| tiny | cudnn | It needs an NVIDIA GPU" in said
     assert "| tiny | block=128,stages=3 | the Mosaic GPU kernel runs on Hopper GPUs" in said
 
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
+    monkeypatch.setattr(device, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11)))
-    monkeypatch.setattr(train_attention.mosaic_gpu, "causal_attention", attend)
+    monkeypatch.setattr(train_attention.MosaicGPU, "run", run)
     assert call(train_attention, *sizes, "--implementations", "xla", "--cuts", "block=128,stages=3") == 0
     assert {(config.block, config.stages) for config in tried} == {(128, 3)}
     assert re.search(r"\| tiny \| block=128,stages=3 \| \d+ ", capsys.readouterr().out)
@@ -88,10 +90,45 @@ def test_a_train_step_is_measured_on_a_mesh_and_kept_beside_others(call, tmp_pat
     profiled = []
     again = lambda name, args, _: profiled.append(args.profile) or result | {"remat": "none"}
     monkeypatch.setattr(train, "measure", again)
-    assert call(train, "--configs", "tiny", *sizes, "--no-profile") == 0
+    assert call(train, "--configs", "tiny", *sizes, "--no-profile", "--deterministic", "no") == 0
     assert profiled == [False]
     assert len(json.loads((tmp_path / "train_cpu.json").read_text())["results"]) == 2
     assert f"Written to {tmp_path / 'train_cpu'}.md and .json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_runs_that_end_or_are_killed_and_continued_are_compared(repeats, call, monkeypatch, capsys):
+    step = """
+import json, os, sys, time
+out = sys.argv[1]
+os.makedirs(out, exist_ok=True)
+for i in range(40):
+    open(f"{out}/metrics.jsonl", "a").write(json.dumps({"step": i}) + "\\n")
+    time.sleep(0.03)
+"""
+    start = lambda name, out, cache, steps: subprocess.Popen([sys.executable, "-S", "-c", step, out])
+    monkeypatch.setattr(determinism, "start", start)
+    monkeypatch.setattr(determinism, "digest", lambda out, step: "a" if repeats else out.name)
+    status = call(determinism, "--parts", "runs", "--configs", "tiny", "--steps", "9", "--kills", "2")
+    said = capsys.readouterr().out
+    assert status == (0 if repeats else 1)
+    assert re.search(r"\| killed after steps \d, \d \| \w+ \| (yes|NO) \|", said)
+    assert ("NO" in said) != repeats
+
+
+@pytest.mark.parametrize("variant", determinism.VARIANTS)
+def test_a_variant_of_the_gradient_is_measured_with_its_flags(variant, call, monkeypatch, capsys):
+    measured = []
+
+    def measure(name, args, setting):
+        measured.append((layers.take_rows is not operator.getitem, args.deterministic))
+        return {"step_s": 1.0}
+
+    monkeypatch.setattr(layers, "take_rows", layers.take_rows)  # which is undone afterwards
+    monkeypatch.setattr(train, "measure", measure)
+    assert call(determinism, "--configs", "tiny", "--variant", variant, "--steps", "1") == 0
+    assert json.loads(capsys.readouterr().out) == {"step_s": 1.0}
+    assert measured == [("sums" in variant, "yes" if "deterministic" in variant else "no")]
 
 
 def test_the_input_pipeline_is_timed_over_shards_of_its_own(call, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import decode_attention, paper_latency
 from benchmarks.paper import LATENCY_US
-from mlra_jax.ops.decode.cases import BENCHMARKS, SHARES
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, SHARES
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import types
 
 import jax
 import numpy as np
@@ -14,14 +15,15 @@ from benchmarks.attention_layer import Layers, places, share_of, split_kernels
 from benchmarks.measure import Timing
 from benchmarks.tensor_parallel import VARIANTS, layer_config, model_config, tiny
 from mlra_jax.config import ConfigError
-from mlra_jax.execution.collectives import parse_collectives
+from mlra_jax.execution.collectives import executed_collectives
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_share_holds_what_one_of_the_devices_holds(variant, tensor):
     config = layer_config(variant, "paper")
-    real = places(variant, config, tensor, 4)[-1]  # MLRA's with whole query heads
+    # MLRA's with whole query heads
+    real = [place for place in places(variant, config, tensor, 4) if not place.split_tokens][-1]
     [share] = places(variant, config, tensor, tensor - 1) if tensor > 1 else [real]
     assert share.share == (tensor > 1)
     on_all, alone = (Layers(place, 16, [4096]) for place in (real, share))
@@ -91,10 +93,12 @@ def test_kernels_of_attention_and_of_exchanges_are_told_by_name_and_by_where_the
         "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096>)": 5.0,
         "all_reduce_4_0_fusion_1": 3.0,  # XLA's own
         "psum_invariant_37_0_fusion_1": 3.0,
+        "all_reduce_add_rms_norm_mosaic_gpu_kernel": 7.0,
+        "all_reduce_mosaic_gpu_kernel": 8.0,
         "loop_all_reduce_fusion": 40.0,
         "input_all_gather_fusion": 40.0,
     }
-    assert split_kernels(kernels, hlo) == (13.0, 15.0)
+    assert split_kernels(kernels, hlo) == (13.0, 30.0)
     assert split_kernels({}, hlo) == (None, None)
 
 
@@ -115,8 +119,9 @@ def test_lines_give_the_shares_of_bound_bandwidth_and_exchanges():
 
 
 def test_mla_is_compared_with_the_faster_layout_and_one_device_with_several():
-    row = lambda variant, tensor, heads, us, attention, exchange: dataclasses.replace(
+    row = lambda variant, tensor, heads, us, attention, exchange, **more: dataclasses.replace(
         ROW,
+        **more,
         variant=variant,
         tensor=tensor,
         heads=heads,
@@ -131,16 +136,68 @@ def test_mla_is_compared_with_the_faster_layout_and_one_device_with_several():
         row("mlra_4", 4, "whole", 100.0, 30.0, 20.0),
         row("mla", 4, "split", 150.0, 90.0, 10.0),
     ]
-    lines = [line for line in tensor_parallel.comparisons(rows) if line.startswith("| 1 |")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["1", "2K", "", "3.00", "", "2.00", "", "1.50"]
-    assert cells[1] == ["1", "2K", "2.00", ""]
+
+    def cells(rows):
+        lines = [line for line in tensor_parallel.comparisons(rows) if line.startswith("| 1 |")]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    assert cells(rows) == [["1", "2K", "", "3.00", "", "2.00", "", "1.50"], ["1", "2K", "2.00", ""]]
+    rows.append(row("mla", 1, "split", 240.0, 180.0, 0.0))
+    rows.append(row("mla", 4, "whole", 120.0, 45.0, 30.0, split_tokens=True))
+    assert cells(rows) == [
+        ["1", "2K", "1.80", "3.00", "1.50", "1.80", "2.00", "1.50", "1.20", "1.50", "1.20"],
+        ["1", "2K", "2.00", "1.60", "2.00"],
+    ]
+    assert tensor_parallel.layer_line(rows[-1]).startswith("| MLA (context) | 4 | whole | 1 | 2K | 120.0 |")
+
+
+def test_mla_is_run_with_its_tokens_split_where_the_devices_are_there():
+    layouts = lambda *args: [place.name for place in places("mla", model_config("mla", "tiny"), *args)]
+    assert layouts(1, 2) == ["mla tensor 1 split"]
+    split = ["mla tensor 2 split split tokens", "mla tensor 2 whole split tokens"]
+    assert layouts(2, 2) == ["mla tensor 2 split", *split]
+    assert layouts(2, 1) == ["mla tensor 2 split"]
+
+
+def test_contexts_that_do_not_fit_leave_the_shorter_ones_of_their_batch(monkeypatch):
+    class Engine:
+        leaves = (np.zeros(1),)
+
+        def __init__(self, *_):
+            pass
+
+        def check_memory(self, batch, n, capacity):
+            if capacity > 4096:
+                raise ConfigError(["it needs more"])
+
+    class Benchmark:
+        def __init__(self, *_):
+            self.results = []
+
+        def rows(self, batch, capacity):
+            return types.SimpleNamespace(cache_bytes_per_device=capacity)
+
+        def measure(self, rows, context):
+            self.results.append({"context": context})
+
+    monkeypatch.setattr(tensor_parallel, "Engine", Engine)
+    monkeypatch.setattr(tensor_parallel, "device_bytes", lambda tree: 0)
+    monkeypatch.setattr(tensor_parallel.decode_step, "random_model", lambda *_: None)
+    monkeypatch.setattr(tensor_parallel.decode_step, "Benchmark", Benchmark)
+    [place] = places("mla", model_config("mla", "tiny"), 1, 1)
+    cases = [(1, 8192), (1, 1024), (64, 8192)]
+    found = list(tensor_parallel.measure_model(place, cases, types.SimpleNamespace(steps=1, runs=1)))
+    assert found[0] == ("model mla tensor 1 split batch 1 context 8K", "it needs more")
+    assert (found[1]["context"], found[1]["cache_bytes_allocated"]) == (1024, 1024 + 256)
+    assert found[2] == ("model mla tensor 1 split batch 64 context 8K", "it needs more")
 
 
 @pytest.mark.smoke
 def test_the_command_runs_and_compares_models_on_simulated_devices(few_layers, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_parallel, "tiny", lambda config: dataclasses.replace(tiny(config), n_layers=1))
-    options = ["--parts", "model", "check", "--size", "tiny", "--models", "gla_2", "--tensor", "1", "2"]
+    layouts = lambda *args: [p for p in places(*args) if p.tensor == 1 or (p.split_tokens and p.split_heads)]
+    monkeypatch.setattr(tensor_parallel, "places", layouts)
+    options = ["--parts", "model", "check", "--size", "tiny", "--models", "mla", "--tensor", "1", "2"]
     sizes = [
         "--model-cases",
         "2x256",
@@ -157,15 +214,15 @@ def test_the_command_runs_and_compares_models_on_simulated_devices(few_layers, t
     stem = tmp_path / "tensor_parallel_cpu"
     record = json.loads(stem.with_suffix(".json").read_text())
     one, two = record["model"]
-    assert two["cache_bytes"] / one["cache_bytes"] == (32 + 8) / (64 + 8)
+    assert two["cache_bytes"] / one["cache_bytes"] == 1 / 2
     assert two["weight_bytes"] < one["weight_bytes"]
     [check] = record["checks"]
     assert all(r["equal_tokens"] for r in check["rows"])
     assert [r["largest_difference"] > 0 for r in check["rows"]] == [False, True]
     assert max(r["largest_difference"] for r in check["rows"]) < 0.05 * check["rows"][0]["logits_std"]
     page = stem.with_suffix(".md").read_text()
-    assert "| GLA-2 | 2 | split | 2 | 256 | " in page
-    assert "| GLA-2 | 2 | split | equal | " in page
+    assert "| MLA (context) | 2 | split | 2 | 256 | " in page
+    assert "| MLA (context) | 2 | split | equal | " in page
 
 
 def test_with_one_device_shares_are_run_and_nothing_is_compared(few_layers, tmp_path, monkeypatch):
@@ -202,9 +259,11 @@ def test_a_layer_compiled_for_four_devices_exchanges_what_its_layout_says(topolo
 
     place, _ = places("mlra_4", layer_config("mlra_4", "paper"), 4, 4)
     hlo = Layers(place, 16, [4096], described_devices(topology)).compile().as_text()
-    kinds = {(c.kind, c.devices, *(c.arrays[0][0], c.bytes)) for c in parse_collectives(hlo)}
-    assert kinds == {
+    kinds = {(c.kind, c.devices, *(c.arrays[0][0], c.bytes)) for c in executed_collectives(hlo)}
+    exchanged = {
         ("all-gather", 4, "bf16", 16 * 64 * 192 * 2),  # queries
         ("reduce-scatter", 4, "f32", 16 * 64 * 128 * 4),  # sums over latent heads
-        ("all-reduce", 4, "bf16", 16 * 3072 * 2),  # output
     }
+    output = ("all-reduce", 4, "bf16", 16 * 3072 * 2)
+    assert kinds == (exchanged if "h100" in topology else {*exchanged, output})
+    assert ("/all_reduce" in hlo) == ("h100" in topology)  # by our kernel

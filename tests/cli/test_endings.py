@@ -55,7 +55,7 @@ def test_what_is_no_bug_is_one_line_on_stderr_and_status_2(capsys, error, expect
 @pytest.mark.parametrize(
     "bug",
     [
-        lambda argv: evaluate.table([("a",), ("b", "c")]),  # a ValueError of zip, raised in this package
+        lambda argv: evaluate.padded(("a",), [("b", "c")]),  # a ValueError of zip, raised in this package
         lambda argv: Path(evaluate.__file__ + ".absent").read_text(),  # a file that the package should have
         lambda argv: {}["absent"],
     ],

@@ -1,4 +1,4 @@
-"""`mlra-plan`: training on devices that are not there."""
+"""`mlra-plan`: training on absent devices."""
 
 import importlib.util
 import re

@@ -1,6 +1,8 @@
-"""Safetensors files, one tensor at a time."""
+"""Files of weights: whole, in several parts, broken."""
 
+import errno
 import json
+import resource
 import weakref
 
 import jax.numpy as jnp
@@ -34,19 +36,19 @@ def test_what_is_written_is_what_the_official_library_and_we_read(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def test_tensors_are_written_one_at_a_time(tmp_path):
+def test_files_are_written_one_at_a_time(tmp_path):
     alive = []
 
     def read(i):
-        assert not alive, "the tensor before is still in memory"
+        assert len(alive) < 2, "the file before is still in memory"
         array = np.full(1000, i, np.float32)
         alive.append(i)
-        weakref.finalize(array, alive.clear)
+        weakref.finalize(array, alive.remove, i)
         return array
 
-    lazy = {str(i): LazyTensor((1000,), np.dtype(np.float32), lambda i=i: read(i)) for i in range(3)}
-    write_safetensors(tmp_path / "w.safetensors", lazy)
-    assert load_file(tmp_path / "w.safetensors")["2"][0] == 2
+    lazy = {str(i): LazyTensor((1000,), np.dtype(np.float32), lambda i=i: read(i)) for i in range(5)}
+    write_weights(tmp_path, lazy, max_file_bytes=8000)
+    assert [np.asarray(t)[0] for t in open_weights(tmp_path).values()] == [0, 1, 2, 3, 4]
 
 
 def test_a_folder_gives_the_tensors_of_all_its_files(tmp_path):
@@ -129,6 +131,18 @@ def test_a_failure_while_writing_leaves_the_file_as_it_was(tmp_path):
         write_safetensors(path, {"a": LazyTensor((3,), np.dtype(np.float32), fail)})
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     assert load_file(path)["a"].tolist() == [1, 1, 1]
+
+
+def test_a_disk_that_takes_no_more_is_an_error_that_names_the_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"w\.safetensors") as error:
+            write_safetensors(tmp_path / "w.safetensors", {"a": np.ones(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

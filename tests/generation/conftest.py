@@ -56,12 +56,18 @@ def stored_params(variant: str) -> dict:
 
 
 @functools.cache
-def make_engine(variant: str, sizes: tuple[int, int, int] = (1, 1, 1), split_heads: bool = True) -> Engine:
+def make_engine(
+    variant: str,
+    sizes: tuple[int, int, int] = (1, 1, 1),
+    split_heads: bool = True,
+    split_tokens: bool = False,
+) -> Engine:
     """On data x tensor x context devices."""
     data, tensor, context = sizes
     mesh = make_mesh(MeshConfig(data, 1, tensor, context), jax.devices()[: data * tensor * context])
     with jax.set_mesh(mesh):
-        model = to_decode(model_config(variant), stored_params(variant), decode_rules(split_heads))
+        rules = decode_rules(split_heads, split_tokens=split_tokens)
+        model = to_decode(model_config(variant), stored_params(variant), rules)
     return Engine(model, mesh, N_VOCAB)
 
 
@@ -92,7 +98,7 @@ def rollout() -> Callable[[str, list[list[int]], int], list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def engine() -> Callable[..., Engine]:
-    """`engine(variant, (data, tensor, context), split_heads)`."""
+    """`engine(variant, (data, tensor, context), split_heads, split_tokens)`."""
     return make_engine
 
 

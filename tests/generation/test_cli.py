@@ -12,6 +12,7 @@ import pytest
 
 from mlra_jax.cli import decode
 from mlra_jax.config import ConfigError
+from mlra_jax.generation import generator as generator_module
 from mlra_jax.generation import load
 from mlra_jax.generation.sampling import Sampling
 from mlra_jax.textfiles import TextError
@@ -86,9 +87,10 @@ def test_a_single_text_is_printed_after_its_prompt(checkpoint, stand_in, generat
 def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     text.write_bytes("first\r\n\n  second €\n".encode("utf-8-sig"))
-    assert decode.read_prompts(str(text)) == ["first", "  second €"]
+    read = lambda file: [prompt for prompt, _ in decode.read_prompts(str(file))]
+    assert read(text) == ["first", "  second €"]
     lines.write_bytes('"two\\nlines"\r\n{"prompt": "object", "id": 3}\n'.encode("utf-8-sig"))
-    assert decode.read_prompts(str(lines)) == ["two\nlines", "object"]
+    assert read(lines) == ["two\nlines", "object"]
     lines.write_text('"fine"\n[1]\n')
     with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
         decode.read_prompts(str(lines))
@@ -98,6 +100,35 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text.write_bytes(b"ab\xff")
     with pytest.raises(TextError, match=r"prompts.txt, line 1, byte 3 is not UTF-8 text"):
         decode.read_prompts(str(text))
+
+
+def test_lines_of_a_prompts_file_may_change_options(checkpoint, stand_in, generator, capsys, tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    changes = {"temperature": 0.9, "seed": 2, "max_new_tokens": 3, "stop": ["\0"]}
+    records = [PROMPTS[0], {"prompt": PROMPTS[1], "generation": changes}]
+    lines.write_text("\n".join(map(json.dumps, records)))
+    run(
+        "--checkpoint",
+        checkpoint,
+        "--prompts-file",
+        lines,
+        "--max-new-tokens",
+        "5",
+        "--max-len",
+        "64",
+        "--json",
+    )
+    shown = [json.loads(line)["tokens"] for line in capsys.readouterr().out.splitlines()]
+    options = generator_module.GenerationOptions(5, max_len=64)
+    own = [options, generator_module.changed(options, **changes | {"stop": ("\0",)})]
+    assert shown == [c.tokens for c in generator.complete(PROMPTS, own)]
+    assert [len(tokens) for tokens in shown] == [5, 3]
+    lines.write_text(json.dumps({"prompt": "a", "generation": {"temprature": 1}}))
+    with pytest.raises(ConfigError, match=r"prompts.jsonl, line 1: Generation has no option temprature"):
+        decode.read_prompts(str(lines))
+    lines.write_text(json.dumps({"prompt": "a", "generation": {"sampling": {"top_k": 1}}}))
+    with pytest.raises(ConfigError, match=r"line 1: sampling={'top_k': 1} must be a Sampling, not dict"):
+        decode.read_prompts(str(lines))
 
 
 def test_a_closed_standard_input_is_refused(checkpoint, capsys, monkeypatch):

@@ -5,13 +5,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from mlra_jax.attention.kv_cache import Cache
+from mlra_jax.attention.kv_cache import Cache, values_per_token
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.generation import engine as engine_module
-from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, chunk_sizes, largest_chunk
+from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, Engine, chunk_sizes, largest_chunk
 from mlra_jax.generation.sampling import GREEDY, Sampling
+from mlra_jax.model import from_params, transformer
+from mlra_jax.ops.all_reduce import Workspace
+from mlra_jax.ops.dispatch import choose, explain
 from mlra_jax.sharding import decode_rules, make_mesh
 
 SAMPLING = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.01)
@@ -41,6 +45,66 @@ def test_greedy_tokens_are_those_of_full_forward_passes(
     assert len({tuple(row) for row in expected}) == 4
     assert min(len(set(row)) for row in expected) > 6  # a model that repeats itself would prove little
     assert tokens_of(rows, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "split_heads", "split_tokens"),
+    [
+        ("mlra_4", (2, 2, 1), False, False),
+        ("gqa", (1, 2, 2), True, False),
+        ("mla", (1, 2, 1), True, True),
+    ],
+)
+def test_sums_that_are_left_to_the_norm_give_the_same_tokens(
+    variant, sizes, split_heads, split_tokens, engine, rollout, prompts, tokens_of, monkeypatch
+):
+    """What GPUs of one host do, here with `psum` in place of their kernel."""
+
+    def create(mesh, rules, width):
+        n = mesh.shape["tensor"]
+        arrays = Workspace(np.zeros((n, 64), np.int32), np.zeros((n, 2, n, 64, 2 * width), np.int32))
+        return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("tensor")))
+
+    asked = []
+    monkeypatch.setattr(Workspace, "create", create)
+    monkeypatch.setattr(transformer, "fitting", lambda workspace, rows: asked.append(rows) or workspace)
+    e = engine.__wrapped__(variant, sizes, split_heads, split_tokens)
+    rows = e.start(prompts, [N_NEW] * 4)
+    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    assert asked[-1] == 4 // sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "sizes", "split_heads"),
+    [("mla", (1, 2, 2), False), ("mlra_4", (1, 2, 1), True)],
+)
+def test_the_devices_of_tensor_may_split_the_tokens_of_the_cache(
+    variant, sizes, split_heads, engine, rollout, prompts, tokens_of
+):
+    e = engine(variant, sizes, split_heads, True)
+    rows = e.start(prompts, [N_NEW] * 4)
+    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    values = e.config.n_layers * 4 * rows.state.cache.capacity * values_per_token(e.config)
+    held = sum(a.addressable_data(0).size for a in jax.tree.leaves(rows.state.cache.layers))
+    assert held * sizes[1] * sizes[2] == values
+
+
+def test_it_is_said_why_devices_exchange_by_psum(engine):
+    def decode(e):
+        one_B = np.ones(1, np.int32)
+        with jax.set_mesh(e.mesh):
+            cache = jax.eval_shape(lambda: Cache.create(e.config, e.rules, 1, 64))
+            call = lambda leaves, cache: e.model(leaves).decode(one_B[None], cache, one_B)
+            return explain(call, e.leaves, cache).get("all_reduce_add_rms_norm")
+
+    several, one = engine("mlra_4", (1, 4, 1)), engine("mlra_4")
+    reasons = decode(several)
+    assert "runs on Hopper GPUs; this is a cpu" in reasons["mosaic_gpu"]
+    assert reasons["reference"] is None
+    with choose(all_reduce_add_rms_norm="mosaic_gpu"):
+        with pytest.raises(NotImplementedError, match="runs on Hopper GPUs"):
+            decode(several)
+        assert decode(one) is None  # it has nothing to exchange
 
 
 @pytest.mark.parametrize(
@@ -159,6 +223,12 @@ def test_chunks_are_as_large_as_memory_allows():
         chunk = largest_chunk(config, rows)
         assert chunk * rows * engine_module.activation_bytes(config) <= engine_module.PREFILL_BYTES
     assert largest_chunk(config, 10**6) == engine_module.SMALLEST_BUCKET
+
+
+def test_a_model_in_the_training_layout_is_refused(engine, config_of, params_of):
+    model = from_params(config_of("mlra_4"), params_of("mlra_4"))
+    with pytest.raises(NotImplementedError, match="cannot decode; convert it with `to_decode`"):
+        Engine(model, engine("mlra_4").mesh, 257)
 
 
 @pytest.mark.parametrize("tokens", [(0, 1), (1, 0)])

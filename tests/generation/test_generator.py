@@ -128,6 +128,42 @@ def test_batches_of_any_size_give_the_same_completions_and_compile_once(generato
     assert [c.stats.rows for c in in_parts] == [4] * 8 + [2] * 2
 
 
+def test_each_prompt_may_have_its_own_options_and_equals_its_own_run(generator):
+    own = [
+        GenerationOptions(max_new_tokens=12, max_len=64),
+        GenerationOptions(5, Sampling(0.8, top_k=40), seed=3, max_len=64),
+        GenerationOptions(9, Sampling(1.2, top_p=0.9), seed=4, ignore_eos=True, max_len=64),
+        GenerationOptions(12, Sampling(0.5, min_p=0.1), seed=4, stop=("e",), max_len=64),
+    ]
+    together = generator.complete(PROMPTS, own)
+    alone = [generator.complete([prompt], one)[0] for prompt, one in zip(PROMPTS, own, strict=True)]
+    assert [c.tokens for c in together] == [c.tokens for c in alone]
+    compiled = len(generator.engine.programs)
+    others = [changed(own[3], seed=9, stop=()), changed(own[2], top_p=0.3), changed(own[1], top_k=2), own[0]]
+    again = generator.complete(PROMPTS, others)
+    assert len(generator.engine.programs) == compiled
+    assert again[0].tokens == generator.complete(PROMPTS[:1], others[0])[0].tokens
+    lists = {"temperature": [0.0, 0.9, 0.9, 0.9], "seed": [0, 1, 1, 2], "max_new_tokens": [3, 4, 5, 6]}
+    texts = generator.generate([PROMPTS[0]] * 4, max_len=64, **lists)
+    assert texts[0] == generator.generate(PROMPTS[0], max_new_tokens=3, max_len=64)
+    assert texts[2].startswith(texts[1])
+    assert not texts[3].startswith(texts[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"options": [GenerationOptions()] * 3}, "options has 3 values for 2 prompt"),
+        ({"temperature": [0.5]}, "temperature has 1 values for 2 prompt"),
+        ({"sampling": [Sampling(-1.0), SAMPLED]}, "temperature=-1"),
+        ({"n": [1, 2], "temperature": 1.0}, r"n must be the same for all prompts, not \[1, 2\]"),
+    ],
+)
+def test_options_that_cannot_be_given_by_prompt_are_refused(changes, words, generator):
+    with pytest.raises(ConfigError, match=words):
+        generator.stream(["a", "b"], **changes)
+
+
 def test_an_empty_prompt_is_the_beginning_of_a_text_and_any_other_is_continued(generator, monkeypatch):
     continued = []
 

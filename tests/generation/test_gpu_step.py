@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.kv_cache import values_per_token
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.config import ModelConfig
 from mlra_jax.execution.topologies import gpu_devices
@@ -30,6 +31,7 @@ pytestmark = [
 BASE = ModelConfig(n_layers=2, param_dtype="bfloat16")  # the 2.9 B models: MLRA-4
 MODELS = {
     "mlra_4": BASE,
+    "mla": dataclasses.replace(BASE, attention=LatentAttentionConfig(1, 1, kv_lora_rank=512, d_rope=64)),
     "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 128)),
     "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(6, 128)),
 }
@@ -88,9 +90,9 @@ def test_products_of_few_rows_go_to_their_kernel_unless_another_is_chosen():
     devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3")).reshape(1, 1, 1, 1)
     mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
     step = lambda: compile_step(BASE, decode_rules(), mesh, batch=8, max_len=MAX_LEN).as_text()
-    count = lambda hlo: len(re.findall(r"custom-call\(.*jit\(_run\)/(?:product|swiglu)", hlo))
+    count = lambda hlo: len(re.findall(r"custom-call\(.*jit\(multiply\)/(?:skinny_gemm|swiglu)", hlo))
     assert count(step()) == 5 * BASE.n_layers
-    with choose(product="reference", swiglu="reference"):
+    with choose(skinny_gemm="reference", swiglu="reference"):
         assert count(step()) == 0
 
 
@@ -98,3 +100,19 @@ def test_the_step_of_a_model_held_in_float32_would_be_seen_to_convert_its_weight
     assert moved("\nENTRY %main {\n  %convert.1 = bf16[3072,1600]{1,0} fusion(%w), kind=kLoop\n}") == {
         "convert.1": 2 * 3072 * 1600
     }
+
+
+def sums_over_devices(hlo: str) -> tuple[int, int, int]:
+    """All-reduces by XLA, and by our kernels with the norm and without."""
+    by_xla = re.findall(r" all-reduce(?:-start)?\(", hlo)
+    ours = re.findall(r"custom-call\(.*op_name=\"[^\"]*/(all_reduce\w*)", hlo)
+    return len(by_xla), ours.count("all_reduce_add_rms_norm"), ours.count("all_reduce")
+
+
+@pytest.mark.parametrize(("model", "split_heads"), [("mlra_4", False), ("mla", True), ("gqa", True)])
+def test_a_step_on_two_h100s_leaves_sums_over_devices_to_their_kernel(model, split_heads):
+    devices = np.array(gpu_devices("NVIDIA H100 80GB HBM3", 2)).reshape(1, 1, 2, 1)
+    mesh = Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * 4)
+    compiled = compile_step(MODELS[model], decode_rules(split_heads), mesh, batch=1, max_len=1024)
+    # Before each norm, the first one's sum being the embedding; and the choice of the token.
+    assert sums_over_devices(compiled.as_text()) == (0, 2 * BASE.n_layers + 1, 1)

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, Sampling, filtered_logits, greedy, sample
+from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, RowSampling, Sampling, greedy, sample
 from mlra_jax.sharding import AxisRules, decode_rules, make_mesh
 
 V, N_VOCAB = 16, 13
@@ -63,21 +63,18 @@ def margin(logits, sampling):
 def test_filters_leave_the_distribution_that_numpy_leaves(sampling, seed):
     logits = np.random.default_rng(seed).normal(size=V).astype(np.float32) * 3
     assume(margin(logits, sampling) > 1e-5)
-    p = jax.nn.softmax(filtered_logits(jnp.asarray(logits), sampling, N_VOCAB))
+    logits[N_VOCAB:] = -np.inf  # as `sample` passes them
+    p = jax.nn.softmax(sampling.filtered_logits(jnp.asarray(logits)))
     np.testing.assert_allclose(p, probabilities(logits, sampling), atol=1e-5)
 
 
 def draw(logits_BV, sampling, *, rules=None, seed=0, samples=None, positions=None):
     b = len(logits_BV)
-    tokens = sample(
-        rules or AxisRules(),
-        jnp.asarray(logits_BV),
-        sampling,
-        N_VOCAB,
-        seed=jnp.uint32(seed),
-        sample_B=jnp.asarray(np.zeros(b, np.int32) if samples is None else samples),
-        position_B=jnp.asarray(np.zeros(b, np.int32) if positions is None else positions),
-    )
+    samplings = [sampling] * b if isinstance(sampling, Sampling) else sampling
+    by_row = RowSampling.of(samplings, [seed] * b, np.zeros(b, np.int32) if samples is None else samples)
+    position_B = jnp.asarray(np.zeros(b, np.int32) if positions is None else positions)
+    rows = jax.tree.map(jnp.asarray, by_row)
+    tokens = sample(rules or AxisRules(), jnp.asarray(logits_BV), rows, N_VOCAB, position_B=position_B)
     return np.asarray(tokens)
 
 
@@ -103,15 +100,46 @@ def test_drawn_tokens_are_distributed_as_in_numpy(sampling):
     assert (abs(seen - expected) <= 5 * deviation).all()
 
 
+@dataclasses.dataclass(frozen=True)
+class OnlyOdd(Sampling):
+    """A method of a user's own: the filters of `Sampling`, then every second (or so) id alone."""
+
+    stride: int = 2
+
+    def filtered_logits(self, logits_V):
+        allowed_V = jnp.arange(len(logits_V)) % self.stride == 1
+        return super().filtered_logits(jnp.where(allowed_V, logits_V, -jnp.inf))
+
+
+def test_a_subclass_samples_in_its_own_way_and_is_validated():
+    logits = np.random.default_rng(5).normal(size=(400, V)).astype(np.float32)
+    samples = np.arange(400, dtype=np.int32)
+    assert set(draw(logits, OnlyOdd(1.0), samples=samples)) == {1, 3, 5, 7, 9, 11}
+    both = draw(logits, [OnlyOdd(1.0, stride=3), Sampling(1.0)] * 200, samples=samples)
+    assert set(both[::2]) == {1, 4, 7, 10}
+    assert set(both[1::2]) == set(range(N_VOCAB))
+    with pytest.raises(ConfigError, match="stride='two' must be a whole number"):
+        OnlyOdd(1.0, stride="two").validate()
+    with pytest.raises(ConfigError, match=r"OnlyOdd\.stride must be a number"):
+        draw(logits[:1], OnlyOdd(1.0, stride="two"))
+
+
 def test_a_row_draws_the_same_in_any_batch_and_on_any_mesh():
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(8, V)).astype(np.float32)
     samples, positions = np.arange(8, dtype=np.int32) % 3, rng.integers(0, 1000, 8).astype(np.int32)
-    sampling = Sampling(1.0, top_k=10, top_p=0.95)
+    sampling = [Sampling(1.0, top_k=10, top_p=0.95)] * 8
+    sampling[1:6] = [
+        GREEDY,
+        Sampling(0.5),
+        Sampling(1.5, min_p=0.2),
+        Sampling(2.0, top_k=3),
+        OnlyOdd(1.0, stride=3),
+    ]
     whole = draw(logits, sampling, seed=7, samples=samples, positions=positions)
     for i in range(8):
         row = slice(i, i + 1)
-        one = draw(logits[row], sampling, seed=7, samples=samples[row], positions=positions[row])
+        one = draw(logits[row], sampling[row], seed=7, samples=samples[row], positions=positions[row])
         assert one == whole[row]
     for sizes in [(1, 1, 8, 1), (2, 1, 2, 2), (8, 1, 1, 1)]:
         with jax.set_mesh(make_mesh(MeshConfig(*sizes))):
@@ -177,7 +205,7 @@ def test_every_legal_option_leaves_a_choice_among_the_possible_tokens(sampling, 
     row = np.array(logits, np.float32)
     possible = [int(i) for i in np.flatnonzero(row[:N_VOCAB] > -np.inf)]
     assert sampling.faults() == []
-    left = np.asarray(filtered_logits(jnp.asarray(row), sampling, N_VOCAB))
+    left = np.asarray(sampling.filtered_logits(jnp.where(jnp.arange(V) < N_VOCAB, row, -jnp.inf)))
     drawn = draw(row[None].repeat(4, axis=0), sampling).tolist()
     if possible:
         assert not np.isnan(left).any()

@@ -13,37 +13,20 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.kv_cache import Cache
-from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
-from mlra_jax.config import ModelConfig
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
+from tests.definitions import TINY
 
-LATENT = ModelConfig(
-    vocab_size=32,
-    n_layers=1,
-    d_model=16,
-    n_heads=4,
-    d_ff=24,
-    attention=LatentAttentionConfig(4, 2, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4),
-    output_init="normal",
-    init_std=0.3,
-    compute_dtype="float32",
-)
+LATENT = dataclasses.replace(TINY, n_layers=1, output_init="normal", init_std=0.3)
 TOKENS = np.random.default_rng(0).integers(0, 32, (4, 8), dtype=np.int32)
 
 OTHER = AxisRules.of(
     batch="rows", heads="columns", kv_heads="columns", mlp="columns", vocab="columns", length="depth"
 )
-OTHER_DECODE = AxisRules.of(
-    batch="rows",
-    heads="columns",
-    kv_head_shards="columns",
-    mlp="columns",
-    vocab="columns",
-    cache_length="depth",
-)
+COLUMNS = dict.fromkeys(("heads", "kv_head_shards", "mlp", "vocab"), "columns")
+OTHER_DECODE = AxisRules.of(batch="rows", cache_length="depth", **COLUMNS)
 MINE, EXPLICIT, AUTO = ("data", "fsdp", "tensor", "context"), AxisType.Explicit, AxisType.Auto
 SETTINGS = {
     # axis names, sizes, type; training and decoding table

@@ -10,7 +10,7 @@ from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.convert import official_from_params
 from mlra_jax.model import from_params, to_decode
 from mlra_jax.sharding import decode_rules
-from mlra_jax.training.losses import cross_entropy
+from tests.definitions import cross_entropy
 
 VARIANTS = ("mlra_4", "mlra_2", "mla", "gqa", "mha", "mlra_4_gated")
 variants = pytest.mark.parametrize(

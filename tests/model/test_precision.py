@@ -18,7 +18,7 @@ from mlra_jax.config import ModelConfig
 from mlra_jax.convert import params_from_official
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import TRAIN_RULES, AxisRules, decode_rules
-from mlra_jax.training.losses import cross_entropy
+from tests.definitions import cross_entropy
 
 
 def plain_logits(config, params, tokens, dtype):

@@ -58,12 +58,9 @@ def latent_by_loops(p, a, x):
     return weights, out
 
 
+SIZES = {"n_layers": 2, "d_model": 10, "n_heads": 6, "d_ff": 8, "vocab_size": 16}
 MLRA = ModelConfig(
-    n_layers=2,
-    d_model=10,
-    n_heads=6,
-    d_ff=8,
-    vocab_size=16,
+    **SIZES,
     attention=mlra.LatentAttentionConfig(6, 2, q_lora_rank=7, kv_lora_rank=30, d_nope=4, d_rope=6),
     gated_attention=True,
     output_init="normal",

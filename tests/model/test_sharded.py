@@ -21,7 +21,7 @@ from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
-from mlra_jax.training.losses import cross_entropy
+from tests.definitions import cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
 BASE = ModelConfig(vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32")
@@ -168,7 +168,7 @@ def test_decoding_in_ragged_chunks_on_a_mesh_gives_the_logits_of_the_full_forwar
 
 @pytest.mark.parametrize(("sizes", "split_heads"), [((1, 1, 4, 1), False), ((2, 1, 2, 2), True)], ids=str)
 def test_decoding_with_products_made_on_each_device_gives_the_same(whole, on_mesh, sizes, split_heads):
-    with choose(product="reference", swiglu="reference"):
+    with choose(skinny_gemm="reference", swiglu="reference"):
         check_decoding(*whole("mlra_4"), on_mesh, MODELS["mlra_4"], sizes, split_heads)
 
 

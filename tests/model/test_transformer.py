@@ -16,21 +16,17 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.cli.configs import load_config
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError
 from mlra_jax.convert import model_config_from_official, official_from_model_config
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.model.layers import Embedding, RMSNorm, SwiGLU
 from mlra_jax.ops.rotary import frequencies, rotate
 from mlra_jax.sharding import AxisRules
+from tests import definitions
 
-TINY = ModelConfig(
-    vocab_size=32,
-    n_layers=2,
-    d_model=16,
-    n_heads=4,
-    d_ff=24,
+TINY = dataclasses.replace(
+    definitions.TINY,
     attention=LatentAttentionConfig(2, 1, q_lora_rank=8, kv_lora_rank=16, d_nope=4, d_rope=4),
-    compute_dtype="float32",
 )
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 8), dtype=np.int32)
 

@@ -22,7 +22,7 @@ from mlra_jax.convert import (
 )
 from mlra_jax.model import from_params, to_decode
 from mlra_jax.sharding import decode_rules
-from mlra_jax.training.losses import cross_entropy
+from tests.definitions import cross_entropy
 
 
 def rms_norm(x, gain):

@@ -1,4 +1,4 @@
-"""What the compiler says of kernels."""
+"""The device that is compiled for, and what the compiler says of kernels."""
 
 import importlib.util
 import os
@@ -8,6 +8,16 @@ import sys
 from collections.abc import Callable
 
 import pytest
+
+from mlra_jax.ops import device
+
+
+@pytest.fixture
+def compiled_for(monkeypatch) -> Callable[..., None]:
+    """Pretends that what is traced is compiled for a device of this kind and platform."""
+    return lambda kind, platform="gpu": monkeypatch.setattr(
+        device, "current_device", lambda: (platform, kind)
+    )
 
 
 @pytest.fixture

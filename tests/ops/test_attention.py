@@ -16,7 +16,8 @@ from jaxtyping import TypeCheckError
 from mlra_jax.model.transformer import REMAT_POLICIES
 from mlra_jax.ops.attention import causal_attention, splash, xla
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
-from mlra_jax.ops.attention.qk_parts import joined
+from mlra_jax.ops.attention.qk_parts import Joined, Joins
+from tests.ops.common import TOPOLOGIES
 
 
 def by_hand(q, k, v, scale, q_start):
@@ -86,7 +87,7 @@ def test_xla_in_blocks_gives_the_reference_and_its_gradients(monkeypatch, t, blo
 def test_xla_holds_no_more_scores_than_it_says(monkeypatch):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 2 * 4 * 8 * 3)
     args = arrays(0, 2, 6, 8, 4, 2, 8, 5)
-    program = str(jax.make_jaxpr(lambda *args: xla.causal_attention(*args, scale=1.0, q_start=2))(*args))
+    program = str(jax.make_jaxpr(lambda *args: xla.causal_attention(Joined(*args, 1.0, 2)))(*args))
     assert "f32[2,2,2,3,8]" in program  # B, K, M, three of six queries, S
     assert "f32[2,2,2,6,8]" not in program
 
@@ -128,9 +129,7 @@ def test_shapes_and_types_of_the_public_op_are_checked_in_tests():
 @pytest.fixture
 def interpreted_splash(monkeypatch):
     """Splash attention, interpreted."""
-    monkeypatch.setitem(
-        IMPLEMENTATIONS, "splash", joined(functools.partial(splash.causal_attention, interpret=True))
-    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Joins(splash.Splash(interpret=True)))
 
 
 def value_and_grads(name, q_start=0, wrap=lambda f: f):
@@ -220,9 +219,7 @@ def test_splash_names_why_it_declines(monkeypatch):
     attend = functools.partial(causal_attention, scale=0.1, implementation="splash")
     with pytest.raises(NotImplementedError, match="a TPU"):
         attend(*put(*arrays(0, 1, 128, 128, 2, 1, 64, 64)))
-    monkeypatch.setitem(
-        IMPLEMENTATIONS, "splash", joined(functools.partial(splash.causal_attention, interpret=True))
-    )
+    monkeypatch.setitem(IMPLEMENTATIONS, "splash", Joins(splash.Splash(interpret=True)))
     for match, sizes, q_start in (
         ("100 queries", (1, 100, 128, 2, 1, 64, 64), 0),
         ("got 64 and 48", (1, 128, 128, 2, 1, 64, 48), 0),
@@ -232,16 +229,7 @@ def test_splash_names_why_it_declines(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-@pytest.mark.parametrize(
-    "topology",
-    [
-        "v5e:2x2",
-        *(
-            pytest.param(t, marks=pytest.mark.slow)
-            for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-        ),
-    ],
-)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_tpus_attend_with_splash_forward_and_backward(topology):
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:4]
     mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from mlra_jax.cli.configs import load_config
 from mlra_jax.execution.topologies import compile_train_step, gpu_devices
-from mlra_jax.ops.attention import api, causal_attention, cudnn, tokamax
+from mlra_jax.ops import device
+from mlra_jax.ops.attention import api, causal_attention, tokamax
 from mlra_jax.ops.dispatch import explain
 from mlra_jax.sharding import MESH_AXES
 
@@ -29,8 +30,7 @@ with_tokamax = pytest.mark.skipif(
 
 def reason(monkeypatch, name, kind=A100, t=16, s=16, h=64, v=64, dtype=jnp.bfloat16, **keywords):
     """Why an implementation declines a call on a GPU of this kind."""
-    for module in (cudnn, tokamax):
-        monkeypatch.setattr(module, "current_device", lambda: ("cpu" if kind == "cpu" else "gpu", kind))
+    monkeypatch.setattr(device, "current_device", lambda: ("cpu" if kind == "cpu" else "gpu", kind))
     monkeypatch.setattr(tokamax, "version", lambda _: (0, 0, 17))
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11, 1)))
     new = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
@@ -77,8 +77,8 @@ def test_cudnn_is_given_values_as_wide_as_keys_and_the_padding_is_taken_off(monk
         assert (implementation, q.shape[-1], v.shape[-1]) == ("cudnn", 192, 192)
         return kept(q, k, v, implementation="xla", **keywords)
 
-    monkeypatch.setattr(cudnn, "current_device", lambda: ("gpu", H100))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(device, "current_device", lambda: ("gpu", H100))
+    monkeypatch.setattr(device, "default_device", lambda: ("gpu", A100))
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
     draw = lambda *shape: jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.bfloat16)
     args = draw(2, 20, 4, 192), draw(2, 20, 2, 192), draw(2, 20, 2, 128)
@@ -97,7 +97,7 @@ def test_cudnn_is_given_values_as_wide_as_keys_and_the_padding_is_taken_off(monk
 def test_tokamax_says_that_it_is_not_installed_and_that_it_compiles_for_the_default_device(monkeypatch):
     assert "compiles for the default device, a cpu; for a NVIDIA A100" in reason(monkeypatch, "tokamax")
     monkeypatch.undo()
-    monkeypatch.setattr(tokamax, "current_device", lambda: ("gpu", A100))
+    monkeypatch.setattr(device, "current_device", lambda: ("gpu", A100))
     q = jnp.zeros((1, 8, 1, 64), jnp.bfloat16)
     for version, said in ((None, "is not installed"), ((0, 0, 12), "needs Tokamax 0.0.17 and JAX 0.11.1")):
         monkeypatch.setattr(tokamax, "version", lambda _, version=version: version)
@@ -111,12 +111,11 @@ def test_a_library_that_fails_leaves_the_call_to_the_next_and_says_which_version
     def outdated(*_, **__):
         raise RuntimeError("cuDNN version 8.9.2 is too old")
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(device, "default_device", lambda: ("gpu", A100))
     monkeypatch.setattr(jax.nn, "dot_product_attention", outdated)
     said = reason(monkeypatch, "cudnn")
     assert re.search(r"^jax [\d.]+: RuntimeError: cuDNN version 8.9.2 is too old. .*'mlra_jax\[cuda\]'", said)
     monkeypatch.setitem(sys.modules, "tokamax", types.ModuleType("tokamax"))
-    monkeypatch.setattr(tokamax, "get_default_device", lambda: types.SimpleNamespace(device_kind=A100))
     said = reason(monkeypatch, "tokamax")
     assert "AttributeError: module 'tokamax' has no attribute 'dot_product_attention'" in said
 

@@ -6,7 +6,6 @@ Numbers come from the interpreter, on the CPU and with JAX 0.11 or later, and fr
 
 import dataclasses
 import functools
-import importlib.util
 import re
 
 import jax
@@ -20,22 +19,20 @@ from jax.sharding import PartitionSpec as P
 
 from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.ops import hopper
-from mlra_jax.ops.attention import causal_attention, causal_attention_parts, mosaic_gpu
+from mlra_jax.ops.attention import causal_attention, causal_attention_parts
 from mlra_jax.ops.attention.api import IMPLEMENTATIONS
-from mlra_jax.ops.attention.mosaic_gpu import TILE, Config, Shape
+from mlra_jax.ops.attention.mosaic_gpu import Config, MosaicGPU, kernel
+from mlra_jax.ops.attention.mosaic_gpu.config import TILE, Shape
 from mlra_jax.ops.dispatch import explain
-
-H100 = "NVIDIA H100 80GB HBM3"
-newer_jax = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
-compiles = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
-    reason="needs JAX 0.11 or later and its CUDA 13 plugin",
+from tests.ops.common import (
+    H100,
+    assert_no_races,
+    compiles,
+    interpreter,
+    newer_jax,
+    on_hopper,
+    waits_left_out,
 )
-
-
-def on_gpu(test):
-    available = jax.default_backend() == "gpu" and hopper.find_processors(jax.devices()[0].device_kind)
-    return pytest.mark.gpu(pytest.mark.skipif(not available, reason="needs a Hopper GPU")(test))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +114,23 @@ def with_gradients(attend, case):
     ids=str,
 )
 @newer_jax
-def test_it_says_why_it_declines_a_call(monkeypatch, case, dtype, message):
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
+def test_it_says_why_it_declines_a_call(compiled_for, case, dtype, message):
+    compiled_for(H100)
     parts, v, _ = case.abstract(dtype)
     reasons = explain(causal_attention_parts, parts, v, scale=case.scale)["causal_attention"]
     assert re.search(message, reasons["mosaic_gpu"])
 
 
-@pytest.mark.parametrize("device", [("cpu", "cpu"), ("gpu", "NVIDIA A100-SXM4-40GB"), ("gpu", "Tesla T4")])
-def test_it_is_for_hopper_alone(monkeypatch, device):
-    monkeypatch.setattr(hopper, "current_device", lambda: device)
+@pytest.mark.parametrize("device", [("cpu", "cpu"), ("NVIDIA A100-SXM4-40GB", "gpu"), ("Tesla T4", "gpu")])
+def test_it_is_for_hopper_alone(compiled_for, device):
+    compiled_for(*device)
     parts, v, _ = PAPER["mlra_4"].abstract()
     reason = explain(causal_attention_parts, parts, v, scale=1.0)["causal_attention"]["mosaic_gpu"]
-    assert reason == f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {device[1]}."
+    assert reason == f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {device[0]}."
 
 
-def test_before_jax_0_11_it_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr(hopper, "current_device", lambda: ("gpu", H100))
+def test_before_jax_0_11_it_says_what_it_needs(monkeypatch, compiled_for):
+    compiled_for(H100)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     parts, v, _ = PAPER["gqa"].abstract()
     reason = explain(causal_attention_parts, parts, v, scale=1.0)["causal_attention"]["mosaic_gpu"]
@@ -178,22 +175,16 @@ def check_numbers(results, case, arrays, q_start):
 @functools.cache
 def interpreted(case, config, races):
     """The kernels on the CPU: output and gradients."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    interpret = plgpu.InterpretGPUParams(detect_races=races)
-    attend = functools.partial(mosaic_gpu.causal_attention, config=config, interpret=interpret)
-    return with_gradients(attend, case)
+    return with_gradients(MosaicGPU(config=config, interpret=interpreter(races)), case)
 
 
 def check_interpreted(case, config=None, q_start=None, races=False, seed=0):
     """Checks the numbers, and that threads wait for each other's memory."""
-    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-
     arrays = case.draw(seed)
     q_start = case.q_start if q_start is None else q_start
     results = jax.block_until_ready(interpreted(case, config, races)(*arrays, q_start))
     if races:
-        assert not interpret_pallas_call.get_races().races_found
+        assert_no_races()
     check_numbers(results, case, arrays, q_start)
 
 
@@ -245,35 +236,17 @@ def test_interpreted_output_and_gradients_of_any_length(t, before, m, shares, bl
 
 @newer_jax
 def test_the_interpreter_sees_a_wait_that_is_left_out(monkeypatch):
-    from mlra_jax.ops.attention import mosaic_gpu_kernel
-
-    class Hasty:
-        """The library, but for waits on barriers of three stages: those of the ring."""
-
-        def __getattr__(self, name):
-            return getattr(mosaic_gpu_kernel_library, name)
-
-        def barrier_wait(self, barrier):
-            if barrier.ref.shape != (3,):
-                mosaic_gpu_kernel_library.barrier_wait(barrier)
-
-    mosaic_gpu_kernel_library = mosaic_gpu_kernel.plgpu
-    monkeypatch.setattr(mosaic_gpu_kernel, "plgpu", Hasty())
-    mosaic_gpu_kernel.attend.clear_cache()
-    try:
-        with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
-            check_interpreted(Case(130), Config(2, 64, 3), races=True)
-    finally:
-        mosaic_gpu_kernel.attend.clear_cache()
-        mosaic_gpu_kernel.gradients.clear_cache()
+    of_ring = lambda barrier: barrier.ref.shape == (3,)
+    with waits_left_out(monkeypatch, kernel, [kernel.attend, kernel.gradients], of_ring):
+        check_interpreted(Case(250), Config(2, 64, 3), races=True)  # more blocks than stages
 
 
-@on_gpu
+@on_hopper
 @pytest.mark.parametrize("config", [None, Config(2, 128, 2, 64, 2, 2, 3)], ids=str)
 @pytest.mark.parametrize("name", PAPER)
 def test_numbers_on_the_gpu(name, config):
     case = dataclasses.replace(PAPER[name], t=500, batch=2)
-    run = with_gradients(functools.partial(mosaic_gpu.causal_attention, config=config), case)
+    run = with_gradients(MosaicGPU(config=config), case)
     arrays = case.draw()
     results = run(*arrays, 0)
     check_numbers(results, case, arrays, 0)
@@ -281,12 +254,12 @@ def test_numbers_on_the_gpu(name, config):
         np.testing.assert_array_equal(again, first)  # the same bits from run to run
 
 
-@on_gpu
+@on_hopper
 def test_numbers_on_the_gpu_of_queries_after_others():
     case = dataclasses.replace(PAPER["mlra_4"], t=300, s=700)
     arrays = case.draw()
     for q_start in (400, 430, 2000):
-        results = with_gradients(mosaic_gpu.causal_attention, case)(*arrays, q_start)
+        results = with_gradients(MosaicGPU(), case)(*arrays, q_start)
         check_numbers(results, case, arrays, q_start)
 
 

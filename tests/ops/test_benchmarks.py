@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import decode_attention as bench
@@ -26,10 +27,13 @@ from benchmarks.measure import (
     sum_xla,
 )
 from mlra_jax.execution.topologies import gpu_devices
-from mlra_jax.ops.decode import xla
-from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
-from mlra_jax.ops.decode.mosaic_gpu import Shape, find_tuned
+from mlra_jax.ops import device
+from mlra_jax.ops.back_end import Kernel
+from mlra_jax.ops.decode import mosaic_gpu, xla
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
+from mlra_jax.ops.decode.shape import Shape
 from mlra_jax.ops.tuning import read_table
+from tests.ops.common import make_call
 
 TINY = "tiny 2x256"
 H100 = "NVIDIA H100 80GB HBM3"
@@ -147,9 +151,9 @@ def test_a_goal_may_be_a_multiple_of_the_reader_s_time():
 @pytest.mark.parametrize(
     "case",
     [
-        Case((128, 70), rows=8, width=64, rope=32, page=64),
-        Case((128, 70), rows=8, width=64, rope=0, q_len=2),
-        Case((128,), heads=2, rows=4, width=64, rope=0, value=64),
+        ArgSpec((128, 70), rows=8, width=64, rope=32, page_size=64),
+        ArgSpec((128, 70), rows=8, width=64, rope=0, q_len=2),
+        ArgSpec((128,), heads=2, rows=4, width=64, rope=0, value=64),
     ],
 )
 def test_a_program_calls_the_op_with_queries_of_each_call_over_the_buffers_in_turn(case, monkeypatch):
@@ -164,7 +168,7 @@ def test_a_program_calls_the_op_with_queries_of_each_call_over_the_buffers_in_tu
         expected = call(firsts[i], *others, *caches[i % 2], *rest, implementation="xla")
         np.testing.assert_allclose(np.float32(out), np.float32(expected[0]), atol=2e-2)
         np.testing.assert_allclose(lse, expected[1], atol=1e-3)
-    assert np.array_equal(rest[0], make_case(case).args[-2])
+    assert np.array_equal(rest[0], make_call(case).args[-2])
 
 
 def test_the_command_prints_and_writes_a_row_for_each_case(tmp_path, capsys):
@@ -184,7 +188,7 @@ def test_the_command_prints_and_writes_a_row_for_each_case(tmp_path, capsys):
 
 
 def test_a_case_that_cannot_be_measured_is_reported_beside_the_others(tmp_path, monkeypatch):
-    monkeypatch.setitem(bench.CASES, "no", Case((256,), rows=8, width=64))
+    monkeypatch.setitem(bench.CASES, "no", ArgSpec((256,), rows=8, width=64))
     monkeypatch.setattr(bench, "prepare", refuse_64(bench.prepare))
     assert bench.main(["--cases", "no", TINY, "--quick", "--out", str(tmp_path)]) == 1
     written = json.loads((tmp_path / "decode_attention_cpu.json").read_text())
@@ -216,26 +220,34 @@ class Config:
         return 10.0 + abs(self.n - 5) + abs(self.depth - 3)
 
 
-class Fake:
+class Fake(Kernel):
+    """Plain XLA, and faster the nearer its configuration is to n = 5 and depth = 3."""
+
+    name = "fake"
+
+    def check(self, args):
+        if self.config.n == 4:
+            raise NotImplementedError("4 is too many")
+
+    def heuristic(self, shape):
+        return Config()
+
+    def run(self, shape, config, args):
+        FakeSpace.tried.append(config)
+        out, lse = xla.decode_attention(args)
+        return out + (config == FakeSpace.wrong), lse
+
+
+class FakeSpace(tuner.Space):
+    kernel = Fake
     tried: list
     wrong = Config(5, 3)
     """Nearest, but of another output."""
 
-    def __init__(self, case, kind):
-        self.start = Config()
+    def fits(self, config):
+        return True
 
-    @staticmethod
-    def attend(parts, v, kv_len, *, config, **keywords):
-        if config.n == 4:
-            raise NotImplementedError("4 is too many")
-        out, lse = xla.decode_attention(parts, v, kv_len, **keywords)
-        Fake.tried.append(config)
-        return (out + (config == Fake.wrong), lse)
-
-    def heuristic(self):
-        return self.start
-
-    def neighbours(self, config):
+    def changes(self, config):
         change = lambda **fields: dataclasses.replace(config, **fields)
         return [[change(n=n) for n in (1, 4, 5, 6)], [change(depth=d) for d in (1, 2, 3)]]
 
@@ -243,7 +255,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """Runs the command with the back end above, timed by what its configuration says; gives the table's entries."""
-    Fake.tried = []
+    FakeSpace.tried = []
     configs = {}
     compile_with = tuner.Tuner.compile
 
@@ -256,7 +268,7 @@ def fake(monkeypatch, tmp_path):
     monkeypatch.setattr(
         tuner, "measure", lambda run, *_, **__: Timing(configs[id(run)].us, 0.0, {}, "device")
     )
-    monkeypatch.setattr(tuner, "BACK_ENDS", {"fake": Fake})
+    monkeypatch.setattr(tuner, "SPACES", {"fake": FakeSpace})
 
     def run(*argv):
         code = tuner.main(["--implementation", "fake", "--out", str(tmp_path), *argv])
@@ -271,13 +283,8 @@ def test_the_fastest_configuration_that_runs_and_is_right_is_entered(fake):
     # (5, 3) is wrong, and 4 does not run.
     assert entry.config in ({"n": 5, "depth": 2}, {"n": 6, "depth": 3})
     assert (entry.us, entry.heuristic_us) == (11.0, Config().us)
-    assert (entry.sizes.rows, entry.sizes.widths, entry.sizes.batch, entry.sizes.capacity) == (
-        8,
-        (64, 32),
-        2,
-        256,
-    )
-    assert Fake.wrong in Fake.tried
+    assert entry.sizes == bench.CASES[TINY].shape.tuning_key
+    assert FakeSpace.wrong in FakeSpace.tried
 
 
 def test_where_nothing_is_faster_by_one_percent_the_heuristic_is_entered(fake, monkeypatch):
@@ -288,12 +295,12 @@ def test_where_nothing_is_faster_by_one_percent_the_heuristic_is_entered(fake, m
 
 def test_what_the_table_holds_is_kept_and_not_measured_again_unless_asked(fake, capsys):
     fake("--cases", TINY)
-    Fake.tried.clear()
+    FakeSpace.tried.clear()
     assert len(fake("--cases", TINY)[1]) == 1
-    assert Fake.tried == []
+    assert FakeSpace.tried == []
     assert f"{TINY}: in the table" in capsys.readouterr().out
     assert len(fake("--cases", TINY, "--page", "64", "--again")[1]) == 1
-    assert Fake.tried
+    assert FakeSpace.tried
 
 
 def test_after_the_time_limit_cases_are_left_and_named(fake, capsys):
@@ -307,38 +314,40 @@ def test_a_broken_table_is_refused_before_anything_is_measured(fake, tmp_path, c
     with pytest.raises(SystemExit):
         fake("--cases", TINY)
     assert "cpu.json is not a table of tuned configurations" in capsys.readouterr().err
-    assert Fake.tried == []
+    assert FakeSpace.tried == []
 
 
-@pytest.mark.parametrize("back_end", ["mosaic_gpu", "triton"])
+@pytest.mark.parametrize("back_end", ["mosaic_gpu", "triton", "mosaic_tpu"])
 @pytest.mark.parametrize("case", [*bench.TARGETS, TINY])
-def test_the_search_starts_at_what_fits_and_goes_where_it_fits(back_end, case):
-    space = tuner.BACK_ENDS[back_end](bench.CASES[case], H100)
+def test_the_search_starts_at_what_fits_and_goes_where_it_fits(back_end, case, compiled_for, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11)))
+    compiled_for(H100)
+    tpu = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
+    monkeypatch.setattr(device, "tpu_info", lambda: tpu)
+    space = tuner.SPACES[back_end](bench.CASES[case])
     start = space.heuristic()
     neighbours = space.neighbours(start)
     assert len({c for cs in neighbours for c in cs}) >= 3
-    fits = (lambda c: c.fits(space.shape)) if back_end == "mosaic_gpu" else space.fits
-    assert all(fits(c) for cs in neighbours for c in [start, *cs])
+    assert all(space.fits(c) for cs in neighbours for c in [start, *cs])
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case((128, 128), heads=2, rows=8, q_len=3, page=64),
-        Case((128,), rows=8, rope=0),
-        Case((128, 128), heads=2, rows=8, rope=0, value=64),
+        ArgSpec((128, 128), heads=2, rows=8, q_len=3, page_size=64),
+        ArgSpec((128,), rows=8, rope=0),
+        ArgSpec((128, 128), heads=2, rows=8, rope=0, value=64),
     ],
 )
-def test_the_table_knows_a_case_by_what_the_back_end_asks_for(case, monkeypatch):
-    shapes, asked = [], []
+def test_the_table_knows_a_case_by_what_the_back_end_asks_for(case):
+    shapes = []
 
-    def attend(parts, v, kv_len, *, page_table, **_):
-        shapes.append(Shape.of(parts, v, page_table))
-        return kv_len
+    class Asked(mosaic_gpu.MosaicGPU):
+        def check(self, args):
+            shapes.append(Shape.of(args))
+            raise NotImplementedError
 
     call = abstract_call(case)
-    jax.eval_shape(tuner.op_with(call, attend, None), *call.args)
-    assert shapes == [tuner.Mosaic(case, H100).shape]
-    monkeypatch.setattr("mlra_jax.ops.tuning.find", lambda _, sizes, *__: asked.append(sizes))
-    find_tuned(shapes[0], H100)
-    assert asked == [tuner.sizes_of(case)]
+    with pytest.raises(NotImplementedError):
+        jax.eval_shape(functools.partial(call, implementation=Asked()), *call.args)
+    assert shapes == [case.shape]

@@ -17,8 +17,8 @@ from mlra_jax.ops.decode import (
     latent_decode_attention,
     xla,
 )
-from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abridge, abstract_call, make_case
-from tests.ops.draws import kv_lens
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
+from tests.ops.common import EDGES, kv_lens, make_call, share_queries
 
 EVERYWHERE = ("reference", "xla")
 
@@ -33,8 +33,8 @@ def definition(call):
         cache = cache.swapaxes(-1, -2) if call.static["layout"] == "feature_major" else cache
         if table is None:
             return cache[row][..., :n, :]
-        slots = cache.shape[-2]
-        return np.stack([cache[table[row, i // slots]][..., i % slots, :] for i in range(n)], axis=-2)
+        size = cache.shape[-2]
+        return np.stack([cache[table[row, i // size]][..., i % size, :] for i in range(n)], axis=-2)
 
     if call.op is latent_decode_attention:
         q_nope, q_rope, latent, k_rope = arrays
@@ -43,8 +43,8 @@ def definition(call):
         q, k, v = arrays
         parts = [(q, k)]
     b, t, heads, m, _ = parts[0][0].shape
-    width, slots = v.shape[-2:] if call.static["layout"] == "feature_major" else v.shape[:-3:-1]
-    capacity = slots if table is None else slots * table.shape[1]
+    width, size = v.shape[-2:] if call.static["layout"] == "feature_major" else v.shape[:-3:-1]
+    capacity = size if table is None else size * table.shape[1]
     out, lse = np.zeros((b, t, heads, m, width)), np.full((b, t, heads, m), -np.inf)
     for row, i in np.ndindex(b, t):
         if (n := min(kv_len[row, i], capacity)) <= 0:
@@ -77,7 +77,7 @@ def cases(draw, page):
     """Small calls of either op in either layout, with any kv_len."""
     small = lambda low, high: draw(st.integers(low, high))
     latent = draw(st.booleans())
-    case = Case(
+    case = ArgSpec(
         lengths=(0,) * small(1, 3),
         q_len=small(1, 3),
         heads=small(1, 3),
@@ -85,8 +85,8 @@ def cases(draw, page):
         width=small(1, 5),
         rope=draw(st.sampled_from([0, 2, 4])) if latent else 0,
         value=None if latent else small(1, 5),
-        slots=small(9, 11),
-        page=draw(page),
+        max_len=small(9, 11),
+        page_size=draw(page),
         layout=draw(st.sampled_from(["token_major", "feature_major"])),
     )
     return case, draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
@@ -94,9 +94,9 @@ def cases(draw, page):
 
 @settings(max_examples=15, deadline=None)
 @given(drawn=cases(page=st.none()), seed=st.integers(0, 99))
-def test_reference_equals_the_definition_with_any_kv_len_and_nan_in_unseen_slots(drawn, seed):
+def test_reference_equals_the_definition_with_any_kv_len_and_nan_where_unseen(drawn, seed):
     case, kv_len = drawn
-    call = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
+    call = make_call(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
     check(run(call, "reference"), definition(call))
 
 
@@ -104,14 +104,14 @@ def test_reference_equals_the_definition_with_any_kv_len_and_nan_in_unseen_slots
 @given(drawn=cases(page=st.integers(1, 5)), seed=st.integers(0, 99))
 def test_reference_equals_the_definition_with_permuted_pages_and_entries_that_are_no_page(drawn, seed):
     case, kv_len = drawn
-    call = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
+    call = make_call(case, seed, jnp.float32, scale=0.6, kv_len=kv_len)
     check(run(call, "reference"), definition(call))
 
 
 @pytest.mark.parametrize("name", EDGES)
 def test_xla_equals_the_definition_at_the_limits_of_blocks_and_pages(monkeypatch, name):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)  # blocks of 128, the smallest
-    call = make_case(EDGES[name], dtype=jnp.float32)
+    call = make_call(EDGES[name], dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
 
 
@@ -119,18 +119,18 @@ def test_xla_equals_the_definition_at_the_limits_of_blocks_and_pages(monkeypatch
 @pytest.mark.parametrize("layout", ["token_major", "feature_major"])
 def test_xla_in_blocks_equals_the_definition_in_both_layouts_whatever_the_page(monkeypatch, page, layout):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    case = Case((300, 128, 0, 130), 2, 2, 2, width=4, rope=2, slots=350, page=page, layout=layout)
-    call = make_case(case, dtype=jnp.float32)
+    case = ArgSpec((300, 128, 0, 130), 2, 2, 2, width=4, rope=2, max_len=350, page_size=page, layout=layout)
+    call = make_call(case, dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
     any_kv_len = [[2**31 - 1, 300], [-(2**31), 128], [5, 0], [130, 1000]]
-    call = make_case(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32, kv_len=any_kv_len)
+    call = make_call(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32, kv_len=any_kv_len)
     check(run(call, "xla"), definition(call))
 
 
 @pytest.mark.parametrize("s", [129, 500])
 def test_xla_sees_each_slot_once_where_the_last_block_overlaps_the_one_before(monkeypatch, s):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    call = make_case(Case((s, s // 2), 2, 2, 2, width=4, rope=2), dtype=jnp.float32)
+    call = make_call(ArgSpec((s, s // 2), 2, 2, 2, width=4, rope=2), dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
 
 
@@ -144,8 +144,8 @@ def test_xla_reads_no_block_beyond_the_longest_row(monkeypatch, page):
         return specification(*args, **kwargs)
 
     monkeypatch.setattr(xla.reference, "decode_attention", counted)
-    case = Case((130, 20), rows=1, width=4, rope=0, value=4, slots=1000, page=page)
-    jax.block_until_ready(make_case(case, dtype=jnp.float32)(implementation="xla"))
+    case = ArgSpec((130, 20), rows=1, width=4, rope=0, value=4, max_len=1000, page_size=page)
+    jax.block_until_ready(make_call(case, dtype=jnp.float32)(implementation="xla"))
     jax.effects_barrier()
     assert len(blocks) == 2
 
@@ -156,13 +156,13 @@ def test_xla_reads_no_block_beyond_the_longest_row(monkeypatch, page):
 def test_queries_shared_by_heads_wider_than_keys_and_not_yet_rotated_give_the_same(
     implementation, layout, branches
 ):
-    case = Case((9, 5), 2, 4, 3, width=4, rope=6, layout=layout)
-    short, plain = abridge(make_case(case, dtype=jnp.float32), branches)
+    case = ArgSpec((9, 5), 2, 4, 3, width=4, rope=6, layout=layout)
+    short, plain = share_queries(make_call(case, dtype=jnp.float32), branches)
     check(run(short, implementation), run(plain, "reference"))
 
 
 def test_rotary_queries_whose_heads_do_not_divide_the_latents_are_refused():
-    call = abstract_call(Case((9,), heads=4))
+    call = abstract_call(ArgSpec((9,), heads=4))
     q_nope, q_rope, *rest = call.args
     with pytest.raises(ValueError, match="q_rope must have the shape"):
         jax.eval_shape(call, q_nope, jax.ShapeDtypeStruct((1, 1, 3, *q_rope.shape[3:]), q_rope.dtype), *rest)
@@ -170,7 +170,7 @@ def test_rotary_queries_whose_heads_do_not_divide_the_latents_are_refused():
 
 @pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_nothing_seen_gives_zeros_and_minus_infinity(implementation):
-    call = make_case(Case((0, 0), 2, 2, 3, width=4, rope=2, slots=5), dtype=jnp.float32)
+    call = make_call(ArgSpec((0, 0), 2, 2, 3, width=4, rope=2, max_len=5), dtype=jnp.float32)
     out, lse = call(implementation=implementation)
     assert np.all(np.asarray(out) == 0)
     assert np.all(np.asarray(lse) == -np.inf)
@@ -191,7 +191,7 @@ def test_outputs_over_two_halves_of_the_cache_merge_to_that_over_all_of_it():
 def test_bfloat16_is_as_close_to_float32_as_rounding_allows(monkeypatch, implementation, sizes):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
     b, *sizes = sizes
-    call = make_case(Case((150, 70)[:b], *sizes, width=16, rope=8), 1, scale=0.2)
+    call = make_call(ArgSpec((150, 70)[:b], *sizes, width=16, rope=8), 1, scale=0.2)
     out, lse = run(call, implementation)
     assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
     exact, exact_lse = definition(call)
@@ -203,17 +203,17 @@ def test_bfloat16_is_as_close_to_float32_as_rounding_allows(monkeypatch, impleme
 
 def factored_call(case, seed, k_rank, v_rank, kv_len=None):
     """A call of the factored op, and the grouped call with the keys and values that its factors make."""
-    call, rng = make_case(case, seed, jnp.float32, scale=0.6, kv_len=kv_len), np.random.default_rng(seed)
+    call, rng = make_call(case, seed, jnp.float32, scale=0.6, kv_len=kv_len), np.random.default_rng(seed)
     q, *caches, kv_len, table = call.args
     turn = lambda x: x.swapaxes(-1, -2) if case.layout == "feature_major" else x
     factors, made = [], []
     for cache, rank in zip(caches, (k_rank, v_rank), strict=True):
         unseen = np.isnan(turn(np.asarray(cache)))  # [P, K, S, W]
-        pages, heads, slots, width = unseen.shape
-        a = np.where(unseen[..., :1], np.nan, rng.standard_normal((pages, heads, slots, rank)))
-        b = np.where(unseen[:, 0, :, :1, None], np.nan, rng.standard_normal((pages, slots, rank, width)))
+        pages, heads, tokens, width = unseen.shape
+        a = np.where(unseen[..., :1], np.nan, rng.standard_normal((pages, heads, tokens, rank)))
+        b = np.where(unseen[:, 0, :, :1, None], np.nan, rng.standard_normal((pages, tokens, rank, width)))
         made.append(turn(np.einsum("pksr,psrw->pksw", a, b)))
-        factors += [turn(a), turn(b.reshape(pages, slots, rank * width))]
+        factors += [turn(a), turn(b.reshape(pages, tokens, rank * width))]
     factors = [jnp.asarray(x, jnp.float32) for x in factors]
     factored = dataclasses.replace(call, op=factored_decode_attention, args=(q, *factors, kv_len, table))
     return factored, dataclasses.replace(call, args=(q, *made, kv_len, table))
@@ -238,7 +238,9 @@ def test_factored_attention_equals_attention_over_the_keys_and_values_that_the_f
 @pytest.mark.parametrize("layout", ["token_major", "feature_major"])
 def test_factored_attention_in_blocks_equals_the_definition_too(monkeypatch, page, layout):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)
-    case = Case((300, 128, 0, 130), 2, 3, 1, 4, rope=0, value=3, slots=350, page=page, layout=layout)
+    case = ArgSpec(
+        (300, 128, 0, 130), 2, 3, 1, 4, rope=0, value=3, max_len=350, page_size=page, layout=layout
+    )
     factored, grouped = factored_call(case, 0, 2, 3)
     check(run(factored, "xla"), definition(grouped), atol=1e-4)
 
@@ -251,7 +253,7 @@ def as_users_call():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-LATENT = Case((5, 4), 2, 2, 3, width=4, rope=2)
+LATENT = ArgSpec((5, 4), 2, 2, 3, width=4, rope=2)
 
 
 @pytest.mark.parametrize(
@@ -266,8 +268,12 @@ LATENT = Case((5, 4), 2, 2, 3, width=4, rope=2)
         (LATENT, "kv_len", lambda x: x[:, :1]),
         (dataclasses.replace(LATENT, layout="feature_major"), "kv_latent", lambda x: x[:, :, :3]),
         (dataclasses.replace(LATENT, layout="feature_major"), "k_rope", lambda x: x[..., :3]),
-        (dataclasses.replace(LATENT, page=2), "k_rope", lambda x: x[1:]),  # a pool of as many pages for both
-        (dataclasses.replace(LATENT, page=2), "page_table", lambda x: x[:1]),
+        (
+            dataclasses.replace(LATENT, page_size=2),
+            "k_rope",
+            lambda x: x[1:],
+        ),  # a pool of as many pages for both
+        (dataclasses.replace(LATENT, page_size=2), "page_table", lambda x: x[:1]),
         (dataclasses.replace(LATENT, rope=0, value=4), "k", lambda x: x[..., :3]),
         (dataclasses.replace(LATENT, rope=0, value=4), "v", lambda x: x[:, :, :3]),
         (dataclasses.replace(LATENT, rope=0, value=4), "v", lambda x: x[:, :1]),
@@ -275,7 +281,7 @@ LATENT = Case((5, 4), 2, 2, 3, width=4, rope=2)
 )
 @pytest.mark.usefixtures("as_users_call")
 def test_an_array_that_does_not_belong_to_the_others_is_named(case, name, wrong):
-    call = make_case(case, dtype=jnp.float32)
+    call = make_call(case, dtype=jnp.float32)
     names = ("q", "k", "v") if case.value else ("q_nope", "q_rope", "kv_latent", "k_rope")
     args = [
         wrong(x) if n == name else x for n, x in zip((*names, "kv_len", "page_table"), call.args, strict=True)
@@ -304,14 +310,14 @@ def test_a_factor_that_does_not_belong_to_the_others_is_named(name, wrong, said)
 
 @pytest.mark.usefixtures("as_users_call")
 def test_an_unknown_layout_is_refused_with_the_known_ones():
-    call = make_case(LATENT, dtype=jnp.float32)
+    call = make_call(LATENT, dtype=jnp.float32)
     with pytest.raises(ValueError, match="token_major or feature_major; got 'head_major'"):
         call.op(*call.args[:-1], scale=1.0, layout="head_major")
 
 
 def test_a_case_is_what_it_says_that_the_queries_see():
-    case = Case((3, 0, 5), q_len=2, heads=2, rows=1, width=4, rope=2, page=2)
-    call = make_case(case)
+    case = ArgSpec((3, 0, 5), q_len=2, heads=2, rows=1, width=4, rope=2, page_size=2)
+    call = make_call(case)
     *_, latent, k_rope, kv_len, table = call.args
     np.testing.assert_array_equal(kv_len, [[2, 3], [0, 0], [4, 5]])
     assert (np.isfinite(latent).sum(), np.isfinite(k_rope).sum()) == (8 * 2 * 4, 8 * 2)

@@ -1,5 +1,7 @@
 """How an implementation is picked, and how it declines."""
 
+import dataclasses
+import functools
 import importlib
 import logging
 import os
@@ -12,18 +14,21 @@ import numpy as np
 import pytest
 
 from mlra_jax.ops.attention import causal_attention
+from mlra_jax.ops.back_end import Function, Kernel
 from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
-from mlra_jax.ops.decode.cases import Case, abstract_call, make_case
+from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
 from mlra_jax.ops.dispatch import choose, dispatch, explain
 from mlra_jax.ops.norm import add_rms_norm
-from mlra_jax.ops.product import has_kernel
+from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm
+from tests.ops.common import make_call
 
 
 def declines(x, *, limit):
     raise NotImplementedError(f"takes no more than {limit}")
 
 
-IMPLEMENTATIONS = {"fast": declines, "plain": lambda x, *, limit: ("plain", x, limit)}
+DECLINES = Function(declines)
+IMPLEMENTATIONS = {"fast": DECLINES, "plain": Function(lambda x, *, limit: ("plain", x, limit))}
 
 
 def test_none_takes_the_first_that_does_not_decline_and_says_once_why_it_passed_one_over(caplog):
@@ -49,13 +54,54 @@ def test_what_is_chosen_stands_for_none_and_ends_with_its_context():
                 take("op")
         assert take("op") == "plain"
     with pytest.raises(ExceptionGroup):
-        dispatch("op", {"a": declines, "b": declines}, None, 3, limit=1)
+        dispatch("op", {"a": DECLINES, "b": DECLINES}, None, 3, limit=1)
+
+
+def test_the_former_name_of_an_op_still_chooses_and_says_the_new_one(caplog):
+    x = jnp.ones((2, 4))
+    with (
+        choose(product="mosaic_gpu"),
+        pytest.raises(NotImplementedError, match=r"Hopper|needs JAX|work with"),
+    ):
+        skinny_gemm(x, x)
+    assert "'product' is called 'skinny_gemm' now" in caplog.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiled(Kernel[int, int]):
+    """A back end of up to nine numbers, whose tiling is a number."""
+
+    name = "tiled"
+
+    def check(self, x, *, limit):
+        if len(x) > 9:
+            raise NotImplementedError(f"takes up to 9; got {len(x)}")
+        return len(x)
+
+    def heuristic(self, shape):
+        return 2 * shape
+
+    def run(self, shape, config, x, *, limit):
+        return shape, config
+
+
+def test_a_back_end_is_an_implementation_like_its_name_and_runs_with_its_own_tiling():
+    take = lambda implementation, n=3: dispatch("op", IMPLEMENTATIONS, implementation, jnp.ones(n), limit=1)
+    assert take(Tiled()) == (3, 6)
+    assert take([Tiled(config=5), "plain"]) == (3, 5)
+    assert take([Tiled(), "plain"], 10)[0] == "plain"
+    with pytest.raises(NotImplementedError, match="up to 9; got 10"):
+        take(Tiled(), 10)
+    with choose(op=Tiled(config=7)):
+        assert take(None) == (3, 7)
+    said = explain(functools.partial(double, implementation=[Tiled(), "plain"]), jnp.ones(10))
+    assert said == {"double": {"tiled": "takes up to 9; got 10", "plain": None}}
 
 
 def test_a_sequence_is_tried_in_order_and_all_reasons_are_given():
     assert dispatch("op", IMPLEMENTATIONS, ("fast", "plain"), 3, limit=1)[0] == "plain"
     with pytest.raises(ExceptionGroup) as error:
-        dispatch("op", {"a": declines, "b": declines}, ("a", "b"), 3, limit=1)
+        dispatch("op", {"a": DECLINES, "b": DECLINES}, ("a", "b"), 3, limit=1)
     assert [str(e) for e in error.value.exceptions] == ["takes no more than 1"] * 2
 
 
@@ -69,15 +115,15 @@ def test_an_unknown_name_is_refused_with_the_known_ones_before_anything_runs():
 
 def test_other_errors_of_an_implementation_are_not_taken_for_declining():
     with pytest.raises(ZeroDivisionError):
-        dispatch("op", {"broken": lambda: 1 / 0, "plain": lambda: 1}, None)
+        dispatch("op", {"broken": Function(lambda: 1 / 0), "plain": Function(lambda: 1)}, None)
 
 
 def test_a_module_that_does_not_import_declines_and_is_explained(monkeypatch):
     """Such as Mosaic GPU's on a platform whose JAX has no such part."""
-    for op in ("attention", "decode", "norm", "product", "append"):
+    for op in ("attention", "decode", "norm", "skinny_gemm", "append"):
         importlib.import_module(f"mlra_jax.ops.{op}")
         monkeypatch.setitem(sys.modules, f"mlra_jax.ops.{op}.mosaic_gpu", None)
-    call = abstract_call(Case((300, 7)))
+    call = abstract_call(ArgSpec((300, 7)))
     said = explain(call, *call.args)["latent_decode_attention"]
     assert f"mlra_jax.ops.decode.mosaic_gpu does not work with JAX {jax.__version__}" in said["mosaic_gpu"]
     assert said["xla"] is None
@@ -137,7 +183,7 @@ def test_explain_reports_the_ops_that_a_function_calls_and_runs_nothing():
 
 
 def test_explain_says_why_other_back_ends_of_decode_attention_leave_the_cpu_to_xla():
-    call = abstract_call(Case((300, 7), page=64))
+    call = abstract_call(ArgSpec((300, 7), page_size=64))
     with jax.default_device(jax.devices("cpu")[0]):
         reasons = explain(call, *call.args)["latent_decode_attention"]
     assert list(reasons) == list(DECODE)
@@ -147,6 +193,6 @@ def test_explain_says_why_other_back_ends_of_decode_attention_leave_the_cpu_to_x
 
 
 def test_a_named_implementation_of_decode_attention_runs_though_another_is_preferred():
-    call = make_case(Case((3, 1), rows=2, width=4, rope=2), dtype=jnp.float32)
+    call = make_call(ArgSpec((3, 1), rows=2, width=4, rope=2), dtype=jnp.float32)
     np.testing.assert_allclose(call(implementation="reference")[0], call()[0], rtol=1e-5, atol=1e-6)
     assert explain(call, *call.args)["latent_decode_attention"]["reference"] is None

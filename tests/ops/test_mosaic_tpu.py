@@ -17,37 +17,28 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mlra_jax.ops.decode import mosaic_tpu, mosaic_tpu_kernel
-from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
-from mlra_jax.ops.decode.mosaic_tpu import Config
-from tests.ops.draws import kv_lens
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
+from mlra_jax.ops.decode.mosaic_tpu import Config, MosaicTPU, kernel
+from tests.ops.common import EDGES, TOPOLOGIES, kv_lens, make_call
 
 ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
-TOPOLOGIES = [
-    "v5e:2x2",
-    *(pytest.param(t, marks=pytest.mark.slow) for t in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")),
-]
 
 
 def on_tpu(case):
     """The case with the cache that the kernel takes: feature-major, in pages of a multiple of 128 tokens."""
     up = lambda n: -(-n // 128) * 128
-    page = None if case.page is None else up(case.page)
-    return dataclasses.replace(case, layout="feature_major", slots=up(case.capacity), page=page)
+    page = None if case.page_size is None else up(case.page_size)
+    return dataclasses.replace(case, layout="feature_major", max_len=up(case.capacity), page_size=page)
 
 
 def check(case, seed=0, interpret=True, info=ONE_CORE, config=None, kv_len=None):
     """The kernel, in an interpreter, against the reference in float32."""
-    call = make_case(case, seed, kv_len=kv_len)
+    call = make_call(case, seed, kv_len=kv_len)
     args = [x.astype(jnp.float32) if x is not None and x.dtype == jnp.bfloat16 else x for x in call.args]
     exact, exact_lse = jax.jit(functools.partial(call, implementation="reference"))(*args)
-    with pytest.MonkeyPatch.context() as patch:
-        backend = functools.partial(
-            mosaic_tpu.decode_attention, interpret=interpret, info=info, config=config
-        )
-        patch.setattr("mlra_jax.ops.decode.api.IMPLEMENTATIONS", {"interpreted": backend})
-        out, lse = jax.jit(functools.partial(call))(*call.args)
+    back_end = MosaicTPU(config, interpret, info)
+    out, lse = jax.jit(functools.partial(call, implementation=back_end))(*call.args)
     out = np.asarray(out, np.float32)
     assert np.linalg.norm(out - exact) <= 4e-3 * np.linalg.norm(exact)  # bfloat16 rounds by 2e-3 on average
     np.testing.assert_allclose(lse, exact_lse, atol=1e-4, rtol=0)
@@ -66,15 +57,15 @@ def sizes(draw):
         "width": draw(st.sampled_from([64, 128])),
         "rope": draw(st.sampled_from([0, 32, 64])) if latent else 0,
         "value": None if latent else draw(st.sampled_from([64, 128])),
-        "page": draw(st.sampled_from([None, 128, 256, 640])),
+        "page_size": draw(st.sampled_from([None, 128, 256, 640])),
     }
 
 
 @settings(max_examples=6, deadline=None)
 @given(data=st.data(), sizes=sizes(), seed=st.integers(0, 99), tail=st.sampled_from([128, 256]))
-def test_kernel_gives_the_reference_with_any_kv_len_pages_and_nan_in_unseen_slots(data, sizes, seed, tail):
+def test_kernel_gives_the_reference_with_any_kv_len_pages_and_nan_where_unseen(data, sizes, seed, tail):
     config = Config(block=512, step=256, tail=tail, shares=data.draw(st.integers(1, 2)))
-    case = Case(slots=1280, layout="feature_major", **sizes)
+    case = ArgSpec(max_len=1280, layout="feature_major", **sizes)
     kv_len = data.draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
     check(case, seed, info=TWO_CORES, config=config, kv_len=kv_len)
 
@@ -82,7 +73,9 @@ def test_kernel_gives_the_reference_with_any_kv_len_pages_and_nan_in_unseen_slot
 @pytest.mark.parametrize("kv_len", [[[513, 1281]], [[2**31 - 1, -(2**31)]], [[128, 0]]], ids=str)
 def test_kernel_gives_the_reference_at_the_limits_of_kv_len(kv_len):
     config = Config(block=512, step=256, tail=128)
-    check(Case((0,), 2, rows=8, width=64, slots=1280, layout="feature_major"), config=config, kv_len=kv_len)
+    check(
+        ArgSpec((0,), 2, rows=8, width=64, max_len=1280, layout="feature_major"), config=config, kv_len=kv_len
+    )
 
 
 @pytest.mark.parametrize("name", ["nothing", "wide", "odd rows", "many rows", "long pages"])
@@ -98,8 +91,8 @@ def races_found():
 
 
 WITH_COPIES = pltpu.InterpretParams(detect_races=True)
-RAGGED_PAGES = Case(
-    (700, 0, 130, 1024), rows=8, width=64, rope=32, slots=1024, page=256, layout="feature_major"
+RAGGED_PAGES = ArgSpec(
+    (700, 0, 130, 1024), rows=8, width=64, rope=32, max_len=1024, page_size=256, layout="feature_major"
 )
 
 
@@ -111,7 +104,7 @@ def test_copies_do_not_race_with_what_reads_them(shares):
 
 
 def test_a_kernel_that_does_not_wait_for_its_copies_races(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu_kernel, "_wait", lambda *copy: None)
+    monkeypatch.setattr(kernel, "_wait", lambda *copy: None)
     eager = dataclasses.replace(WITH_COPIES, dma_execution_mode="eager")
     try:
         with contextlib.suppress(AssertionError):  # of wrong numbers
@@ -125,16 +118,20 @@ def test_a_kernel_that_does_not_wait_for_its_copies_races(monkeypatch):
 
 def test_reasons_to_decline_name_the_limit():
     for match, case, dtype in (
-        ("TPU", Case((128,), layout="feature_major"), jnp.bfloat16),
-        ("feature_major", Case((128,)), jnp.bfloat16),
-        ("bfloat16", Case((128,), layout="feature_major"), jnp.float32),
-        ("multiple of 128 tokens; got 64", Case((128,), page=64, layout="feature_major"), jnp.bfloat16),
+        ("TPU", ArgSpec((128,), layout="feature_major"), jnp.bfloat16),
+        ("feature_major", ArgSpec((128,)), jnp.bfloat16),
+        ("bfloat16", ArgSpec((128,), layout="feature_major"), jnp.float32),
         (
-            "multiples of 16, at most 512; got 24",
-            Case((128,), width=24, layout="feature_major"),
+            "multiple of 128 tokens; got 64",
+            ArgSpec((128,), page_size=64, layout="feature_major"),
             jnp.bfloat16,
         ),
-        ("got 1024", Case((128,), width=1024, layout="feature_major"), jnp.bfloat16),
+        (
+            "multiples of 16, at most 512; got 24",
+            ArgSpec((128,), width=24, layout="feature_major"),
+            jnp.bfloat16,
+        ),
+        ("got 1024", ArgSpec((128,), width=1024, layout="feature_major"), jnp.bfloat16),
     ):
         call = abstract_call(case, dtype)
         with pytest.raises(NotImplementedError, match=match):
@@ -142,16 +139,6 @@ def test_reasons_to_decline_name_the_limit():
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
-
-
-@pytest.fixture
-def as_users_compile():
-    """Without what the other tests set: highest precision, and few optimizations."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    with jax.default_matmul_precision("default"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def compile_for(topology, case, **keywords):
@@ -163,17 +150,16 @@ def compile_for(topology, case, **keywords):
     args = [
         None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in call.args
     ]
-    with jax.set_mesh(mesh), pytest.MonkeyPatch.context() as patch:
-        backend = functools.partial(mosaic_tpu.decode_attention, **keywords)
-        patch.setattr("mlra_jax.ops.decode.api.IMPLEMENTATIONS", {"mosaic_tpu": backend})
-        return jax.jit(functools.partial(call)).lower(*args).compile()
+    with jax.set_mesh(mesh):
+        run = functools.partial(call, implementation=MosaicTPU(**keywords))
+        return jax.jit(run).lower(*args).compile()
 
 
 COMPILED = {
     "mlra_4 1x128K": BENCHMARKS["mlra_4 1x128K"],
     "four latents, eight queries": dataclasses.replace(BENCHMARKS["mlra_4 all heads 1x512K"], q_len=8),
-    "mla pages": dataclasses.replace(BENCHMARKS["mla 16x16K"], page=512),
-    "mha": Case((4096,) * 16, heads=24, rows=1, rope=0, value=128),
+    "mla pages": dataclasses.replace(BENCHMARKS["mla 16x16K"], page_size=512),
+    "mha": ArgSpec((4096,) * 16, heads=24, rows=1, rope=0, value=128),
 }
 
 
@@ -221,13 +207,13 @@ def test_compiler_refuses_what_exceeds_the_memory_that_jax_names():
 
 
 def test_sizes_follow_the_memory_and_the_cores_that_jax_names():
-    sizes = {"widths": ((4, 128), (1, 64)), "rows": 64, "capacity": 1 << 19}
-    choose = functools.partial(mosaic_tpu.heuristic, **sizes)
+    choose = lambda info, batch=1, length=1 << 19: Config.heuristic(
+        ArgSpec((length,) * batch, heads=4, layout="feature_major").shape, info
+    )
     small = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V4, 1)
-    assert choose(batch=1, info=small).block < choose(batch=1, info=ONE_CORE).block
-    assert [choose(batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 2]
-    short = dict(sizes, capacity=4096)
-    assert [mosaic_tpu.heuristic(**short, batch=n, info=TWO_CORES).shares for n in (1, 2)] == [2, 1]
+    assert choose(small).block < choose(ONE_CORE).block
+    assert [choose(TWO_CORES, n).shares for n in (1, 2)] == [2, 2]
+    assert [choose(TWO_CORES, n, 4096).shares for n in (1, 2)] == [2, 1]
 
 
 @needs_libtpu

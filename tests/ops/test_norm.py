@@ -1,11 +1,15 @@
 """The residual sum with its norm: the kernel for Hopper GPUs, in the interpreter and on the GPU, against plain XLA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mlra_jax.ops.norm import add_rms_norm, mosaic_gpu
+from mlra_jax.ops.norm import add_rms_norm
+from mlra_jax.ops.norm.mosaic_gpu import MosaicGPU
+from tests.ops.common import interpreter, newer_jax
 
 EPS = 1e-3
 
@@ -26,13 +30,11 @@ def test_the_reference_adds_and_normalises_in_float32():
     np.testing.assert_allclose(np.float32(h), exact, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
+@newer_jax
 @pytest.mark.parametrize("rows", [(2, 1), (2, 5)])
 def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    monkeypatch.setattr(mosaic_gpu, "check_device", lambda _: ("", 1))  # programs have several rows
-    interpret = None if jax.default_backend() == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(MosaicGPU, "target", lambda _: 1)  # programs have several rows
+    kernels = MosaicGPU(interpret=None if jax.default_backend() == "gpu" else interpreter())
     args = arguments(rows)
     keys = jax.random.split(jax.random.key(1), 2)
     d = jax.random.normal(keys[0], args[0].shape), jax.random.normal(keys[1], args[1].shape, jnp.bfloat16)
@@ -41,10 +43,9 @@ def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
         out, pullback = jax.vjp(f, *args)
         return *out, *pullback(d)
 
-    kernel = lambda *args: mosaic_gpu.add_rms_norm(*args, eps=EPS, interpret=interpret)
-    reference = lambda *args: add_rms_norm(*args, eps=EPS, implementation="reference")
-    total, h, d_x, d_y, d_gain = jax.jit(lambda: run(kernel))()
-    expected = run(reference)
+    op = functools.partial(add_rms_norm, eps=EPS)
+    total, h, d_x, d_y, d_gain = jax.jit(lambda: run(functools.partial(op, implementation=kernels)))()
+    expected = run(functools.partial(op, implementation="reference"))
     np.testing.assert_array_equal(total, expected[0])
     np.testing.assert_allclose(np.float32(h), np.float32(expected[1]), rtol=2**-7)
     np.testing.assert_allclose(d_x, expected[2], rtol=1e-4, atol=1e-4)
@@ -53,7 +54,7 @@ def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
     assert [a.dtype for a in (d_x, d_y, d_gain)] == [a.dtype for a in args]
 
 
-@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="needs JAX 0.11 or later")
+@newer_jax
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -64,4 +65,4 @@ def test_the_kernels_give_what_the_reference_gives(rows, monkeypatch):
 )
 def test_what_the_kernel_does_not_take_is_declined(change, message):
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_gpu.add_rms_norm(*arguments(**change), eps=EPS, interpret=True)
+        add_rms_norm(*arguments(**change), eps=EPS, implementation=MosaicGPU(interpret=True))

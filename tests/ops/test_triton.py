@@ -21,16 +21,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import mlra_jax.ops.decode
+from mlra_jax.execution.accelerators import find_accelerator
 from mlra_jax.execution.topologies import gpu_devices
-from mlra_jax.ops.decode import triton
-from mlra_jax.ops.decode.cases import BENCHMARKS, EDGES, Case, abstract_call, make_case
+from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
+from mlra_jax.ops.decode.triton import Config, Triton
 from mlra_jax.ops.dispatch import explain
+from tests.ops.common import A100, EDGES, H100, L4, T4, in_float32, make_call
 
 installed = lambda *names: all(importlib.util.find_spec(name) for name in names)
 
-A100, L4, H100 = "NVIDIA A100-SXM4-40GB", "NVIDIA L4", "NVIDIA H100 80GB HBM3"
-SMALL = Case((100, 7), rows=16)
+SMALL = ArgSpec((100, 7), rows=16)
 
 
 # What it declines
@@ -38,14 +38,6 @@ SMALL = Case((100, 7), rows=16)
 
 def reason(call):
     return explain(call, *call.args)[call.op.__name__]["triton"]
-
-
-@pytest.fixture
-def on(monkeypatch):
-    """Pretends that what is traced is for a device of this platform and kind."""
-    return lambda kind, platform="gpu": monkeypatch.setattr(
-        triton, "current_device", lambda: (platform, kind)
-    )
 
 
 @pytest.mark.parametrize(
@@ -61,19 +53,21 @@ def on(monkeypatch):
             jnp.bfloat16,
             "Its widths are powers of two from 16 to 512; got [48, 128].",
         ),
-        ({"page": 24}, jnp.bfloat16, "Its pages hold a multiple of 16 tokens; got 24."),
+        ({"page_size": 24}, jnp.bfloat16, "Its pages hold a multiple of 16 tokens; got 24."),
     ],
 )
-def test_it_says_why_it_declines_a_call(on, change, dtype, message):
-    on(A100)
+def test_it_says_why_it_declines_a_call(compiled_for, change, dtype, message):
+    compiled_for(A100)
     assert reason(abstract_call(dataclasses.replace(SMALL, **change), dtype)) == message
 
 
-def test_it_says_why_it_declines_a_device(on):
-    on("cpu", "cpu")
-    assert reason(abstract_call(SMALL)) == "It is for NVIDIA GPUs, not for cpu."
-    on("NVIDIA T4")
-    assert reason(abstract_call(SMALL)).startswith("It does not know NVIDIA T4;")
+def test_it_says_why_it_declines_a_device(compiled_for):
+    for kind, platform in (("cpu", "cpu"), (T4, "gpu")):
+        compiled_for(kind, platform)
+        said = f"It needs an NVIDIA GPU of the Ampere generation or later; this is a {kind}."
+        assert reason(abstract_call(SMALL)) == said
+    compiled_for("NVIDIA B9000")
+    assert reason(abstract_call(SMALL)).startswith("It does not know NVIDIA B9000; add it")
 
 
 @pytest.fixture
@@ -90,8 +84,8 @@ def installs(monkeypatch):
 
         monkeypatch.setattr(importlib.metadata, "version", version)
         monkeypatch.setattr(jax, "__version_info__", jax_version)
-        monkeypatch.delitem(sys.modules, "mlra_jax.ops.decode.triton_kernels", raising=False)
-        monkeypatch.delattr(mlra_jax.ops.decode, "triton_kernels", raising=False)
+        monkeypatch.delitem(sys.modules, "mlra_jax.ops.decode.triton.kernels", raising=False)
+        monkeypatch.delattr("mlra_jax.ops.decode.triton.kernels", raising=False)
         monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
         monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
 
@@ -123,29 +117,29 @@ def test_libraries_that_do_not_fit_are_declined_with_versions_and_what_to_instal
     on, installs, bridge, triton, jax_version, said
 ):
     """Some pairs import and trace, and would fail when the program is compiled, after `xla` could have been taken."""
-    on(A100)
+    compiled_for(A100)
     installs(bridge, triton, jax_version)
     assert re.search(said, reason(abstract_call(SMALL)))
 
 
-def test_a_cuda_plugin_that_does_not_fit_jaxlib_is_declined_with_both_versions(on, installs, monkeypatch):
-    on(A100)
+def test_a_cuda_plugin_that_does_not_fit_jaxlib_is_declined_with_both_versions(
+    compiled_for, installs, monkeypatch
+):
+    compiled_for(A100)
     installs("0.4.1", "3.7.0", (0, 11, 2))
-    kernels = "mlra_jax.ops.decode.triton_kernels"
+    kernels = "mlra_jax.ops.decode.triton.kernels"
     monkeypatch.setitem(sys.modules, kernels, types.ModuleType(kernels))
     monkeypatch.setitem(sys.modules, "jaxlib.gpu_triton", types.ModuleType("jaxlib.gpu_triton"))
     said = reason(abstract_call(SMALL))
     assert re.search("CUDA plugin, .* these are jaxlib .*: pip install --upgrade 'mlra_jax.cuda.'", said)
 
 
-def test_a_block_that_does_not_divide_the_page_is_declined(on):
-    on(A100)
-    call = make_case(dataclasses.replace(SMALL, page=32))
-    config = triton.Config(16, 64, 1, 4, 2)
-    latent, k_rope, kv_len, table = call.args[2:]
-    parts = [(call.args[0], latent), (call.args[1], k_rope[:, None])]
+def test_a_block_that_does_not_divide_the_page_is_declined(compiled_for):
+    compiled_for(A100)
+    call = abstract_call(dataclasses.replace(SMALL, page_size=32))
+    wide = Triton(config=Config(16, 64, 1, 4, 2))
     with pytest.raises(NotImplementedError, match="blocks of 64 tokens do not fit whole into pages of 32"):
-        triton.decode_attention(parts, None, kv_len, scale=1.0, page_table=table, config=config)
+        explain(functools.partial(call, implementation=wide), *call.args)
 
 
 # How it is tiled
@@ -165,41 +159,33 @@ def test_a_block_that_does_not_divide_the_page_is_declined(on):
     ],
 )
 def test_a_chip_is_known_by_what_jax_calls_it(kind, capability, processors):
-    assert triton.find_chip(kind) == triton.Chip(capability, processors)
+    chip = find_accelerator(kind)
+    assert (chip.capability, chip.processors) == (capability, processors)
 
 
 def config_for(case, kind):
     """The heuristic's tiling, and the programs that it makes of the case."""
-    programs, rows = len(case.lengths) * case.heads, case.rows * case.q_len
-    config = triton.heuristic_config(
-        triton.find_chip(kind),
-        programs=programs,
-        rows=rows,
-        key_width=case.width + case.rope,
-        value_width=case.value or case.width,
-        tokens=case.capacity,
-        page=case.page,
-        latent=case.value is None,
-    )
-    return config, programs * -(-rows // config.block_rows) * config.splits
+    config = Config.heuristic(case.shape, find_accelerator(kind))
+    programs = len(case.lengths) * case.heads * -(-case.shape.rows // config.block_rows)
+    return config, programs * config.splits
 
 
 @pytest.mark.parametrize("kind", [A100, L4, H100])
 def test_long_contexts_are_split_until_all_processors_have_work(kind):
     for name, case in BENCHMARKS.items():
         _, programs = config_for(case, kind)
-        assert programs >= 0.8 * triton.find_chip(kind).processors, name
+        assert programs >= 0.8 * find_accelerator(kind).processors, name
 
 
 @pytest.mark.parametrize("kind", [A100, L4, H100])
 def test_what_already_fills_the_chip_is_not_split(kind):
-    assert config_for(Case((1024,) * 4096), kind)[0].splits == 1
-    assert config_for(Case((100,)), kind)[0].splits == 1
+    assert config_for(ArgSpec((1024,) * 4096), kind)[0].splits == 1
+    assert config_for(ArgSpec((100,)), kind)[0].splits == 1
 
 
 @pytest.mark.parametrize("page", [16, 48, 64, 80, 128])
 def test_a_page_holds_whole_blocks(page):
-    assert page % config_for(dataclasses.replace(SMALL, page=page), A100)[0].block_tokens == 0
+    assert page % config_for(dataclasses.replace(SMALL, page_size=page), A100)[0].block_tokens == 0
 
 
 # Compiled ahead of time
@@ -255,9 +241,9 @@ def lower(case, mesh, dtype=jnp.bfloat16):
 
 COMPILED = {
     **{name: BENCHMARKS[name] for name in ("mlra_4 1x128K", "mla 16x4K", "gla_2 1x128K", "gqa 1x128K")},
-    "mlra_4 all heads, pages": Case((9000, 9000), q_len=2, heads=4, page=64),
-    "no rope, narrow, pages": Case((9000,), rope=0, width=64, page=128),
-    "wide keys": Case((9000,), rope=0, width=512, value=128),
+    "mlra_4 all heads, pages": ArgSpec((9000, 9000), q_len=2, heads=4, page_size=64),
+    "no rope, narrow, pages": ArgSpec((9000,), rope=0, width=64, page_size=128),
+    "wide keys": ArgSpec((9000,), rope=0, width=512, value=128),
 }
 
 
@@ -271,14 +257,14 @@ def test_kernels_fit_into_registers_and_shared_memory(kernels, tmp_path, kind, n
         per_thread, spilled = registers(ptx, tmp_path)
         assert spilled == 0, name
         assert per_thread * 32 * warps <= 65536
-        assert shared <= triton.find_chip(kind).shared_bytes
+        assert shared <= find_accelerator(kind).shared_bytes
         assert name == "combine_kernel" or "cp.async" in ptx  # copies run ahead of the products
 
 
 @compiles
 @pytest.mark.parametrize("kind", [A100, L4, H100])
 def test_xla_takes_the_kernel_in_its_program(kind):
-    program = lower(Case((9000,), page=64), described_mesh(kind)).compile().as_text()
+    program = lower(ArgSpec((9000,), page_size=64), described_mesh(kind)).compile().as_text()
     assert program.count('custom_call_target="triton_kernel_call') == 2
     assert " copy(" not in program  # the cache is read where it lies
 
@@ -286,7 +272,7 @@ def test_xla_takes_the_kernel_in_its_program(kind):
 @compiles
 def test_it_compiles_inside_shard_map_with_latent_heads_split_over_devices():
     mesh = described_mesh(A100, devices=2)
-    call = abstract_call(Case((9000,), heads=4))
+    call = abstract_call(ArgSpec((9000,), heads=4))
     specs = P(None, None, "tensor"), P(None, None, "tensor"), P(None, "tensor"), P(), P()
     with jax.set_mesh(mesh):
         local = jax.shard_map(
@@ -322,11 +308,11 @@ def on_gpu(test):
     )
 
 
-def check(call):
+def check(call, config=None):
     """As close to float32 as rounding to bfloat16 allows; the same bits again."""
-    run = jax.jit(functools.partial(call, implementation="triton"))
+    run = jax.jit(functools.partial(call, implementation=Triton(config=config)))
     out, lse = run(*call.args)
-    wide = call.in_float32()
+    wide = in_float32(call)
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     np.testing.assert_allclose(
@@ -341,12 +327,12 @@ def check(call):
 @on_gpu
 @pytest.mark.parametrize("splits", [None, 3])
 @pytest.mark.parametrize("name", EDGES)
-def test_numbers_at_the_limits_of_blocks_pages_and_lengths(monkeypatch, name, splits):
+def test_numbers_at_the_limits_of_blocks_pages_and_lengths(name, splits):
+    config = None
     if splits:
-        heuristic = triton.heuristic_config
-        split = lambda *args, **sizes: dataclasses.replace(heuristic(*args, **sizes), splits=splits)
-        monkeypatch.setattr(triton, "heuristic_config", split)
-    check(make_case(EDGES[name]))
+        chip = find_accelerator(jax.devices()[0].device_kind)
+        config = dataclasses.replace(Config.heuristic(EDGES[name].shape, chip), splits=splits)
+    check(make_call(EDGES[name]), config)
 
 
 @on_gpu
@@ -356,7 +342,9 @@ def test_numbers_at_the_limits_of_blocks_pages_and_lengths(monkeypatch, name, sp
 def test_numbers_in_every_width(width, rope, page):
     lengths = (0, 1, 31, 32, 33, 63, 64, 65, 1000)
     check(
-        make_case(Case(lengths, q_len=2, heads=2, rows=32, width=width, rope=rope, page=page), width + rope)
+        make_call(
+            ArgSpec(lengths, q_len=2, heads=2, rows=32, width=width, rope=rope, page_size=page), width + rope
+        )
     )
 
 
@@ -364,7 +352,7 @@ def test_numbers_in_every_width(width, rope, page):
 @pytest.mark.parametrize("q_len", [1, 3, 8])
 @pytest.mark.parametrize("rows", [1, 24, 64, 128])
 def test_numbers_of_every_number_of_queries(q_len, rows):
-    check(make_case(Case((5, 700, 0, 3000), q_len=q_len, rows=rows, page=128), q_len * rows))
+    check(make_call(ArgSpec((5, 700, 0, 3000), q_len=q_len, rows=rows, page_size=128), q_len * rows))
 
 
 @on_gpu
@@ -372,25 +360,24 @@ def test_numbers_of_every_number_of_queries(q_len, rows):
 @pytest.mark.parametrize("heads", [(1, 8), (4, 3)], ids=str)
 def test_numbers_of_grouped_caches(heads, widths):
     (groups, rows), (width, value) = heads, widths
-    check(make_case(Case((1, 0, 127, 2000), 2, groups, rows, width, 0, value)))
+    check(make_call(ArgSpec((1, 0, 127, 2000), 2, groups, rows, width, 0, value)))
 
 
 @on_gpu
 def test_numbers_of_a_long_context_over_all_processors():
-    check(make_case(dataclasses.replace(BENCHMARKS["mlra_4 1x128K"], page=64)))
+    check(make_call(dataclasses.replace(BENCHMARKS["mlra_4 1x128K"], page_size=64)))
 
 
 @on_gpu
-def test_random_tilings_give_the_same_numbers(monkeypatch):
+def test_random_tilings_give_the_same_numbers():
     rng = np.random.default_rng(0)
     for seed in range(12):
-        config = triton.Config(
+        config = Config(
             block_rows=int(rng.choice([16, 32, 64])),
             block_tokens=int(rng.choice([16, 32, 64, 128])),
             splits=int(rng.integers(1, 12)),
             warps=int(rng.choice([4, 8])),
             stages=int(rng.integers(1, 4)),
         )
-        monkeypatch.setattr(triton, "heuristic_config", lambda *_, config=config, **__: config)
         lengths = tuple(int(n) for n in rng.integers(0, 2000, 3))
-        check(make_case(Case(lengths, q_len=3, rows=24, page=128), seed))
+        check(make_call(ArgSpec(lengths, q_len=3, rows=24, page_size=128), seed), config)

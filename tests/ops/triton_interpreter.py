@@ -15,9 +15,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlra_jax.ops.decode import triton, triton_kernels
-from mlra_jax.ops.decode.cases import EDGES, Case, make_case
-from tests.ops.draws import kv_lens
+from mlra_jax.ops import device
+from mlra_jax.ops.decode.arg_specs import ArgSpec
+from mlra_jax.ops.decode.triton import Config, Triton, back_end, kernels
+from tests.ops.common import EDGES, in_float32, kv_lens, make_call
 
 
 class HostArray:
@@ -44,12 +45,11 @@ def launch(kernel, inputs, outputs, *, grid, capability, warps, stages, **consta
 
 
 def check(case, config, seed=0, kv_len=None):
-    call = make_case(
+    call = make_call(
         case, seed, jnp.float16, kv_len=kv_len
     )  # the interpreter multiplies bfloat16 as if it were integers
-    with mock.patch.object(triton, "heuristic_config", return_value=config):
-        out, lse = call(implementation="triton")
-    wide = call.in_float32()
+    out, lse = call(implementation=Triton(config=config))
+    wide = in_float32(call)
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     np.testing.assert_allclose(
@@ -72,11 +72,11 @@ def sizes(draw):
         "width": power(4, 6),
         "rope": draw(st.sampled_from([0, 16, 32])) if latent else 0,
         "value": None if latent else power(4, 6),
-        "slots": small(100, 110),
-        "page": draw(st.sampled_from([None, block_tokens, 2 * block_tokens])),
+        "max_len": small(100, 110),
+        "page_size": draw(st.sampled_from([None, block_tokens, 2 * block_tokens])),
     }
-    case = Case(**case)
-    config = triton.Config(power(4, 5), block_tokens, splits=small(1, 6), warps=4, stages=2)
+    case = ArgSpec(**case)
+    config = Config(power(4, 5), block_tokens, splits=small(1, 6), warps=4, stages=2)
     return case, config, draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
 
 
@@ -91,13 +91,13 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)  # compiling is most of the time
     with (
         # jax-triton refuses to be imported without JAX's CUDA plugin, and launches nothing here.
-        mock.patch.object(triton, "_import_kernels", return_value=triton_kernels),
-        mock.patch.object(triton, "_launch", launch),
-        mock.patch.object(triton, "current_device", return_value=("gpu", "NVIDIA L4")),
+        mock.patch.object(back_end, "_import_kernels", return_value=kernels),
+        mock.patch.object(back_end, "_launch", launch),
+        mock.patch.object(device, "current_device", return_value=("gpu", "NVIDIA L4")),
     ):
         for case in EDGES.values():
-            check(case, triton.Config(block_rows=64, block_tokens=64, splits=3, warps=4, stages=2))
-        beyond = Case((0,) * 3, 2, rows=4, width=16, rope=16, slots=70)
-        config = triton.Config(block_rows=16, block_tokens=32, splits=2, warps=4, stages=2)
+            check(case, Config(block_rows=64, block_tokens=64, splits=3, warps=4, stages=2))
+        beyond = ArgSpec((0,) * 3, 2, rows=4, width=16, rope=16, max_len=70)
+        config = Config(block_rows=16, block_tokens=32, splits=2, warps=4, stages=2)
         check(beyond, config, kv_len=[[76, 2**31 - 1], [-100, 3], [-(2**31), -70]])
         check_any()

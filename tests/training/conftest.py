@@ -11,33 +11,22 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import (
     CheckpointConfig,
     DataConfig,
     ExecutionConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OptimConfig,
     TrainConfig,
     to_dict,
 )
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
+from tests.definitions import SMALL
 
 CONFIG = TrainConfig(
     name="tiny",
-    model=ModelConfig(
-        vocab_size=264,
-        n_layers=2,
-        d_model=32,
-        n_heads=4,
-        d_ff=64,
-        attention=LatentAttentionConfig(
-            n_latent_heads=4, n_branches=4, q_lora_rank=16, kv_lora_rank=32, d_nope=8, d_rope=8
-        ),
-        compute_dtype="float32",
-    ),
+    model=SMALL,
     execution=ExecutionConfig(remat="none"),
     data=DataConfig(seq_len=16, global_batch=8, micro_batch=1),
     optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2, decay_steps=20),

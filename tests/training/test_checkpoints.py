@@ -153,7 +153,7 @@ def test_every_missing_extra_and_misshapen_parameter_is_listed_with_both_shapes(
     with pytest.raises(CheckpointError) as error:
         load_params(config.run_dir, wanted)
     message = str(error.value)
-    assert "layers.attention.w_q: not in the checkpoint, the model has (2, 32, 4, 8)" in message
+    assert "layers.attention.w_q: not in the checkpoint, (2, 32, 4, 8) in the model" in message
     assert "layers.attention.w_kva: (2, 32, 4, 8) in the checkpoint, not in the model" in message
     assert "layers.mlp.w_up: (2, 32, 64) in the checkpoint, (2, 32, 48) in the model" in message
     assert "final_norm" not in message

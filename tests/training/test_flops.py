@@ -59,6 +59,6 @@ def test_peak_of_a_known_device_is_found_by_its_kind(kind, tflops):
     assert peak_flops(kind) == tflops * 1e12
 
 
-@pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "TPU v4 lite", "TPU v9"])
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA L400", "TPU v4 lite", "TPU v9"])
 def test_unknown_device_has_no_peak(kind):
     assert peak_flops(kind) is None

@@ -269,6 +269,20 @@ def test_of_layers_in_a_row_each_has_its_gradients_before_the_next_backward_pass
     assert program.as_text().count("optimization_barrier") == config.model.n_layers
 
 
+def test_on_gpus_the_step_is_compiled_to_repeat_unless_the_run_or_xla_flags_say_otherwise(
+    config, monkeypatch
+):
+    monkeypatch.setattr(step_module, "current_device", lambda: ("gpu", ""))
+    flag, no = (
+        "xla_gpu_exclude_nondeterministic_ops",
+        dataclasses.replace(config.execution, deterministic="no"),
+    )
+    assert step_module.gpu_options(config.execution)[flag] is True
+    assert flag not in step_module.gpu_options(no)
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to=x --{flag}=false")
+    assert flag not in step_module.gpu_options(config.execution)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11) or not importlib.util.find_spec("jax_cuda13_plugin"),
     reason="needs JAX 0.11 or later and its CUDA 13 plugin",
@@ -288,6 +302,8 @@ def test_compiled_for_an_h100_the_large_products_add_their_gradients_to_the_sums
             abstract_state(config, mesh), {"inputs": tokens, "targets": tokens}
         )
     program = step.compile().as_text()
+    # Atomic additions of floats would come in another order each time.
+    assert not re.search(r"\b(scatter|select-and-scatter)\(", program)
     # Of W_qa, W_kva, W_kr, W_o, W_gate, W_up and W_down.
     added = re.findall(
         r"= \(f32\[\S* s8\[\S* custom-call\(.*cublas\$lt\$matmul.*output_to_operand_aliasing", program

@@ -1,4 +1,4 @@
-"""New tokens on their way into a KV cache."""
+"""Appending new tokens to a KV cache."""
 
 from mlra_jax.ops.append.api import append, normalize_and_append
 

@@ -1,59 +1,60 @@
-"""The public ops: tokens into an array of a contiguous cache, or, normalised and rotated first, into a latent cache."""
+"""The public ops: append tokens to one array of a contiguous cache, or normalise and rotate them first."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mlra_jax.ops.append import reference
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.append.reference import LatentTokens
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 from mlra_jax.ops.rotary import Frequencies
 
 Layout = Literal["token_major", "feature_major"]
 
-TOKENS: Mapping[str, Callable[..., jax.Array]] = {
-    "mosaic_tpu": lazily("mlra_jax.ops.append.mosaic_tpu", "append"),
-    "reference": reference.append,
+TOKENS: Mapping[str, BackEnd] = {
+    "mosaic_tpu": Lazy("mlra_jax.ops.append.mosaic_tpu", "MosaicTPU"),
+    "reference": Function(reference.append),
 }
-"""Back ends of `append`, best first."""
+"""Back ends of `append`, in order of preference."""
 
 
 def append(
     array: Float[Array, "B *heads _ _"],
     tokens: Float[Array, "B T *heads W"],
-    slot: Int[Array, "B T"],
+    cache_position: Int[Array, "B T"],
     *,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B *heads _ _"]:
     """The array with T new tokens of each row; in place, if it is donated.
 
     Args:
       array: [B, *heads, S, W] in the layout `token_major`, [B, *heads, W, S] in `feature_major`.
       tokens: rounded to the type of the array.
-      slot: where each token goes. Any integers: one for which there is no slot, less than 0 or S and more, is dropped.
-        The others of a row differ.
+      cache_position: where in the row each token goes. A token whose position is less than 0, or S or more, is dropped;
+        no two others of a row may go to the same position.
       layout: of the array.
-      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
-        several of `TOKENS`.
+      implementation: a name in `TOKENS`, or a back end, or several to be tried in order; None: the first that takes
+        the call.
 
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
     """
-    tokens, slot = tokens.astype(array.dtype), slot.astype(jnp.int32)
-    return dispatch("append", TOKENS, implementation, array, tokens, slot, layout=layout)
+    tokens, cache_position = tokens.astype(array.dtype), cache_position.astype(jnp.int32)
+    return dispatch("append", TOKENS, implementation, array, tokens, cache_position, layout=layout)
 
 
-LATENTS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.append.mosaic_gpu", "normalize_and_append"),
-    "reference": functools.partial(reference.normalize_and_append, append=append),
+LATENTS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.append.mosaic_gpu", "MosaicGPU"),
+    "reference": Function(functools.partial(reference.normalize_and_append, append=append)),
 }
-"""Back ends of `normalize_and_append`, best first."""
+"""Back ends of `normalize_and_append`, in order of preference; all are called with `LatentTokens`."""
 
 
 def normalize_and_append(
@@ -61,7 +62,7 @@ def normalize_and_append(
     q_gain: Float[Array, "A"],
     kv_gain: Float[Array, "U C"],
     position: Int[Array, "B T"],
-    slot: Int[Array, "B T"],
+    cache_position: Int[Array, "B T"],
     kv_latent: Float[Array, "B U _ _"],
     k_rope: Float[Array, "B _ _"],
     *,
@@ -70,7 +71,7 @@ def normalize_and_append(
     kv_scale: float,
     frequencies: Frequencies,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T A"], Float[Array, "B U _ _"], Float[Array, "B _ _"]]:
     """Normalises the tokens' queries and latents, rotates their keys, and appends latents and keys to a cache.
 
@@ -79,7 +80,7 @@ def normalize_and_append(
       q_gain: of the queries' norm.
       kv_gain: of the latents' norms.
       position: of each token, see `mlra_jax.ops.rotary.rotary_tables`.
-      slot: see `append`.
+      cache_position: see `append`.
       kv_latent: cached latents [B, U, S, C], or features before tokens; donate it.
       k_rope: cached rotary keys [B, S, R], or features before tokens; donate it.
       eps: of the norms.
@@ -87,7 +88,7 @@ def normalize_and_append(
       kv_scale: multiplies the normalised latents.
       frequencies: of the rotation.
       layout: of the cache, see `append`.
-      implementation: see `append`; of `LATENTS`.
+      implementation: see `append`; the names are those in `LATENTS`.
 
     Returns:
       The normalised, scaled queries in the type of `a`, and the two caches.
@@ -95,14 +96,18 @@ def normalize_and_append(
     Raises:
       NotImplementedError: the named implementation does not take these arguments.
     """
-    args = a, q_gain, kv_gain, position, slot.astype(jnp.int32), kv_latent, k_rope
-    scales = {"eps": eps, "q_scale": q_scale, "kv_scale": kv_scale}
-    return dispatch(
-        "normalize_and_append",
-        LATENTS,
-        implementation,
-        *args,
-        **scales,
-        frequencies=frequencies,
-        layout=layout,
+    args = LatentTokens(
+        a,
+        q_gain,
+        kv_gain,
+        position,
+        cache_position.astype(jnp.int32),
+        kv_latent,
+        k_rope,
+        eps,
+        q_scale,
+        kv_scale,
+        frequencies,
+        layout,
     )
+    return dispatch("normalize_and_append", LATENTS, implementation, args)

@@ -1,24 +1,25 @@
-"""The public ops: causal attention of whole sequences, grouped heads, keys in parts, values narrower than keys."""
+"""The public ops: causal attention over whole sequences, with grouped heads, or with keys in parts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from jaxtyping import Array, Float, Int
 
 from mlra_jax.ops.attention import reference, xla
-from mlra_jax.ops.attention.qk_parts import Parts, heads_of, joined
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.attention.qk_parts import Joins, Parts, heads_of
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 
-IMPLEMENTATIONS = {
-    "mosaic_gpu": lazily("mlra_jax.ops.attention.mosaic_gpu", "causal_attention"),
-    "tokamax": joined(lazily("mlra_jax.ops.attention.tokamax", "causal_attention")),
-    "cudnn": joined(lazily("mlra_jax.ops.attention.cudnn", "causal_attention")),
-    "splash": joined(lazily("mlra_jax.ops.attention.splash", "causal_attention")),
-    "xla": joined(xla.causal_attention),
-    "reference": joined(reference.causal_attention),
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.attention.mosaic_gpu", "MosaicGPU"),
+    "tokamax": Joins(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax")),
+    "cudnn": Joins(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN")),
+    "splash": Joins(Lazy("mlra_jax.ops.attention.splash", "Splash")),
+    "xla": Joins(Function(xla.causal_attention)),
+    "reference": Joins(Function(reference.causal_attention)),
 }
-"""Best first; each takes what `causal_attention_parts` hands on, or declines."""
+"""Back ends, in order of preference; each takes the arguments of `causal_attention_parts`."""
 
 
 def causal_attention(
@@ -28,7 +29,7 @@ def causal_attention(
     *,
     scale: float,
     q_start: Int[Array, ""] | int = 0,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B T N V"]:
     """Causal grouped-query attention of T queries over S keys and values.
 
@@ -42,7 +43,8 @@ def causal_attention(
       v: values.
       scale: multiplies the scores (the paper: 1/sqrt(H) of the expanded form).
       q_start: position of the first query, not negative; q_start + T less than 2**31.
-      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call.
 
     Returns:
       The attention output in the type of `q`.
@@ -75,12 +77,12 @@ def causal_attention_parts(
     *,
     scale: float,
     q_start: Int[Array, ""] | int = 0,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> Float[Array, "B T L M V"]:
     """Causal attention whose scores are a sum over parts of the key, each with its own queries.
 
-    So a rotary key that all heads share, or queries that all latent heads share, are given once; and values that are
-    part of the key, as latents are, not again.
+    A rotary key that all heads share, or queries that all latent heads share, are passed only once, and values that
+    are a part of the key, as latents are, not again.
 
     Args:
       parts: pairs of queries [B, T, heads, M, W] and keys [B, S, heads, W]. Of L heads, head l reads entry l mod

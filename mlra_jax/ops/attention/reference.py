@@ -5,17 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops.attention.qk_parts import Joined
 
-def causal_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKV: jax.Array, *, scale: float, q_start: jax.Array | int
-) -> jax.Array:
+
+def causal_attention(args: Joined) -> jax.Array:
     """See `mlra_jax.ops.attention.causal_attention`."""
-    b, t, n, _ = q_BTNH.shape
-    s, k = k_BSKH.shape[1:3]
-    q_BTKMH = q_BTNH.reshape(b, t, k, n // k, -1)
-    scores_BKMTS = jnp.einsum("BTKMH,BSKH->BKMTS", q_BTKMH, k_BSKH, preferred_element_type=jnp.float32)
-    visible_TS = jnp.arange(s)[None, :] <= q_start + jnp.arange(t)[:, None]
-    scores_BKMTS = jnp.where(visible_TS, scores_BKMTS * scale, -jnp.inf)
-    p_BKMTS = jax.nn.softmax(scores_BKMTS, axis=-1).astype(v_BSKV.dtype)
-    out_BTKMV = jnp.einsum("BKMTS,BSKV->BTKMV", p_BKMTS, v_BSKV, preferred_element_type=jnp.float32)
-    return out_BTKMV.reshape(b, t, n, -1).astype(q_BTNH.dtype)
+    (b, t, n, _), (s, k) = args.q.shape, args.k.shape[1:3]
+    q_BTKMH = args.q.reshape(b, t, k, n // k, -1)
+    scores_BKMTS = jnp.einsum("BTKMH,BSKH->BKMTS", q_BTKMH, args.k, preferred_element_type=jnp.float32)
+    visible_TS = jnp.arange(s)[None, :] <= args.q_start + jnp.arange(t)[:, None]
+    scores_BKMTS = jnp.where(visible_TS, scores_BKMTS * args.scale, -jnp.inf)
+    p_BKMTS = jax.nn.softmax(scores_BKMTS, axis=-1).astype(args.v.dtype)
+    out_BTKMV = jnp.einsum("BKMTS,BSKV->BTKMV", p_BKMTS, args.v, preferred_element_type=jnp.float32)
+    return out_BTKMV.reshape(b, t, n, -1).astype(args.q.dtype)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from mlra_jax.ops import device
+from mlra_jax.ops.attention.qk_parts import Joined
+from mlra_jax.ops.back_end import Kernel
 from mlra_jax.ops.remat import ATTENTION
 from mlra_jax.ops.shard_map_utils import unchecked
 
@@ -21,60 +24,74 @@ FUSED_BLOCKS = 8
 """Most blocks of keys for which one kernel computes all gradients: it writes the queries' once for each of them."""
 
 
-def causal_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKV: jax.Array,
-    *,
-    scale: float,
-    q_start: jax.Array | int,
-    interpret: bool = False,
-) -> jax.Array:
-    """See `mlra_jax.ops.attention.causal_attention`; differentiable once.
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiling of a call."""
 
-    Args:
-      q_BTNH: queries.
-      k_BSKH: keys.
-      v_BSKV: values.
-      scale: multiplies the scores.
-      q_start: position of the first query.
-      interpret: runs the kernels on the CPU.
+    block_q: int
+    block_kv: int
+    fused: bool
+    """Whether one kernel computes all gradients."""
 
-    Raises:
-      NotImplementedError: not a TPU, or sizes that its blocks do not fit.
-    """
-    if not interpret and not pltpu.is_tpu_device():
-        raise NotImplementedError("It needs a TPU.")
-    t, s, n = q_BTNH.shape[1], k_BSKH.shape[1], q_BTNH.shape[2]
-    if t % BLOCKS[-1] or s % BLOCKS[-1]:
-        raise NotImplementedError(
-            f"It needs lengths that are multiples of {BLOCKS[-1]}; got {t} queries, {s} keys."
+    @classmethod
+    def heuristic(cls, shape: tuple[int, int], target: None) -> Config:
+        """The largest blocks that divide queries and keys."""
+        block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in shape)
+        return cls(block_q, block_kv, shape[1] <= FUSED_BLOCKS * block_kv)
+
+    def block_sizes(self) -> splash.BlockSizes:
+        """The same as Splash attention wants it."""
+        q, kv = self.block_q, self.block_kv
+        backward = {"use_fused_bwd_kernel": True} if self.fused else {"block_q_dq": q, "block_kv_dq": kv}
+        return splash.BlockSizes(
+            block_q=q,
+            block_kv=kv,
+            block_kv_compute=kv,
+            block_q_dkv=q,
+            block_kv_dkv=kv,
+            block_kv_dkv_compute=kv,
+            **backward,
         )
-    if any(width % 64 for width in (k_BSKH.shape[-1], v_BSKV.shape[-1])):
-        raise NotImplementedError(
-            f"It needs widths that are multiples of 64; got {k_BSKH.shape[-1]} and {v_BSKV.shape[-1]}."
+
+
+class Splash(Kernel[tuple[int, int], Config]):
+    """Differentiable once; interpreted with `interpret=True`."""
+
+    name: ClassVar[str] = "splash"
+    config_type = Config
+
+    def check(self, args: Joined) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        if not self.interpret and device.current_device()[0] != "tpu":
+            raise NotImplementedError("It needs a TPU.")
+        t, s = args.q.shape[1], args.k.shape[1]
+        if t % BLOCKS[-1] or s % BLOCKS[-1]:
+            raise NotImplementedError(
+                f"It needs lengths that are multiples of {BLOCKS[-1]}; got {t} queries, {s} keys."
+            )
+        if any(width % 64 for width in (args.k.shape[-1], args.v.shape[-1])):
+            raise NotImplementedError(
+                f"It needs widths that are multiples of 64; got {args.k.shape[-1]} and {args.v.shape[-1]}."
+            )
+        return t, s
+
+    def run(self, shape: tuple[int, int], config: Config, args: Joined) -> jax.Array:
+        """Calls Splash attention."""
+        (t, s), n, q_start = shape, args.q.shape[2], args.q_start
+        known = isinstance(q_start, int | np.integer)
+        offset = int(q_start) if known else s - t  # the one that sees every block of keys
+        mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=offset)] * n)
+        kernel = splash.make_splash_mha_single_device(
+            mask,
+            block_sizes=config.block_sizes(),
+            residual_checkpoint_name=ATTENTION,
+            interpret=bool(self.interpret),
         )
-    block_q, block_kv = (next(b for b in BLOCKS if size % b == 0) for size in (t, s))
-    fused = s <= FUSED_BLOCKS * block_kv
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_kv,
-        **({"use_fused_bwd_kernel": True} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}),
-    )
-    known = isinstance(q_start, int | np.integer)
-    offset = int(q_start) if known else s - t  # the one that sees every block of keys
-    mask = splash.MultiHeadMask([splash.CausalMask((t, s), offset=offset)] * n)
-    kernel = splash.make_splash_mha_single_device(
-        mask, block_sizes=sizes, residual_checkpoint_name=ATTENTION, interpret=interpret
-    )
-    if not known:
-        kernel = _shifted(kernel, q_start, offset, (t, block_q), (s, block_kv))
-    q = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)  # Splash attention takes no scale
-    return unchecked(_attend)(kernel, *(x.swapaxes(1, 2) for x in (q, k_BSKH, v_BSKV))).swapaxes(1, 2)
+        if not known:
+            kernel = _shifted(kernel, q_start, offset, (t, config.block_q), (s, config.block_kv))
+        q = (args.q.astype(jnp.float32) * args.scale).astype(args.q.dtype)  # Splash attention takes no scale
+        by_head = (x.swapaxes(1, 2) for x in (q, args.k, args.v))
+        return unchecked(_attend)(kernel, *by_head).swapaxes(1, 2)
 
 
 def _shifted(

@@ -3,33 +3,34 @@ factored ones (TPA)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.decode import reference, xla
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.decode.reference import Arguments, FactoredArguments
+from mlra_jax.ops.dispatch import Implementation, dispatch
 
 Layout = Literal["token_major", "feature_major"]
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.decode.mosaic_gpu", "decode_attention"),
-    "triton": lazily("mlra_jax.ops.decode.triton", "decode_attention"),
-    "mosaic_tpu": lazily("mlra_jax.ops.decode.mosaic_tpu", "decode_attention"),
-    "xla": xla.decode_attention,
-    "reference": reference.decode_attention,
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU"),
+    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton"),
+    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU"),
+    "xla": Function(xla.decode_attention),
+    "reference": Function(reference.decode_attention),
 }
-"""Back ends of the latent and the grouped op, best first; each takes what `reference.decode_attention` takes, or
-declines."""
+"""Back ends of the latent and the grouped op, in order of preference; all are called with `reference.Arguments`."""
 
-FACTORED_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "xla": xla.factored_decode_attention,
-    "reference": reference.factored_decode_attention,
+FACTORED_IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "xla": Function(xla.factored_decode_attention),
+    "reference": Function(reference.factored_decode_attention),
 }
-"""Back ends of the factored op, best first."""
+"""Back ends of the factored op, in order of preference; all are called with `reference.FactoredArguments`."""
 
 
 def latent_decode_attention(
@@ -43,32 +44,32 @@ def latent_decode_attention(
     rotary: tuple[Float[Array, "B T _"], Float[Array, "B T _"]] | None = None,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T L M C"], Float[Array, "B T L M"]]:
     """Absorbed attention of each latent head over its cache, which serves as key and as value.
 
     Scores are `scale * (q_nope . kv_latent + q_rope . k_rope)`; the output is the weighted sum of the latents
     (docs/architecture.md; paper, section 3, with W_UK moved to the query).
 
-    A cache is P pages of S tokens. Without a `page_table`, page b holds row b's tokens (P = B): a contiguous cache.
+    A cache is P pages of S tokens. Without a `page_table` it is contiguous: page b holds row b's tokens (P = B).
 
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
-      q_rope: rotary queries of the same rows, for G = L heads or, where heads share them, a divisor of that: head l
-        reads entry l mod G. E = R, which may be 0, or with `rotary` any more: the last R features count.
-      kv_latent: cached latents [P, L, S, C]. Slots that no query of the row sees may hold anything, NaN too.
+      q_rope: rotary queries of the same rows. G is L, or a divisor of L if heads share queries: head l reads entry
+        l mod G. E is R, which may be 0; with `rotary` E may be larger, and the last R features are read.
+      kv_latent: cached latents [P, L, S, C]. Positions that no query of the row sees may hold anything, even NaN.
       k_rope: cached rotary keys [P, S, R], shared by all latent heads.
-      kv_len: how many of the leading tokens each query sees; causal and ragged batches are expressed by it. Any
-        integers, in any order: a query of 0 or less sees none, one of more than its row has room for (S, or N * S in
-        pages) sees all.
+      kv_len: how many of the leading tokens each query sees, which expresses causal masks and ragged batches. Any
+        integers in any order: with 0 or less a query sees nothing, with more than its row has room for (S tokens, or
+        N * S with pages) it sees everything.
       scale: multiplies the scores: 1/sqrt(H + R) of the expanded form, whatever C is.
-      rotary: cosines and sines [B, T, R/2] by which `q_rope` is rotated first (`mlra_jax.ops.rotary.apply_rope`);
-        None: it has been.
-      page_table: token i of row b lies in slot i % S of page `page_table[b, i // S]`; entries past the last token that
-        a query of the row sees may hold anything.
+      rotary: cosines and sines [B, T, R/2] with which to rotate `q_rope` (`mlra_jax.ops.rotary.apply_rope`); None:
+        it is rotated already.
+      page_table: token i of row b is at position i % S of page `page_table[b, i // S]`; entries past the last token
+        that a query of the row sees may hold anything.
       layout: `token_major`, as above, or `feature_major`: kv_latent [P, L, C, S] and k_rope [P, R, S].
-      implementation: None (the first that takes the arguments; `mlra_jax.ops.explain` says why), or one name or
-        several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call (`mlra_jax.explain` says which, and why).
 
     Returns:
       Output in the type of `q_nope`, zeros where nothing is seen, and the float32 log-sum-exp, -inf there.
@@ -92,12 +93,8 @@ def latent_decode_attention(
     parts = [(q_nope, kv_latent)]
     if r:
         parts.append((q_rope, k_rope[:, None]))
-    keywords: dict[str, Any] = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    if r and rotary is not None:
-        keywords["rotary"] = rotary
-    return dispatch(
-        "latent_decode_attention", IMPLEMENTATIONS, implementation, parts, None, _int32(kv_len), **keywords
-    )
+    args = Arguments(parts, None, _int32(kv_len), scale, rotary if r else None, _int32(page_table), layout)
+    return dispatch("latent_decode_attention", IMPLEMENTATIONS, implementation, args)
 
 
 def grouped_decode_attention(
@@ -109,13 +106,13 @@ def grouped_decode_attention(
     scale: float,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
     """Attention of M query heads for each of K local KV heads over a cache of keys and values.
 
     Args:
       q: queries.
-      k: cached keys [P, K, S, H]. Slots that no query of the row sees may hold anything, NaN too.
+      k: cached keys [P, K, S, H]. Positions that no query of the row sees may hold anything, even NaN.
       v: cached values [P, K, S, V].
       kv_len: how many of the leading tokens each query sees; see `latent_decode_attention`.
       scale: multiplies the scores.
@@ -133,10 +130,8 @@ def grouped_decode_attention(
     b, t, heads, _, h = q.shape
     width = v.shape[-2 if layout == "feature_major" else -1]
     _check_cache(kv_len, page_table, layout, (b, t), k=(k, (heads,), h), v=(v, (heads,), width))
-    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    return dispatch(
-        "grouped_decode_attention", IMPLEMENTATIONS, implementation, [(q, k)], v, _int32(kv_len), **keywords
-    )
+    args = Arguments([(q, k)], v, _int32(kv_len), scale, page_table=_int32(page_table), layout=layout)
+    return dispatch("grouped_decode_attention", IMPLEMENTATIONS, implementation, args)
 
 
 def factored_decode_attention(
@@ -150,7 +145,7 @@ def factored_decode_attention(
     scale: float,
     page_table: Int[Array, "B N"] | None = None,
     layout: Layout = "token_major",
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T K M V"], Float[Array, "B T K M"]]:
     """Attention of M query heads for each of K local KV heads over a cache of factors of keys and values.
 
@@ -160,7 +155,7 @@ def factored_decode_attention(
 
     Args:
       q: queries.
-      a_k: cached factors of the keys by head [P, K, S, r]. Slots that no query of the row sees may hold anything.
+      a_k: cached factors of the keys by head [P, K, S, r]. Positions that no query of the row sees may hold anything.
       b_k: cached factors of the keys that all heads share, [P, S, r * H], product by product.
       a_v: the same of the values [P, K, S, r'].
       b_v: [P, S, r' * V].
@@ -194,21 +189,13 @@ def factored_decode_attention(
         a_v=(a_v, (heads,), r_v),
         b_v=(b_v, (), v_width),
     )
-    factors = (a_k, b_k[:, None], a_v, b_v[:, None])
-    keywords = {"scale": scale, "page_table": _int32(page_table), "layout": layout}
-    return dispatch(
-        "factored_decode_attention",
-        FACTORED_IMPLEMENTATIONS,
-        implementation,
-        q,
-        factors,
-        _int32(kv_len),
-        **keywords,
-    )
+    cached = (a_k, b_k[:, None], a_v, b_v[:, None])
+    args = FactoredArguments(q, cached, _int32(kv_len), scale, _int32(page_table), layout)
+    return dispatch("factored_decode_attention", FACTORED_IMPLEMENTATIONS, implementation, args)
 
 
 def _int32(x: Any) -> Any:
-    """The type that kernels read and can limit: 300 tokens are no number of 8 bits."""
+    """The type that kernels read, and in which lengths can be clipped: 300 does not fit int8."""
     return None if x is None else jnp.asarray(x, jnp.int32)
 
 
@@ -234,6 +221,6 @@ def _check_cache(
     first = next(iter(arrays.values()))[0].shape
     pages = rows[0] if page_table is None else first[0]
     feature_major = layout == "feature_major"
-    slots = first[-1] if feature_major else first[-2]
+    page_size = first[-1] if feature_major else first[-2]
     for name, (x, heads, width) in arrays.items():
-        _check(x, name, (pages, *heads, *((width, slots) if feature_major else (slots, width))))
+        _check(x, name, (pages, *heads, *((width, page_size) if feature_major else (page_size, width))))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +11,94 @@ import jax.numpy as jnp
 from mlra_jax.ops.rotary import apply_rope
 
 Parts = Sequence[tuple[jax.Array, jax.Array]]
-"""Queries [B, T, L, M, W] with keys [P, L, S, W], or [P, 1, S, W] where all heads share them; scores are their sum.
-
-`unabridged` allows shorter ways to give queries.
-"""
+"""Queries [B, T, G, M, W or more] and keys [P, L or 1, S, W] of each part of the key; scores are the sum over parts."""
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosines and sines [B, T, R/2] of the queries' positions."""
 
 
-def unabridged(attend: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., Any]:
-    """An implementation of plain queries as one that takes shorter ways to give them.
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What every back end of decode attention is called with.
 
-    A part's queries may have a divisor of the L heads: head l reads entry l modulo that. They may be wider than the
-    keys: their last features count. And with `rotary` those of the last part are turned first.
+    Attributes:
+      parts: of the key, with queries. Of G heads of queries, G a divisor of L, head l reads entry l mod G. Queries may
+        be wider than keys: the last features count. All heads share a key with one head.
+      v: values [P, L, S, V]; None: the keys of the first part.
+      kv_len: how many of the leading tokens each query sees [B, T]; any integers. What no query sees may hold anything.
+      scale: multiplies the scores.
+      rotary: rotates the queries of the last part; None: they have been.
+      page_table: pages of each row [B, N]; None: page b is row b.
+      layout: of keys and values: `token_major` as above, or `feature_major` with the last two axes swapped.
     """
 
-    @functools.wraps(attend)
-    def call(
-        parts: Parts, v: jax.Array | None, *args: Any, rotary: Rotary | None = None, **keywords: Any
-    ) -> tuple[jax.Array, jax.Array]:
-        layout = keywords.get("layout", "token_major")
-        heads = (parts[0][1] if v is None else v).shape[1]
-        plain = [(q[..., -token_major(k, layout).shape[-1] :], k) for q, k in parts]
-        if rotary is not None:
-            q, k = plain[-1]
-            plain[-1] = apply_rope(q, *(x[:, :, None, None] for x in rotary)), k
-        whole = lambda q: jnp.tile(q, (1, 1, heads // q.shape[2], 1, 1))
-        return attend([(whole(q), k) for q, k in plain], v, *args, **keywords)
+    parts: Parts
+    v: jax.Array | None
+    kv_len: jax.Array
+    scale: float
+    rotary: Rotary | None = None
+    page_table: jax.Array | None = None
+    layout: str = "token_major"
 
-    return call
+    @property
+    def cached(self) -> tuple[jax.Array, ...]:
+        """Keys of each part, and the values if they are not the first of these."""
+        return (*(k for _, k in self.parts), *(() if self.v is None else (self.v,)))
+
+    def with_cached(self, cached: Sequence[jax.Array]) -> Arguments:
+        """The same with other arrays in place of `cached`."""
+        parts = [(q, k) for (q, _), k in zip(self.parts, cached, strict=False)]
+        return dataclasses.replace(self, parts=parts, v=None if self.v is None else cached[-1])
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """[B, T, L, M]: of the scores of a token."""
+        b, t, _, m, _ = self.parts[0][0].shape
+        return b, t, (self.parts[0][1] if self.v is None else self.v).shape[1], m
+
+    def rotated(self) -> Arguments:
+        """The same with the last part's queries rotated."""
+        if self.rotary is None:
+            return self
+        *first, (q, k) = self.parts
+        cos, sin = (x[:, :, None, None] for x in self.rotary)
+        q = q[..., -token_major(k, self.layout).shape[-1] :]
+        return dataclasses.replace(self, parts=[*first, (apply_rope(q, cos, sin), k)], rotary=None)
+
+    def expanded(self) -> Arguments:
+        """The same with queries [B, T, L, M, W]: for every head, as wide as the keys, rotated."""
+        rotated, heads = self.rotated(), self.score_shape[2]
+        width = lambda k: token_major(k, self.layout).shape[-1]
+        expand = lambda q, k: jnp.tile(q[..., -width(k) :], (1, 1, heads // q.shape[2], 1, 1))
+        return dataclasses.replace(rotated, parts=[(expand(q, k), k) for q, k in rotated.parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class FactoredArguments:
+    """What every back end of factored decode attention is called with.
+
+    Attributes:
+      q: queries [B, T, K, M, H].
+      cached: factors a_k [P, K, S, r], b_k [P, 1, S, r * H], a_v [P, K, S, r'], b_v [P, 1, S, r' * V].
+      kv_len: see `Arguments`, and the same for `scale`, `page_table` and `layout`.
+    """
+
+    q: jax.Array
+    cached: Sequence[jax.Array]
+    kv_len: jax.Array
+    scale: float
+    page_table: jax.Array | None = None
+    layout: str = "token_major"
+
+    def with_cached(self, cached: Sequence[jax.Array]) -> FactoredArguments:
+        """The same with other factors."""
+        return dataclasses.replace(self, cached=cached)
+
+    @property
+    def score_shape(self) -> tuple[int, ...]:
+        """[B, T, K, M, r]: of the terms of a token's scores."""
+        ranks = (token_major(x, self.layout).shape[-1] for x in (self.cached[0], self.cached[2]))
+        return *self.q.shape[:-1], max(ranks)
 
 
 def token_major(k: jax.Array, layout: str) -> jax.Array:
@@ -59,43 +116,28 @@ def gather_pages(k_PLSW: jax.Array, page_table_BN: jax.Array | None) -> jax.Arra
     return k_BNLSW.swapaxes(1, 2).reshape(b, heads, n * s, w)
 
 
-@unabridged
-def decode_attention(
-    parts: Parts,
-    v: jax.Array | None,
-    kv_len_BT: jax.Array,
-    *,
-    scale: float,
-    page_table: jax.Array | None = None,
-    layout: str = "token_major",
-    kv_start: jax.Array | int = 0,
-) -> tuple[jax.Array, jax.Array]:
+def decode_attention(args: Arguments, kv_start: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
     """Attention whose scores are a sum over parts of the key, each with its own query.
 
     Args:
-      parts: pairs of queries and keys.
-      v: values [P, L, S, V]; None: the keys of the first part.
-      kv_len_BT: how many of the leading tokens each query sees; any integers. Slots that no query sees may hold
-        anything.
-      scale: multiplies the scores.
-      page_table: pages of each row [B, N]; None: page b is row b.
-      layout: of keys and values: `token_major` as above, or `feature_major` with the last two axes swapped.
+      args: queries and cache.
       kv_start: first token that is seen.
 
     Returns:
       Output [B, T, L, M, V] in the type of the first query, zeros where nothing is seen, and the log-sum-exp of the
       scaled scores [B, T, L, M] in float32, -inf where nothing is seen.
     """
-    rows = lambda k: gather_pages(token_major(k, layout), page_table)
-    parts = [(q, rows(k)) for q, k in parts]
-    v_BLSV = parts[0][1] if v is None else rows(v)
+    args = args.expanded()
+    rows = lambda k: gather_pages(token_major(k, args.layout), args.page_table)
+    parts = [(q, rows(k)) for q, k in args.parts]
+    v_BLSV = parts[0][1] if args.v is None else rows(args.v)
     heads = v_BLSV.shape[1]
     scores = jnp.zeros((), jnp.float32)
     for q_BTLMW, k in parts:
         k_BLSW = jnp.broadcast_to(k, (k.shape[0], heads, *k.shape[2:]))
         scores = scores + jnp.einsum("BTLMW,BLSW->BTLMS", q_BTLMW, k_BLSW, preferred_element_type=jnp.float32)
-    p, total, lse = masked_softmax(scores * scale, kv_len_BT, kv_start)
-    v_BLSV = written(v_BLSV, kv_len_BT)
+    p, total, lse = masked_softmax(scores * args.scale, args.kv_len, kv_start)
+    v_BLSV = blank_unseen(v_BLSV, args.kv_len)
     # Batch axes first: einsum would make of "->BTLMV" a bfloat16 product that XLA lacks on the CPU.
     out = jnp.einsum("BTLMS,BLSV->BLTMV", p.astype(v_BLSV.dtype), v_BLSV, preferred_element_type=jnp.float32)
     out = out.swapaxes(1, 2) / jnp.where(total > 0, total, 1.0)[..., None]
@@ -106,8 +148,8 @@ def masked_softmax(
     scores_BTLMS: jax.Array, kv_len_BT: jax.Array, kv_start: jax.Array | int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Exponentials of the visible scores below their maximum, 0 elsewhere; their sum; the scores' log-sum-exp."""
-    slots = jnp.arange(scores_BTLMS.shape[-1])
-    visible = (slots >= kv_start) & (slots < kv_len_BT[..., None])  # [B, T, S]
+    token = jnp.arange(scores_BTLMS.shape[-1])
+    visible = (token >= kv_start) & (token < kv_len_BT[..., None])  # [B, T, S]
     visible = visible[:, :, None, None, :]
     scores = jnp.where(visible, scores_BTLMS, -jnp.inf)
     top = scores.max(axis=-1, keepdims=True)
@@ -116,44 +158,32 @@ def masked_softmax(
     return p, total, jnp.where(total > 0, jnp.log(total) + top[..., 0], -jnp.inf)
 
 
-def written(v_BLSV: jax.Array, kv_len_BT: jax.Array) -> jax.Array:
+def blank_unseen(v_BLSV: jax.Array, kv_len_BT: jax.Array) -> jax.Array:
     """The values, zeros where no query of the row sees them: 0 * NaN is NaN."""
     seen_BS = jnp.arange(v_BLSV.shape[2]) < kv_len_BT.max(axis=1)[:, None]
     return jnp.where(seen_BS[:, None, :, None], v_BLSV, 0)
 
 
 def factored_decode_attention(
-    q_BTKMH: jax.Array,
-    factors: Sequence[jax.Array],
-    kv_len_BT: jax.Array,
-    *,
-    scale: float,
-    page_table: jax.Array | None = None,
-    layout: str = "token_major",
-    kv_start: jax.Array | int = 0,
+    args: FactoredArguments, kv_start: jax.Array | int = 0
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over keys and values that are sums of r products of a factor by head and one that all heads share.
 
     Args:
-      q_BTKMH: queries.
-      factors: a_k [P, K, S, r], b_k [P, 1, S, r * H], a_v [P, K, S, r'], b_v [P, 1, S, r' * V].
-      kv_len_BT: see `decode_attention`.
-      scale: multiplies the scores.
-      page_table: see `decode_attention`.
-      layout: see `decode_attention`.
+      args: queries and cache.
       kv_start: first token that is seen.
 
     Returns:
       As `decode_attention`: output [B, T, K, M, V] and log-sum-exp [B, T, K, M].
     """
-    a_k, b_k, a_v, b_v = (gather_pages(token_major(x, layout), page_table) for x in factors)
+    a_k, b_k, a_v, b_v = (gather_pages(token_major(x, args.layout), args.page_table) for x in args.cached)
     by_factor = lambda b, a: b.reshape(b.shape[0], b.shape[2], a.shape[-1], -1)  # [B, S, r, H]
     product = lambda equation, *xs: jnp.einsum(equation, *xs, preferred_element_type=jnp.float32)
     # Batch axes first, as above.
-    dots_BTKMSr = product("BTKMH,BSrH->BTKMSr", q_BTKMH, by_factor(b_k, a_k))
+    dots_BTKMSr = product("BTKMH,BSrH->BTKMSr", args.q, by_factor(b_k, a_k))
     scores = jnp.einsum("BTKMSr,BKSr->BTKMS", dots_BTKMSr, a_k.astype(jnp.float32))
-    p, total, lse = masked_softmax(scores * scale, kv_len_BT, kv_start)
-    a_v, b_v = written(a_v, kv_len_BT), written(b_v, kv_len_BT)
+    p, total, lse = masked_softmax(scores * args.scale, args.kv_len, kv_start)
+    a_v, b_v = blank_unseen(a_v, args.kv_len), blank_unseen(b_v, args.kv_len)
     p_BTKMSr = jnp.einsum("BTKMS,BKSr->BTKMSr", p, a_v.astype(jnp.float32))
     out = product("BTKMSr,BSrV->BTKMV", p_BTKMSr.astype(b_v.dtype), by_factor(b_v, a_v))
-    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(q_BTKMH.dtype), lse
+    return (out / jnp.where(total > 0, total, 1.0)[..., None]).astype(args.q.dtype), lse

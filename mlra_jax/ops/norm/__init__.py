@@ -1,4 +1,4 @@
-"""The residual sum and the norm of what it gives, in one kernel where there is one."""
+"""The residual sum and its RMS norm, in one kernel where there is one."""
 
 from mlra_jax.ops.norm.api import add_rms_norm
 

@@ -1,20 +1,20 @@
-"""The public op."""
+"""The public op: add to the residual stream and normalise the sum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
-import jax
 from jaxtyping import Array, Float
 
-from mlra_jax.ops.dispatch import dispatch, lazily
+from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.dispatch import Implementation, dispatch
 from mlra_jax.ops.norm import reference
 
-IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
-    "mosaic_gpu": lazily("mlra_jax.ops.norm.mosaic_gpu", "add_rms_norm"),
-    "reference": reference.add_rms_norm,
+IMPLEMENTATIONS: Mapping[str, BackEnd] = {
+    "mosaic_gpu": Lazy("mlra_jax.ops.norm.mosaic_gpu", "MosaicGPU"),
+    "reference": Function(reference.add_rms_norm),
 }
-"""Back ends, best first."""
+"""Back ends, in order of preference."""
 
 
 def add_rms_norm(
@@ -23,16 +23,17 @@ def add_rms_norm(
     gain: Float[Array, "D"],
     *,
     eps: float,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
     """x + y, and its root-mean-square norm times a gain.
 
     Args:
       x: float32, the residual stream.
-      y: what is added.
+      y: the output of a block, to be added.
       gain: of the norm.
       eps: added to the mean square.
-      implementation: None (the first that takes the arguments), or one name or several of `IMPLEMENTATIONS`.
+      implementation: a name in `IMPLEMENTATIONS`, or a back end, or several to be tried in order; None: the first that
+        takes the call.
 
     Returns:
       The sum in float32, and its norm in the type of `y`; statistics and the product with the gain are float32.

@@ -1,4 +1,4 @@
-"""The residual sum with its norm on Hopper GPUs, and their gradients: a Pallas Mosaic GPU kernel each."""
+"""The residual sum with its norm on Hopper GPUs, and their gradients: one Pallas Mosaic GPU kernel for each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.ops.hopper import THREADS, check_device, plgpu
+from mlra_jax.ops.hopper import THREADS, HopperKernel, plgpu
 from mlra_jax.ops.remat import RESIDUAL
 from mlra_jax.ops.shard_map_utils import unchecked
 
 MAX_WIDTH = 8192
-"""A thread has its elements of a row in registers."""
+"""Longest row: a thread keeps its elements of a row in registers."""
 FORWARD, BACKWARD = 6, 3
-"""Programs that a processor has room for, by their registers; they divide the rows."""
+"""Programs that a processor has registers for; the rows are divided among all programs."""
 
 
 def _read(ref: Any) -> jax.Array:
@@ -28,7 +28,7 @@ def _read(ref: Any) -> jax.Array:
 
 
 def _rows(n: int, programs: int, one: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-    """Carries what `one` of a row's number and a carry returns over this program's rows of n."""
+    """Folds `one(row, carry)` over those of n rows that are this program's."""
     program = lax.axis_index("program")
     step = lambda i, carry: one(program + i * programs, carry)
     return lax.fori_loop(0, lax.div(n - 1 - program, programs) + 1, step, carry)
@@ -143,24 +143,28 @@ def _backward(
 _add.defvjp(_forward, _backward)
 
 
-def add_rms_norm(
-    x: jax.Array, y: jax.Array, gain: jax.Array, *, eps: float, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """See `mlra_jax.ops.norm.add_rms_norm`; `interpret`: `plgpu.InterpretGPUParams` run the kernels on the CPU.
+class MosaicGPU(HopperKernel[None, None]):
+    """Float32 and bfloat16 in, float32 statistics; differentiable once."""
 
-    Raises:
-      NotImplementedError: this is no Hopper GPU, or the arguments are not what the kernels take.
-    """
-    processors = check_device(interpret)[1]
-    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    if (x.dtype, y.dtype) != (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"the Mosaic GPU kernels add bfloat16 to float32; got {y.dtype} and {x.dtype}."
-        )
-    if width % (4 * THREADS) or width > MAX_WIDTH:
-        raise NotImplementedError(
-            f"the Mosaic GPU kernels take rows of up to {MAX_WIDTH} elements, a multiple of {4 * THREADS}; got {width}."
-        )
-    run = unchecked(lambda _, *args: _add(eps, processors, interpret, *args))
-    total, h = run(None, x.reshape(rows, width), y.reshape(rows, width), gain)
-    return total.reshape(x.shape), h.reshape(x.shape)
+    def check(self, x: jax.Array, y: jax.Array, gain: jax.Array, *, eps: float) -> None:
+        """Whether it takes a call."""
+        self.target()
+        width = x.shape[-1]
+        if (x.dtype, y.dtype) != (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(
+                f"the Mosaic GPU kernels add bfloat16 to float32; got {y.dtype} and {x.dtype}."
+            )
+        if width % (4 * THREADS) or width > MAX_WIDTH:
+            raise NotImplementedError(
+                f"the Mosaic GPU kernels take rows of up to {MAX_WIDTH} elements, a multiple of {4 * THREADS}; "
+                f"got {width}."
+            )
+
+    def run(
+        self, shape: None, config: None, x: jax.Array, y: jax.Array, gain: jax.Array, *, eps: float
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs the kernels."""
+        rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+        run = unchecked(lambda _, *args: _add(eps, self.target(), self.interpret, *args))
+        total, h = run(None, x.reshape(rows, width), y.reshape(rows, width), gain)
+        return total.reshape(x.shape), h.reshape(x.shape)

@@ -1,0 +1,76 @@
+"""How the decode kernel for Hopper GPUs is tiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlra_jax.ops.decode.shape import Shape
+from mlra_jax.ops.hopper import ROWS, SHARED_MEMORY
+
+
+def value_groups(shape: Shape) -> int:
+    """Warpgroups that share the columns of the output: 256 float32 columns fill half of one's registers."""
+    return max(1, shape.v_width // 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tiling of a call.
+
+    Attributes:
+      n_splits: shares into which the tokens of all sequences, laid end to end, are cut for each tile of query rows; the
+        partial results are merged afterwards. One: each program takes a whole sequence, and there is nothing to merge.
+      block: tokens that a program takes at a time: 64 or 128; a divisor of the page size.
+      stages: blocks in flight, 2 or more.
+      row_groups: warpgroups of a program, each with 64 query rows of its own, that share its blocks.
+    """
+
+    n_splits: int
+    block: int
+    stages: int
+    row_groups: int = 1
+
+    def tiles(self, shape: Shape) -> int:
+        """Tiles of query rows of a head, one for each program."""
+        return -(-shape.rows // (ROWS * self.row_groups))
+
+    def stages_output(self, shape: Shape) -> bool:
+        """Whether outputs go through shared memory: final ones, unless several warpgroups hold parts of a row."""
+        return self.n_splits == 1 and value_groups(shape) == 1
+
+    def shared_bytes(self, shape: Shape) -> int:
+        """Bytes of shared memory of a program, at most: queries, blocks, weights, and what is small."""
+        queries = 2 * self.row_groups * ROWS * sum(shape.widths)
+        if self.stages_output(shape) and shape.v_width != shape.widths[0]:
+            queries += 2 * self.row_groups * ROWS * shape.v_width  # for outputs; else over the queries
+        block = 2 * self.block * (sum(shape.widths) + (0 if shape.latent else shape.v_width))
+        weights = 2 * ROWS * self.block if value_groups(shape) > 1 else 0
+        rotation = 2 * self.row_groups * shape.widths[-1] ** 2 if shape.rotary else 0
+        return queries + self.stages * block + weights + rotation + 2304
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether pages hold whole blocks, and shared memory holds what a program needs."""
+        return shape.page_size % self.block == 0 and self.shared_bytes(shape) <= SHARED_MEMORY
+
+    @classmethod
+    def heuristic(cls, shape: Shape, processors: int) -> Config:
+        """A tiling that fits the GPU (docs/kernels.md has the measurements behind it)."""
+        row_groups = 2 if shape.rows > ROWS and value_groups(shape) == 1 else 1
+        tiles = shape.heads * cls(1, 64, 4, row_groups).tiles(shape)
+        # A single program for each sequence spares the merge, where that keeps all processors at work.
+        programs = tiles * shape.batch
+        whole = 0.9 * processors <= programs <= processors or programs >= 4 * processors
+        n_splits = 1 if whole else max(1, processors // tiles)
+        # Shares that end where sequences of equal length do spare programs the change from one to the next.
+        even = n_splits // shape.batch * shape.batch
+        n_splits = even if even >= 0.95 * n_splits else n_splits
+        # No more shares than it takes with the longest one as long as it is: the rest would only be merged.
+        n_blocks = shape.batch * -(-shape.capacity // 64)
+        n_splits = -(-n_blocks // -(-n_blocks // n_splits))
+        # Long runs over many rows are bound by arithmetic: larger blocks have fewer steps between products.
+        block = 128 if row_groups == 2 and shape.page_size % 128 == 0 and sum(shape.widths) <= 192 else 64
+        stages = 3 if n_splits > 1 and row_groups == 1 and sum(shape.widths) <= 192 else 4
+        config = cls(n_splits, block, stages, row_groups)
+        while config.stages > 2 and config.shared_bytes(shape) > SHARED_MEMORY:
+            config = dataclasses.replace(config, stages=config.stages - 1)
+        return config
