@@ -63,7 +63,8 @@ def test_attention_of_whole_sequences_by_back_end_and_cut(call, monkeypatch, cap
 
     monkeypatch.setattr(device, "current_device", lambda: ("gpu", "NVIDIA H100 80GB HBM3"))
     monkeypatch.setattr(jax, "__version_info__", max(jax.__version_info__, (0, 11)))
-    monkeypatch.setattr(train_attention.MosaicGPU, "check", lambda *_, **__: None)  # the tiny case is too narrow
+    # The tiny case is too narrow for the kernel.
+    monkeypatch.setattr(train_attention.MosaicGPU, "check", lambda *_, **__: None)
     monkeypatch.setattr(train_attention.MosaicGPU, "run", run)
     assert call(train_attention, *sizes, "--implementations", "xla", "--cuts", "block=128,stages=3") == 0
     assert {(config.block, config.stages) for config in tried} == {(128, 3)}
