@@ -39,11 +39,9 @@ def n_params(config: ModelConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))))
 
 
-# A train step of the paper's model takes the compiler a minute and a half.
-@pytest.mark.parametrize(
-    ("name", "topology"),
-    [("tiny", "v6e:2x4"), *(pytest.param("mlra_4", t, marks=pytest.mark.slow) for t in TRAIN)],
-)
+# A train step of the paper's model takes the compiler a minute and a half; tests/cli/test_plan.py compiles a tiny one.
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "topology"), [("tiny", "v6e:2x4"), *(("mlra_4", t) for t in TRAIN)])
 def test_train_step_compiles_and_fits(name, topology):
     config = train_config(name, TRAIN[topology])
     mesh = topology_mesh(topology, config.mesh)

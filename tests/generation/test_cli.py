@@ -200,8 +200,8 @@ def start_decode(repository, environment, checkpoint):
 def finish(process):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    # Gloo's threads tell who is connected, and may write into each other's lines.
-    of_gloo = lambda line: "[Gloo]" in line or "peer ranks" in line
+    # Gloo's threads tell who is connected, and may write into each other's lines, which leaves empty ones.
+    of_gloo = lambda line: "[Gloo]" in line or "peer ranks" in line or line == "\n"
     return "".join(line for line in out.splitlines(keepends=True) if not of_gloo(line))
 
 

@@ -157,7 +157,8 @@ def case_of(parity):
 @pytest.mark.parametrize(
     ("variant", "sizes"),
     [
-        *(("mlra_4_gated", ()), ("mla", ()), ("gqa", ()), ("mlra_4", (1, 1, 4, 1))),
+        *(("gqa", ()), ("mlra_4", (1, 1, 4, 1))),
+        *(pytest.param(variant, (), marks=pytest.mark.slow) for variant in ("mlra_4_gated", "mla")),
         *((variant, ()) for variant in OTHERS),
     ],
     ids=str,

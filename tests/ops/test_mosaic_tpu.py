@@ -61,6 +61,7 @@ def sizes(draw):
     }
 
 
+@pytest.mark.slow  # each example is another program
 @settings(max_examples=6, deadline=None)
 @given(data=st.data(), sizes=sizes(), seed=st.integers(0, 99), tail=st.sampled_from([128, 256]))
 def test_kernel_gives_the_reference_with_any_kv_len_pages_and_nan_where_unseen(data, sizes, seed, tail):
