@@ -29,7 +29,7 @@ OPTIONS = """
 --model.attention.kv_lora_rank 32 --model.attention.d_nope 8 --model.attention.d_rope 8 --data.seq_len 32
 --checkpoint.every 4 --log.eval_sequences 8 --log.no_tensorboard --optim.warmup_steps 2 --optim.decay_steps 8
 """
-SMALL = [*shlex.split(OPTIONS), "--compilation_cache", "xla"]
+SMALL = [*shlex.split(OPTIONS), "--compilation_cache", ""]
 
 
 @pytest.fixture(scope="module")
