@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +48,7 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
         for x in args.cached:
             if isinstance(x, Columns):
                 tile = min(64, x.width)
-                steps = {b - a for a, b in itertools.pairwise(x.starts)}
-                if len(steps) > 1 or any(start % tile for start in x.starts):
+                if not x.evenly_spaced or any(start % tile for start in x.starts):
                     raise NotImplementedError(
                         f"the Mosaic GPU kernel takes columns that start at equal distances and multiples of {tile}; got "
                         f"{list(x.starts)}."

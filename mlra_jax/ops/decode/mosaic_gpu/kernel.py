@@ -146,10 +146,7 @@ def tokens_of(cached: Any, *, page: Any, head: Any, tokens: Any) -> Any:
     """Those of a head in a page, [tokens, width]."""
     if not isinstance(cached, Columns):
         return cached.at[page, head, tokens]
-    start, *rest = cached.starts
-    if rest:
-        start = start + head * (rest[0] - start)
-    return cached.array.at[page, tokens, pl.ds(start, cached.width)]
+    return cached.array.at[page, tokens, pl.ds(cached.start(head), cached.width)]
 
 
 def produce(program: Program) -> None:
