@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -66,16 +67,18 @@ class ArgSpec:
             page_size=self.page_size or self.capacity,
             pages=len(self.lengths) * pages,
             row_pages=None if self.page_size is None else pages,
+            pool_width=math.prod(self._pool_token) if self.pool else None,
         )
 
     @property
     def pool_shape(self) -> tuple[int, ...]:
         """Of the pool, [P, S, ...]."""
-        shape = self.shape
-        token = self.heads, 2, self._slot
-        if self.pool == "packed":
-            token = (self.heads * self.width + self.rope,)
-        return shape.pages, shape.page_size, *token
+        return self.shape.pages, self.shape.page_size, *self._pool_token
+
+    @property
+    def _pool_token(self) -> tuple[int, ...]:
+        packed = (self.heads * self.width + self.rope,)
+        return packed if self.pool == "packed" else (self.heads, 2, self._slot)
 
     @property
     def _slot(self) -> int:
