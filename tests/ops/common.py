@@ -49,7 +49,8 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
     """The call with normally distributed queries and cache, NaN for every token that no query sees.
 
     The pages of a paged cache are in random order; the entries of the table past a row's end are out of range.
-    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in place of what the lengths of `spec` say.
+    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in
+    place of what the lengths of `spec` say.
     """
     call = abstract_call(dataclasses.replace(spec, pool=None), dtype, scale=scale)
     *arrays, _, page_table = call.args

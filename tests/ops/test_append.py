@@ -168,7 +168,7 @@ def test_a_token_is_normalised_rotated_and_written_where_it_belongs_and_nowhere_
     for x, y in zip((q, *caches), expected, strict=True):
         np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=1e-2, atol=1e-2)
     for row, s in enumerate(positions):
-        if not (0 <= s < S or t == 2 and s == -1):
+        if not (0 <= s < S or (t == 2 and s == -1)):
             np.testing.assert_array_equal(np.float32(caches[0][row]), np.float32(kv_latent[row]))
 
 

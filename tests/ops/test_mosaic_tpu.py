@@ -154,7 +154,7 @@ def test_reasons_to_decline_name_the_limit():
             jnp.bfloat16,
         ),
         (
-            r"one slot of 128 columns .*; got 128 from each of \[0, 384\]",
+            r"one slot of 128 columns .*; got 128 columns from each of \[0, 384\]",
             ArgSpec((16,), heads=2, page_size=16, pool="engine"),
             jnp.bfloat16,
         ),

@@ -50,7 +50,7 @@ def _kernel(
         keys_at = lambda: [k_rope_ref.at[b, at]]
     else:
         (pool_ref,), (latents, keys) = cache_refs, columns
-        pages, page_size, _ = pool_ref.shape
+        pages, page_size = pool_ref.shape[:2]
         there = (at >= 0) & (at < pages * page_size)
         token_at = lambda start, n: pool_ref.at[
             lax.div(at, page_size), lax.rem(at, page_size), pl.ds(start, n)

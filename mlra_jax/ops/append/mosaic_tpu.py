@@ -53,8 +53,8 @@ class MosaicTPU(Kernel[None, None]):
     """For one token of each row of a feature-major cache, and for whole tokens of a serving engine's pool.
 
     XLA would give a scatter over lanes, or an update of one, another layout than the attention kernel reads, and copy
-    the cache there and back. Here a tile of 128 positions of each row goes through VMEM. Into a pool XLA would write one
-    token after the other; here their copies are under way together.
+    the cache there and back. Here a tile of 128 positions of each row goes through VMEM. Into a pool XLA would write
+    one token after the other; here their copies are under way together.
     """
 
     name: ClassVar[str] = "mosaic_tpu"
@@ -77,8 +77,8 @@ class MosaicTPU(Kernel[None, None]):
         *_, packed, width = columns.array.shape
         if columns.array.ndim < 4 or packed * columns.dtype.itemsize % 4 or width % LANES:
             raise NotImplementedError(
-                f"It writes pools [P, S, ..., k, {LANES}] or of a larger multiple of {LANES}, in which k values share the "
-                f"32 bits of a lane; got {list(columns.array.shape)} of {columns.dtype}."
+                f"It writes pools [P, S, ..., k, {LANES}] or of a larger multiple of {LANES}, in which k values share "
+                f"the 32 bits of a lane; got {list(columns.array.shape)} of {columns.dtype}."
             )
         if columns.shape[1::2] != (1, columns.token_width):
             raise NotImplementedError("It writes all columns of a token, not some.")
