@@ -169,7 +169,7 @@ def assert_not_copied(compiled, elements, donated=(), itemsize=2, allowed=VIEWS)
 
     Args:
       compiled: a compiled program.
-      elements: of the smallest array that must not be copied, on one device.
+      elements: of the smallest array that must not be copied, on one device: a pool's rotary keys, not all of it.
       donated: elements of arrays that must be changed in place, on one device.
       itemsize: bytes of an element.
       allowed: operations that may give an array of that size.
