@@ -163,7 +163,7 @@ COLUMNS = """
 tokens = np.concatenate([*kv_latent.swapaxes(0, 1), k_rope], axis=2)  # side by side, [B, S, L * C + R]
 pool, pages = tokens.reshape(8, 16, -1), np.arange(8).reshape(B, 4)  # as pages of 16 tokens
 latents, keys = mlra.Columns(pool, (0, 8, 16, 24), width=C), mlra.Columns(pool, (32,), width=R)
-paged, _ = decode(q_nope, q_rope, latents, keys, kv_len, page_table=pages)
+paged, _ = jax.jit(decode)(q_nope, q_rope, latents, keys, kv_len, page_table=pages)
 np.testing.assert_allclose(paged, out, atol=1e-5)
 """
 
