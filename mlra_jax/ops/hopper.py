@@ -121,7 +121,7 @@ def consumer_registers(warpgroups: int, producers: int = 1) -> int:
 def run_roles(
     producer: Callable[[], None], consumer: Callable[[int], None], consumers: int, first: int = 0
 ) -> None:
-    """Gives warpgroups from number `first` on their roles: number i of them runs `consumer(i)`, and the last `producer`."""
+    """Gives warpgroups from number `first` on their roles: number i runs `consumer(i)`, and the last one `producer`."""
     wg = lax.axis_index("wg")
     pl.when(wg == first + consumers)(producer)
     for me in range(consumers):
