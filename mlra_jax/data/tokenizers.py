@@ -420,10 +420,10 @@ def json_description(name_or_path: str) -> dict[str, Any]:
     if name_or_path not in ("byte", "gpt2") and Path(name_or_path).expanduser().is_file():
         return _read_json(Path(name_or_path).expanduser())
     tokenizer = get_tokenizer(name_or_path)
-    assert isinstance(tokenizer, _BytesOfTokens)
     spell = {byte: character for character, byte in _byte_of().items()}
     spelt = lambda data: "".join(spell[bytes([byte])] for byte in data)
-    merges = tokenizer.merges() if isinstance(tokenizer, GPT2Tokenizer) else []
+    assert isinstance(tokenizer, ByteTokenizer | GPT2Tokenizer)
+    merges = [] if isinstance(tokenizer, ByteTokenizer) else tokenizer.merges()
     ids = [i for i in range(tokenizer.n_vocab) if i != tokenizer.eot_id]
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     end = {"id": tokenizer.eot_id, "content": END_OF_TEXT, "special": True}

@@ -100,7 +100,7 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
         specs = {path: rules.spec(*x.get_metadata("out_sharding")) for path, x in params}
         axes, parts = rules.mesh_axes("kv_head_shards"), rules.size("kv_head_shards")
 
-    def leaf(path: tuple[str, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name, spec = path[-1], specs[path]
         # [layers, J, N, C, H]: J and N are regrouped into KV-head shards.
         by_branch = name in config.attention.module().branch_weights
