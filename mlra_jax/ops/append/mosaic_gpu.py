@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops.append.reference import LatentTokens
+from mlra_jax.ops.columns import decline_columns
 from mlra_jax.ops.hopper import THREADS, HopperKernel, plgpu, require_bfloat16
 from mlra_jax.ops.rotary import rotary_tables
 from mlra_jax.ops.shard_map_utils import unchecked
@@ -87,6 +88,7 @@ class MosaicGPU(HopperKernel[None, None]):
             raise NotImplementedError(
                 f"the kernel that appends latents writes token-major caches, not {args.layout}."
             )
+        decline_columns((args.kv_latent,), "the kernel that appends latents writes")
         if args.a.shape[1] != 1:
             raise NotImplementedError(
                 f"the kernel that appends latents takes one token of each row; got {args.a.shape[1]}."

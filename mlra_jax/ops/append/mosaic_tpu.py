@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops import device
 from mlra_jax.ops.back_end import Kernel
+from mlra_jax.ops.columns import decline_columns
 from mlra_jax.ops.shard_map_utils import unchecked
 
 LANES = 128
@@ -39,6 +40,7 @@ class MosaicTPU(Kernel[None, None]):
         """Whether it takes a call."""
         if not self.interpret and device.current_device()[0] != "tpu":
             raise NotImplementedError("It needs a TPU.")
+        decline_columns((array,), "It writes")
         if layout != "feature_major":
             raise NotImplementedError(f"It needs a feature_major cache; this one is {layout}.")
         if tokens.shape[1] != 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mlra_jax.ops.columns import decline_columns
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.mosaic_gpu.config import Config
 from mlra_jax.ops.decode.mosaic_gpu.kernel import Static, attend
@@ -29,6 +30,7 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
             raise NotImplementedError(
                 f"the Mosaic GPU kernel reads token-major caches; this one is {args.layout}."
             )
+        decline_columns(args.cached, "the Mosaic GPU kernel reads")
         require_bfloat16((*(q for q, _ in args.parts), *args.cached))
         shape = Shape.of(args)
         if shape.q_len > 1 or shape.widths[0] >= 512:

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops import device
+from mlra_jax.ops.columns import decline_columns
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.mosaic_tpu.config import LANES, Config, Program
 from mlra_jax.ops.decode.mosaic_tpu.kernel import kernel
@@ -42,6 +43,7 @@ class MosaicTPU(DecodeKernel[Config]):
         """The sizes of a call."""
         if args.layout != "feature_major":
             raise NotImplementedError("It needs a feature_major cache.")
+        decline_columns(args.cached, "It reads")
         if any(x.dtype != jnp.bfloat16 for x in (*args.cached, *(q for q, _ in args.parts))):
             raise NotImplementedError("It needs queries and a cache in bfloat16.")
         if args.scale <= 0:
