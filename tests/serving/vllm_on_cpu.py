@@ -4,7 +4,7 @@
 
 Run from the repository's root, in an environment with vLLM, tpu-inference and mlra_jax (docs/vllm.md). It makes a model
 with random weights, exports it, lets `Generator` and vLLM complete 40 prompts that share prefixes, and prints a line
-for each; the exit status says whether all tokens are equal. tpu-inference means TPUs, and needs four shims on a CPU.
+for each; the exit status says whether all tokens are equal. tpu-inference means TPUs, and needs five shims on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import types
+from typing import Any
 
 PROMPTS, NEW = 40, 12
 PREFIXES = [
@@ -51,10 +52,22 @@ def apply_shims() -> None:
 
     compiler_options.get_step_fn_compiler_options = dict  # which gives {}
     compiler_options.get_sampling_compiler_options = dict
-    # CPU devices do not say how much memory they have, from which the size of the cache follows: "Expected TPU devices".
     from tpu_inference import utils
 
+    # CPU devices do not say how much memory they have, from which the size of the cache follows ("Expected TPU
+    # devices").
     utils.hbm_usage_bytes = lambda devices: [(0, 4 * 2**30) for _ in devices]
+    # A CPU's array may be the NumPy array itself, which the engine overwrites for the next step while one runs.
+    put = utils.general_device_put
+    utils.general_device_put = lambda tree, *args, **kwargs: put(copied(tree), *args, **kwargs)
+
+
+def copied(tree: Any) -> Any:
+    """A tree whose NumPy arrays are others' no more."""
+    import jax
+    import numpy as np
+
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
 
 
 def make_run(folder: str) -> None:
@@ -91,6 +104,7 @@ def main() -> int:
     parser.add_argument(
         "--data", type=int, default=1, help="groups of such devices, each with its own requests"
     )
+    parser.add_argument("--rounds", type=int, default=2, help="times that all prompts are completed")
     args = parser.parse_args()
     n_devices = args.tensor * args.data
     os.environ |= {
@@ -133,7 +147,7 @@ def main() -> int:
         sampling = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
         # The first round fills the prefix cache, the second reads from it.
         equal = cached = 0
-        for _ in range(2):
+        for _ in range(args.rounds):
             for text, wanted, answer in zip(
                 prompts(), expected, llm.generate(prompts(), sampling, use_tqdm=False), strict=True
             ):
@@ -146,10 +160,10 @@ def main() -> int:
                     f"prompt of {len(answer.prompt_token_ids)} tokens, {answer.num_cached_tokens} cached: {verdict}"
                 )
     print(
-        f"tensor {args.tensor}, data {args.data}: {equal} of {2 * PROMPTS} completions equal to Generator's,"
+        f"tensor {args.tensor}, data {args.data}: {equal} of {args.rounds * PROMPTS} completions equal to Generator's,"
     )
     print(f"{cached} tokens of prompts from the prefix cache")
-    return equal != 2 * PROMPTS
+    return equal != args.rounds * PROMPTS
 
 
 if __name__ == "__main__":
