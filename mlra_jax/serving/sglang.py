@@ -9,7 +9,6 @@ by `spawn`, so that each has to register; `run_scheduler` and `run_detokenizer` 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -30,19 +29,18 @@ from sgl_jax.srt.model_executor import model_runner
 from sgl_jax.srt.models.registry import ModelRegistry
 
 from mlra_jax.attention.head_shards import HeadShards
+from mlra_jax.generation.load import splits_heads
+from mlra_jax.generation.sampling import Sampling
 from mlra_jax.serving.hf_config import MLRAConfig, register_config
 from mlra_jax.serving.huggingface import ARCHITECTURE, load
 from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
 from mlra_jax.sharding import decode_rules
 
-RULES = decode_rules()
-"""The engine's mesh has the explicit axes `data` and `tensor`, as ours."""
-
 UNLIKELY = -1e30
 """A logit for what must not be sampled: finite, so that it remains so divided by a temperature."""
 
 NOT_FINITE = -1
-"""The token that `FiniteSampler` gives where logits are NaN or infinite."""
+"""The token that `OurSampler` gives where logits are NaN or infinite."""
 
 NOT_FINITE_MESSAGE = (
     "The logits for this completion are NaN or infinite: the weights of this model are no good, or the prompt makes it "
@@ -70,10 +68,13 @@ class MLRAForCausalLM(nnx.Module):
     def load_weights(self, model_config: Any) -> None:
         """Loads a folder of `mlra-export` or `mlra-serve`; each device reads its own part."""
         self.max_len: int = model_config.context_len
-        self.mlra = load(model_config.model_path, RULES, self.mesh)
-        attention = self.mlra.config.attention
+        config, tensor = self.config.model(), self.mesh.shape["tensor"]
+        # The engine's mesh has the explicit axes `data` and `tensor`, as ours.
+        rules = decode_rules(splits_heads("auto", config, tensor, self.mesh.devices.flat[0].platform))
+        self.mlra = load(model_config.model_path, rules, self.mesh)
+        attention = config.attention
         with jax.set_mesh(self.mesh):
-            heads = HeadShards.of(self.mlra.config, RULES).count // RULES.size("kv_head_shards")
+            heads = HeadShards.of(config, rules).count // tensor
         self.token_layout = TokenLayout.packed(attention.d_latent, attention.d_rope, heads)
 
     def __call__(self, forward_batch: Any, memory_pools: Any, logits_metadata: Any) -> tuple[Any, ...]:
@@ -110,7 +111,10 @@ class MLRAForCausalLM(nnx.Module):
             args.append(batch.extend_seq_lens)
         shapes = jax.eval_shape(on_each, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args))
         return jax.shard_map(
-            on_each, in_specs=(P("data"),) * len(args), out_specs=shapes.specs(RULES), check_vma=False
+            on_each,
+            in_specs=(P("data"),) * len(args),
+            out_specs=shapes.specs(self.mlra.rules),
+            check_vma=False,
         )(*args)
 
 
@@ -161,8 +165,11 @@ class Runner(model_runner.ModelRunner):
         )
 
 
-class FiniteSampler(Sampler):
-    """Gives `NOT_FINITE` for rows whose logits are not finite; the engine's own would go on with any token."""
+class OurSampler(Sampler):
+    """Samples as `mlra_jax.generation.sampling` does: min-p of probabilities, and a random number of each token's own.
+
+    Gives `NOT_FINITE` for rows whose logits are not finite; the engine's own would go on with any token.
+    """
 
     def __call__(self, logits_output: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         tokens_B, *rest = super().__call__(logits_output, *args, **kwargs)
@@ -170,9 +177,46 @@ class FiniteSampler(Sampler):
         finite_B = jax.sharding.reshard(finite_B, jax.typeof(tokens_B).sharding)
         return jnp.where(finite_B, tokens_B, NOT_FINITE), *rest
 
+    def _regular_sampling(self, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        logits_BV, metadata, _, _ = operands
+        keep = (metadata.top_ks, metadata.top_ps, metadata.min_ps)
+
+        def one(
+            logits_V: jax.Array,
+            temperature: jax.Array,
+            seed: jax.Array,
+            position: jax.Array,
+            top_k: Any = 0,
+            top_p: Any = 1.0,
+            min_p: Any = 0.0,
+        ) -> jax.Array:
+            kept_V = Sampling(
+                temperature=temperature[0], top_k=top_k, top_p=top_p, min_p=min_p
+            ).filtered_logits(logits_V)
+            key = jax.random.fold_in(jax.random.key(seed), position)
+            return jnp.where(top_k == 1, logits_V.argmax(), jax.random.categorical(key, kept_V))
+
+        def on_each(logits_BV: jax.Array, *rows: jax.Array) -> jax.Array:
+            *first, top_k, top_p, min_p = logits_BV, *rows
+            filtered = jnp.any(top_k < logits_BV.shape[1]) | jnp.any(top_p < 1) | jnp.any(min_p > 0)
+            sample = jax.vmap(one)
+            # Sorting a vocabulary takes longer than all the rest.
+            return jax.lax.cond(filtered, lambda: sample(*first, top_k, top_p, min_p), lambda: sample(*first))
+
+        args = (
+            jax.sharding.reshard(logits_BV, NamedSharding(self.mesh, P("data", None))),
+            metadata.temperatures,
+            metadata.sampling_seeds,
+            metadata.positions,
+            *keep,
+        )
+        specs = tuple(P("data", *[None] * (x.ndim - 1)) for x in args)
+        mapped = jax.shard_map(on_each, mesh=self.mesh, in_specs=specs, out_specs=P("data"), check_vma=False)
+        return mapped(*args).astype(jnp.int32), jax.nn.log_softmax(logits_BV, axis=-1)
+
 
 def _end_if_not_finite(check_finished: Any) -> Any:
-    """`Req.check_finished` that ends a request with an error where `FiniteSampler` says so."""
+    """`Req.check_finished` that ends a request with an error where `OurSampler` says so."""
 
     @functools.wraps(check_finished)
     def check(self: Any, new_accepted_len: int = 1) -> None:
@@ -185,14 +229,29 @@ def _end_if_not_finite(check_finished: Any) -> Any:
     return check
 
 
+def _copied(merge_cache_loc: Any) -> Any:
+    """`ScheduleBatch._merge_cache_loc` whose result stays as it is.
+
+    The engine's own is a view of one buffer, which the overlap scheduler writes for the next batch while JAX may still
+    read it for this one (issue 1503 of sglang-jax).
+    """
+
+    @functools.wraps(merge_cache_loc)
+    def merge(*args: Any, **kwargs: Any) -> np.ndarray:
+        return merge_cache_loc(*args, **kwargs).copy()
+
+    return merge
+
+
 def register() -> None:
     """Makes the model known to the engine in this process. It may be called again."""
     register_config()
     ModelRegistry.models[ARCHITECTURE] = MLRAForCausalLM
     tp_worker.ModelRunner = Runner
-    model_runner.Sampler = FiniteSampler
+    model_runner.Sampler = OurSampler
     if not hasattr(schedule_batch.Req.check_finished, "__wrapped__"):
         schedule_batch.Req.check_finished = _end_if_not_finite(schedule_batch.Req.check_finished)
+        schedule_batch.ScheduleBatch._merge_cache_loc = _copied(schedule_batch.ScheduleBatch._merge_cache_loc)
     engine.run_scheduler_process = run_scheduler
     engine.run_detokenizer_process = run_detokenizer
 
