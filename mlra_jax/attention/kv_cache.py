@@ -149,8 +149,7 @@ class LayerCache:
         """Normalises queries and latents of T new tokens, rotates their keys, and appends latents and keys.
 
         Args:
-          a_BTE: queries, latents and rotary keys side by side; see `mlra_jax.ops.append.normalize_and_append`, and there
-            for the other arguments.
+          a_BTE: queries, latents and rotary keys side by side; see `mlra_jax.ops.append.normalize_and_append`.
           q_gain_A: of the queries' norm.
           kv_gain_UC: of the latents' norms.
           start_B: see `append`.

@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.model import Transformer
+from mlra_jax.ops.append import normalize_and_append
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode import latent_decode_attention
-from mlra_jax.ops.norm.reference import rms_norm
-from mlra_jax.ops.rotary import Frequencies, rotary_tables, rotate
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 from mlra_jax.sharding import AxisRules
 
 MAX_BLOCK = 128
@@ -124,32 +125,38 @@ class RaggedBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class TokenLayout:
     """Where latents and rotary key lie in the W values that a device caches for a token."""
 
     d_latent: int
     """C."""
     d_rope: int
     """R."""
-    stride: int
-    """From a latent head to the next."""
+    latents: tuple[int, ...]
+    """The first column of each latent head."""
     rope: int
     """The first column of the rotary key."""
     width: int
-    """W of a device with U latent heads."""
+    """W."""
 
     @classmethod
     def packed(cls, d_latent: int, d_rope: int, heads: int) -> Self:
         """Latent heads side by side, then one rotary key: U * C + R values."""
-        return cls(d_latent, d_rope, d_latent, heads * d_latent, heads * d_latent + d_rope)
+        end = heads * d_latent
+        return cls(d_latent, d_rope, tuple(range(0, end, d_latent)), end, end + d_rope)
 
     @classmethod
     def of_kv_heads(cls, d_latent: int, d_rope: int, heads: int, head_dim: int) -> Self:
         """As engines lay out U heads of keys and values, K0 V0 K1 V1...: latents as keys, the rotary key as values.
 
-        The rotary key is read from the first head; 2 * U * `head_dim` values.
+        The rotary key is the first head's; 2 * U * `head_dim` values, of which the rest is padding.
         """
-        return cls(d_latent, d_rope, 2 * head_dim, head_dim, 2 * head_dim * heads)
+        pair = 2 * head_dim
+        return cls(d_latent, d_rope, tuple(range(0, heads * pair, pair)), head_dim, heads * pair)
+
+    def columns(self, buffer: Any) -> tuple[Columns, Columns]:
+        """The latents and the rotary key of a device's buffer [P, S, ...], for ops."""
+        return Columns(buffer, self.latents, self.d_latent), Columns(buffer, (self.rope,), self.d_rope)
 
 
 @jax.tree_util.register_dataclass
@@ -159,10 +166,10 @@ class PagedCache:
 
     buffer: Any
     """The engine's, [P, S, X, ...]: each device of `kv_head_shards` has its part of X, and for a token the W values
-    that `columns` describes, in whatever shape."""
+    that `layout` describes, in whatever shape."""
     batch: RaggedBatch
     rules: AxisRules = dataclasses.field(metadata={"static": True})
-    columns: Columns = dataclasses.field(metadata={"static": True})
+    layout: TokenLayout = dataclasses.field(metadata={"static": True})
 
     def specs(self) -> Self:
         """This cache with each array's `PartitionSpec` in its place."""
@@ -185,21 +192,21 @@ class PagedCache:
         frequencies: Frequencies,
     ) -> tuple[jax.Array, Self]:
         """See `LayerCache.append_latents`; tokens go to their slots."""
-        (t, _, _), rank, (u, c), columns = a_T1E.shape, len(q_gain_A), kv_gain_UC.shape, self.columns
-        q, kv, k_rope = jnp.split(a_T1E, [rank, rank + u * c], axis=2)
-        q = (rms_norm(q, q_gain_A, eps) * q_scale).astype(a_T1E.dtype)
-        latent = rms_norm(kv.reshape(t, u, c), kv_gain_UC, eps) * kv_scale
-        k_rope = rotate(k_rope, start_T[:, None], frequencies)[:, 0]
-        n_pages, page_size = self.buffer.shape[:2]
-        row = jnp.zeros((t, columns.width), self.buffer.dtype)
-        parts = [(head * columns.stride, latent[:, head]) for head in range(u)] + [(columns.rope, k_rope)]
-        for first, part in parts:
-            row = row.at[:, first : first + part.shape[1]].set(part.astype(row.dtype))
-        slot_T = self.batch.slot_T
-        page_T = jnp.where(slot_T < 0, n_pages, slot_T // page_size)  # past the end: dropped
-        new = row.reshape(t, *self.buffer.shape[2:])
-        buffer = self.buffer.at[page_T, slot_T % page_size].set(new, mode="drop")
-        return q, dataclasses.replace(self, buffer=buffer)
+        kv_latent, k_rope = self.layout.columns(self.buffer)
+        q_T1A, kv_latent, _ = normalize_and_append(
+            a_T1E,
+            q_gain_A,
+            kv_gain_UC,
+            start_T[:, None],
+            self.batch.slot_T[:, None],
+            kv_latent,
+            k_rope,
+            eps=eps,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
+            frequencies=frequencies,
+        )
+        return q_T1A, dataclasses.replace(self, buffer=kv_latent.array)
 
     def attend_latents(
         self,
@@ -212,17 +219,13 @@ class PagedCache:
         frequencies: Frequencies,
     ) -> jax.Array:
         """See `LayerCache.attend_latents`; every block reads the pages of its request."""
-        batch, columns = self.batch, self.columns
-        n_pages, page_size = self.buffer.shape[:2]
-        flat = self.buffer.reshape(n_pages, page_size, columns.width)
-        heads = [flat[:, :, h * columns.stride :][:, :, : columns.d_latent] for h in range(q_nope.shape[2])]
-        k_rope = flat[:, :, columns.rope : columns.rope + columns.d_rope]
+        batch, (kv_latent, k_rope) = self.batch, self.layout.columns(self.buffer)
         position_RQ = batch.by_block(start_T)
         new_RQ = jnp.arange(batch.block_size) < batch.count_R[:, None]
         out, _ = latent_decode_attention(
             batch.by_block(q_nope[:, 0]),
             batch.by_block(q_rope[:, 0]),
-            jnp.stack(heads, axis=1),
+            kv_latent,
             k_rope,
             jnp.where(new_RQ, position_RQ + 1, 0).astype(jnp.int32),
             scale=scale,
@@ -233,7 +236,7 @@ class PagedCache:
 
 
 def hidden_states(
-    model: Transformer, buffers: Sequence[Any], tokens_T: jax.Array, batch: RaggedBatch, columns: Columns
+    model: Transformer, buffers: Sequence[Any], tokens_T: jax.Array, batch: RaggedBatch, layout: TokenLayout
 ) -> tuple[jax.Array, list[Any]]:
     """Runs the layers over a batch.
 
@@ -242,12 +245,12 @@ def hidden_states(
       buffers: of the layers, see `PagedCache`; donate them to the compiled function.
       tokens_T: ids.
       batch: where the tokens belong.
-      columns: of the buffers.
+      layout: of the buffers.
 
     Returns:
       The normalised last hidden states [T, D], meaningless for padding, and the buffers with the tokens.
     """
-    caches = [PagedCache(buffer, batch, model.rules, columns) for buffer in buffers]
+    caches = [PagedCache(buffer, batch, model.rules, layout) for buffer in buffers]
     new_T = (batch.slot_T >= 0).astype(jnp.int32)
     hidden, caches = model.decode_hidden(tokens_T[:, None], caches, batch.position_T, new_T)
     return hidden[:, 0], [cache.buffer for cache in caches]

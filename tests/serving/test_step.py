@@ -16,7 +16,7 @@ from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import MeshConfig
 from mlra_jax.model import Transformer, to_decode
-from mlra_jax.serving.step import Columns, RaggedBatch, hidden_states, logits
+from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
 from mlra_jax.sharding import decode_rules, make_mesh
 from tests.definitions import SMALL
 
@@ -58,11 +58,11 @@ def test_a_request_in_a_ragged_batch_gets_the_logits_it_gets_alone(config, tenso
         model = to_decode(config, params, rules)
         heads = HeadShards.of(config, rules).count // tensor
         if fused:
-            columns = Columns.of_kv_heads(a.d_latent, a.d_rope, heads, head_dim=16)
+            layout = TokenLayout.of_kv_heads(a.d_latent, a.d_rope, heads, head_dim=16)
             shape = (PAGES, PAGE, tensor * heads, 2, 16)
         else:
-            columns = Columns.packed(a.d_latent, a.d_rope, heads)
-            shape = (PAGES, PAGE, tensor * columns.width)
+            layout = TokenLayout.packed(a.d_latent, a.d_rope, heads)
+            shape = (PAGES, PAGE, tensor * layout.width)
         names = (None, None, "kv_head_shards", *[None] * (len(shape) - 3))
         # What nobody has written may be anything.
         buffers = [rules.constrain(jnp.full(shape, jnp.nan), *names) for _ in model.layers]
@@ -73,7 +73,7 @@ def test_a_request_in_a_ragged_batch_gets_the_logits_it_gets_alone(config, tenso
         @functools.partial(jax.jit, static_argnames="uniform", donate_argnames="buffers")
         def step(buffers, tokens, position, slot, new, table, uniform):
             batch = RaggedBatch.of_requests(position, slot, None if uniform else new, table, block=block)
-            hidden, buffers = hidden_states(model, buffers, tokens, batch, columns)
+            hidden, buffers = hidden_states(model, buffers, tokens, batch, layout)
             return logits(model, hidden), buffers
 
         def run(new, padded, uniform=False):

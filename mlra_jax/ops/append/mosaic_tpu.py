@@ -36,7 +36,7 @@ class MosaicTPU(Kernel[None, None]):
 
     name: ClassVar[str] = "mosaic_tpu"
 
-    def check(self, array: jax.Array, tokens: jax.Array, cache_position: jax.Array, *, layout: str) -> None:
+    def check(self, array: Any, tokens: jax.Array, cache_position: jax.Array, *, layout: str) -> None:
         """Whether it takes a call."""
         if not self.interpret and device.current_device()[0] != "tpu":
             raise NotImplementedError("It needs a TPU.")

@@ -205,7 +205,7 @@ def _int32(x: Any) -> Any:
     return None if x is None else jnp.asarray(x, jnp.int32)
 
 
-def _check(x: jax.Array, name: str, expected: tuple[int, ...]) -> None:
+def _check(x: Any, name: str, expected: tuple[int, ...]) -> None:
     if x.shape != expected:
         raise ValueError(
             f"{name} must have the shape {expected} that the other arguments imply; got {x.shape}."
