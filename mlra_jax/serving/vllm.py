@@ -18,11 +18,15 @@ from jax.sharding import Mesh
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.config import ConfigError
 from mlra_jax.serving import huggingface
-from mlra_jax.serving.step import Columns, RaggedBatch, hidden_states, logits
+from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
 from mlra_jax.sharding import AxisRules
 
 RULES = AxisRules.of(batch="data", mlp="model", vocab="model", heads="model", kv_head_shards="model")
 """The engine's mesh has the Auto axes `data` and `model`, and others that are not used here."""
+
+
+UNLIKELY = -1e30
+"""A logit for what must not be sampled: finite, so that it remains so divided by a temperature."""
 
 
 class MLRAForCausalLM(nnx.Module):
@@ -53,7 +57,7 @@ class MLRAForCausalLM(nnx.Module):
         model = self.mlra
         a, page_size, head_dim = model.config.attention, kv_caches[0].shape[1], kv_caches[0].shape[-1]
         heads = HeadShards.of(model.config, RULES).count // RULES.size("kv_head_shards")
-        layout = Columns.of_kv_heads(a.d_latent, a.d_rope, heads, head_dim)
+        layout = TokenLayout.of_kv_heads(a.d_latent, a.d_rope, heads, head_dim)
         batch = ragged_batch(attention_metadata, page_size)
         hidden, kv_caches = hidden_states(model, kv_caches, input_ids, batch, layout)
         return kv_caches, hidden, [], None  # nothing for a draft model, no experts
@@ -61,7 +65,7 @@ class MLRAForCausalLM(nnx.Module):
     def compute_logits(self, hidden_states: jax.Array) -> jax.Array:
         """Float32 logits [rows, V]; ids that the tokenizer lacks are never sampled."""
         values = logits(self.mlra, hidden_states)
-        return jnp.where(jnp.arange(values.shape[1]) < self.n_tokens, values, -jnp.inf)
+        return jnp.where(jnp.arange(values.shape[1]) < self.n_tokens, values, UNLIKELY)
 
 
 def check(vllm_config: Any, mesh: Mesh) -> None:
