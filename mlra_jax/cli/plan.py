@@ -1,8 +1,8 @@
 """`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: plans training for devices that are not at hand.
 
 Prints the estimate by which micro-batch and rematerialisation are chosen, a roofline by formula, and what the whole run
-takes by it; then compiles the train step ahead of time with the target's own compiler, and prints its memory and collectives. With `--estimate`
-nothing is compiled.
+takes by it; then compiles the train step ahead of time with the target's own compiler, and prints its memory and
+collectives. With `--estimate` nothing is compiled.
 """
 
 from __future__ import annotations
