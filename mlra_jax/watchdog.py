@@ -163,8 +163,8 @@ class Watchdog:
         while not self._leaving.wait(self._interval):
             beat += 1
             with contextlib.suppress(Exception):  # without the service, JAX aborts this process
-                alive = f"{beat} {self._doing}"
-                self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", alive, allow_overwrite=True)
+                sign = f"{beat} {self._doing}"
+                self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", sign, allow_overwrite=True)
                 if self._id == 0:
                     now = time.monotonic()
                     alive = {

@@ -5,29 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 
-from mlra_jax.execution.accelerators import find_accelerator
-from mlra_jax.ops import device
+from mlra_jax.ops.device import WrongDeviceError, current_device
 from mlra_jax.ops.dispatch import observing
-
-
-def made_for(name: str, platform: str, kind: str) -> bool:
-    """Whether a back end of this name is made for devices of this platform and kind, whatever the call."""
-    chip = find_accelerator(kind)
-    capability = chip.capability if chip and platform == "gpu" else 0
-    return {
-        "mosaic_gpu": capability == 90,
-        "triton": capability >= 80,
-        "tokamax": capability >= 80,
-        "cudnn": capability >= 80,
-        "splash": platform == "tpu",
-        "mosaic_tpu": platform == "tpu",
-    }.get(name, False)
 
 
 class BackEnds(contextlib.ExitStack):
     """A context manager that observes the ops of all programs that are traced inside; its text is the summary.
 
-    Where an op does without a back end that is preferred and made for the device, one line says why, once for each op.
+    Where attention does without a back end that is preferred and made for the device, one line says why, once for each
+    op. (The reasons of other ops are their sizes, which `mlra_jax.explain` tells.)
 
     Args:
       say: prints a line.
@@ -43,20 +29,18 @@ class BackEnds(contextlib.ExitStack):
         self.enter_context(observing(self._observe))
         return self
 
-    def _observe(self, op: str, name: str, declined: Mapping[str, str]) -> None:
+    def _observe(self, op: str, name: str, declined: Mapping[str, NotImplementedError]) -> None:
         taken = self._taken.setdefault(op, [])
         if name in taken:
             return
-        first = not taken
-        taken.append(name)
-        platform, kind = device.current_device()
-        better = next((other for other in declined if made_for(other, platform, kind)), None)
-        if first and better is not None:
+        better = [other for other, e in declined.items() if not isinstance(e, WrongDeviceError)]
+        if better and not taken and op.endswith("attention"):
             self._say(
-                f"warning: {op} runs as {name}; {better}, which is made for the {kind}, would be faster, but declines: "
-                f"{declined[better]}"
+                f"warning: {op} runs as {name}; {better[0]}, which is made for the {current_device()[1]}, would be "
+                f"faster, but: {declined[better[0]]}"
             )
+        taken.append(name)
 
     def __str__(self) -> str:
         taken = ", ".join(f"{op} {' and '.join(names)}" for op, names in self._taken.items())
-        return f"Back ends: {taken or 'no op has been traced'}."
+        return f"Back ends: {taken or 'none, as no op has been traced'}."

@@ -28,7 +28,7 @@ _chosen: contextvars.ContextVar[Mapping[str, Implementation] | None] = contextva
     "chosen", default=None
 )
 
-Observer = Callable[[str, str, Mapping[str, str]], None]
+Observer = Callable[[str, str, Mapping[str, NotImplementedError]], None]
 """Called with an op, the back end that takes a call, and those before it with their reasons to decline."""
 _observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
 
@@ -118,7 +118,7 @@ def dispatch(
             declined[name] = e
             continue
         if (observer := _observer.get()) is not None:
-            observer(op, name, {other: str(e) for other, e in declined.items()})
+            observer(op, name, declined)
         return result
     raise ExceptionGroup(f"{op}: no implementation takes these arguments", list(declined.values()))
 

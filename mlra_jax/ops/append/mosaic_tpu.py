@@ -37,8 +37,8 @@ class MosaicTPU(Kernel[None, None]):
 
     def check(self, array: jax.Array, tokens: jax.Array, cache_position: jax.Array, *, layout: str) -> None:
         """Whether it takes a call."""
-        if not self.interpret and device.current_device()[0] != "tpu":
-            raise NotImplementedError("It needs a TPU.")
+        if not self.interpret:
+            device.require_tpu()
         if layout != "feature_major":
             raise NotImplementedError(f"It needs a feature_major cache; this one is {layout}.")
         if tokens.shape[1] != 1:
