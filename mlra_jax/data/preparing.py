@@ -105,6 +105,7 @@ _tokenizer: Tokenizer  # of a worker process
 
 def _start(tokenizer: str) -> None:
     global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has a core
     _tokenizer = get_tokenizer(tokenizer)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     parent = multiprocessing.parent_process()
