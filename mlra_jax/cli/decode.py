@@ -18,6 +18,7 @@ from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.generation.generator import (
     DEFAULTS,
     Completion,
@@ -159,6 +160,10 @@ class _Printer:
         elif isinstance(event, Completion):
             self._print(f"=== prompt {event.prompt_index}, sample {event.sample}\n{event.prompt}{event.text}")
 
+    def say(self, text: str) -> None:
+        """Prints a remark on standard error."""
+        self._print(text, file=sys.stderr)
+
     def report(self, trained_len: int) -> None:
         """One line for each batch on standard error, and a remark if a text is longer than what was trained on."""
         batches = {id(c.stats): c.stats for c in self._completions}
@@ -208,9 +213,11 @@ def main(argv: Sequence[str]) -> int:
     every_token = args.stream and not args.json and single
     events = generator.stream(prompts, options, every_token=every_token)
     printer = _Printer(prompts[0] if single else None, args.json)
-    for event in events:
-        printer.show(event)
+    with BackEnds(printer.say) as back_ends:
+        for event in events:
+            printer.show(event)
     printer.report(config.data.seq_len)
+    printer.say(str(back_ends))
     return 0
 
 

@@ -50,10 +50,7 @@ class HopperKernel(Kernel[S, C]):
         Raises:
           NotImplementedError: Mosaic GPU kernels do not run there.
         """
-        platform, kind = device.current_device()
-        processors = 132 if self.interpret is not None else find_processors(kind)
-        if processors is None or (self.interpret is None and platform != "gpu"):
-            raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
+        processors = 132 if self.interpret is not None else device.require_hopper().processors
         if jax.__version_info__ < (0, 11):
             raise NotImplementedError(
                 f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."

@@ -60,6 +60,7 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
     assert stand_in["split_heads"] == "no"
     assert re.search(r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* KV cache", captured.err)
     assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
+    assert re.search(r"\nBack ends: .*latent_decode_attention xla", captured.err)
 
 
 def test_prompts_come_from_arguments_files_and_standard_input(
