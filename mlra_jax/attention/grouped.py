@@ -22,7 +22,15 @@ from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, NotNegative, Positive, uneven
-from mlra_jax.model.layers import DecodeLeaves, Relayout, RMSNorm, nested, product, rotary_frequencies
+from mlra_jax.model.layers import (
+    DecodeLeaves,
+    Relayout,
+    RMSNorm,
+    nested,
+    product,
+    rotary_frequencies,
+    softmax_scale,
+)
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import grouped_decode_attention
 from mlra_jax.ops.rotary import rotate
@@ -107,7 +115,7 @@ class GroupedAttention(Attention):
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
         d, n, h, rank = config.d_model, config.n_heads, a.d_head, a.q_lora_rank
-        self.softmax_scale = 1 / math.sqrt(h)
+        self.softmax_scale = softmax_scale(config, h)
         self.frequencies = rotary_frequencies(config, h)
         new = functools.partial(self._parameter, rngs)
         q_in, q_axis = (rank, rules.fitting("rank", rank)) if rank else (d, "embed")

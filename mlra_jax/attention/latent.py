@@ -43,6 +43,7 @@ from mlra_jax.model.layers import (
     parameter,
     products,
     rotary_frequencies,
+    softmax_scale,
     stored,
     weight,
 )
@@ -215,7 +216,7 @@ class LatentAttention(Attention):
         self.sizes = a
         d, n = config.d_model, config.n_heads
         rank, latent, h, r = a.q_lora_rank, a.d_latent, a.d_nope, a.d_rope
-        self.softmax_scale = 1 / math.sqrt(h + r)  # of the expanded form, whatever C is
+        self.softmax_scale = softmax_scale(config, h + r)  # of the expanded form, whatever C is
         self.q_scale = math.sqrt(d / rank) if a.scale_latents else 1.0
         self.kv_scale = math.sqrt(d / latent) if a.scale_latents else 1.0
         self.frequencies = rotary_frequencies(config, r)

@@ -32,6 +32,7 @@ from mlra_jax.model.layers import (
     parameter,
     product,
     rotary_frequencies,
+    softmax_scale,
     uniform,
 )
 from mlra_jax.ops.attention import causal_attention
@@ -96,7 +97,7 @@ class TensorProductAttention(Attention):
         assert isinstance(a, TensorProductAttentionConfig)
         self.sizes = a
         d, n, h = config.d_model, config.n_heads, a.d_head
-        self.softmax_scale = 1 / math.sqrt(h)
+        self.softmax_scale = softmax_scale(config, h)
         self.frequencies = rotary_frequencies(config, h)
 
         def new(shape: tuple[int, ...], names: tuple[str | None, ...], fan: int) -> nnx.Param:

@@ -183,6 +183,11 @@ def to_official(args: ToOfficialArgs) -> None:
         counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
         write_weights(partial, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
         (partial / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
+    if "rope_scaling" in official:
+        print(
+            "note: the official code ignores rope_scaling in config.json: it computes without it.",
+            file=sys.stderr,
+        )
     print(out)
 
 

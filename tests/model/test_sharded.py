@@ -21,23 +21,25 @@ from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
 from mlra_jax.sharding import TRAIN_RULES, decode_rules
-from tests.definitions import cross_entropy
+from tests.definitions import YARN, cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
 BASE = ModelConfig(vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32")
 MODELS = {
     "mlra_4": dataclasses.replace(BASE, attention=latent(4, 4)),
-    "mlra_2_gated": dataclasses.replace(BASE, attention=latent(4, 2), gated_attention=True),
+    "mlra_2_gated": dataclasses.replace(
+        BASE, attention=latent(4, 2), gated_attention=True, rotary_scaling=YARN
+    ),
     "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2)),
     "mla": dataclasses.replace(BASE, attention=latent(1, 1)),
     "gla_2": dataclasses.replace(BASE, attention=latent(2, 1)),
-    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16)),
+    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16), rotary_scaling=YARN),
     "mqa_gated": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 16), gated_attention=True),
     "mha": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 16)),
     "mfa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 24, q_lora_rank=20)),
-    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(2, 16)),
+    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(2, 16), rotary_scaling=YARN),
     "tpa_gated": dataclasses.replace(
-        BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True
+        BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True, rotary_scaling=YARN
     ),
 }
 REMAT = {"mlra_8_2": "attention", "mla": "full", "gla_2": "dots", "gqa": "mlp"}
