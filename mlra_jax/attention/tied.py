@@ -135,7 +135,7 @@ class TiedAttention(Attention):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         self.require_layout("train")
         x_BTD = x_BTD.astype(self.compute_dtype)
-        inputs = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
+        inputs = self._project(x_BTD, self.rules.positions(x_BTD.shape[1]))
         row = ("batch", "length")
         in_names = (HEADS, HEADS, (*row, self.kv_axis, None), (*row, None))
         return self.output(x_BTD, self.rules.shard_map(self._attend, in_names, HEADS)(*inputs))
