@@ -552,6 +552,9 @@ class TrainConfig(Validated):
     """Name of the run; its folder is `runs/NAME` unless `out` is given."""
     out: str = ""
     """Folder or bucket URL of the run (checkpoints, metrics); empty: `runs/NAME`."""
+    init_from: str = ""
+    """Run (or its `checkpoints` folder, or one step's; local or a bucket URL) whose parameters a new run starts from,
+    with a new optimizer; sequences, rotary frequencies and devices may be others. Empty: random parameters."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
     execution: ExecutionConfig = ExecutionConfig()
