@@ -58,7 +58,10 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
         assert record["tokens_per_second"] > 0
     assert stand_in["mesh"].tensor == 4
     assert stand_in["split_heads"] == "no"
-    assert re.search(r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* KV cache", captured.err)
+    assert re.search(
+        r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* 4 row\(s\), 100% .* KV cache",
+        captured.err,
+    )
     assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
 
 
@@ -89,11 +92,13 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text.write_bytes("first\r\n\n  second €\n".encode("utf-8-sig"))
     read = lambda file: [prompt for prompt, _ in decode.read_prompts(str(file))]
     assert read(text) == ["first", "  second €"]
-    lines.write_bytes('"two\\nlines"\r\n{"prompt": "object", "id": 3}\n'.encode("utf-8-sig"))
-    assert read(lines) == ["two\nlines", "object"]
-    lines.write_text('"fine"\n[1]\n')
-    with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
-        decode.read_prompts(str(lines))
+    records = ['"two\\nlines"', '{"prompt": "object", "id": 3}', "[1, 2]", '{"prompt": [3]}']
+    lines.write_bytes("\r\n".join(records).encode("utf-8-sig"))
+    assert read(lines) == ["two\nlines", "object", [1, 2], [3]]
+    for wrong in ("[1.5]", "[true]", "3", '{"prompt": {}}', "null"):
+        lines.write_text(f'"fine"\n{wrong}\n')
+        with pytest.raises(ConfigError, match="line 2 is neither a string nor a list of token ids"):
+            decode.read_prompts(str(lines))
     lines.write_text('"fine"\n\n{\n')
     with pytest.raises(ConfigError, match="line 3 is not JSON"):
         decode.read_prompts(str(lines))
