@@ -220,6 +220,13 @@ class Cache:
         """The cache of some rows (`take_rows`), of each only the first `length_P` tokens."""
         return Cache(tuple(layer.take(row_P) for layer in self.layers), length_P)
 
+    def repeat(self, n: int) -> Cache:
+        """The cache with `n` consecutive copies of each row, on the devices that hold the row."""
+        rules = self.layers[0].rules
+        copies = lambda lengths: jnp.repeat(jnp.arange(len(lengths)), n)
+        row_P = rules.shard_map(copies, (("batch",),), ("batch",))(self.lengths)
+        return self.take(row_P, take_rows(rules, self.lengths, row_P, "batch"))
+
     def put(self, row_P: jax.Array, rows: Cache) -> Cache:
         """The cache with some rows replaced (`put_rows`)."""
         layers = zip(self.layers, rows.layers, strict=True)

@@ -170,7 +170,9 @@ class RowSampling:
                     raise ConfigError(
                         f"{kind.__name__}.{field.name} must be a number to be compiled for each row."
                     )
-                if values.dtype.kind in "iu":
+                if isinstance(field.default, float):  # whose values may be whole numbers
+                    values = values.astype(np.float32)
+                elif values.dtype.kind in "iu":
                     values = np.clip(values, -(2**31), 2**31 - 1).astype(np.int32)
                 fields[field.name] = values.astype(np.float32) if values.dtype.kind == "f" else values
             return fields

@@ -98,6 +98,18 @@ def rollout() -> Callable[[str, list[list[int]], int], list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
+def logits_of() -> Callable[[list[int]], np.ndarray]:
+    """`logits_of(tokens)`: those of MLRA-4 after each token, [T, 257], from a full forward pass."""
+
+    def of(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((4, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(full_forward("mlra_4")(padded))[0, : len(tokens), :N_VOCAB]
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def engine() -> Callable[..., Engine]:
     """`engine(variant, (data, tensor, context), split_heads, split_tokens)`."""
     return make_engine

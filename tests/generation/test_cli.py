@@ -222,8 +222,9 @@ def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generato
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12"]
-    argv += [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
+    prompts = [*PROMPTS, PROMPTS[1] + " that"]  # more than rows
+    argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12", "--batch-size", "2"]
+    argv += [arg for prompt in prompts for arg in ("--prompt", prompt)]
     argv += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
     processes = [start_decode(*argv, "--distributed.process_id", str(i), devices=2) for i in range(2)]
     try:
@@ -233,8 +234,8 @@ def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generato
             process.kill()
     assert second == ""
     records = [json.loads(line) for line in first.splitlines()]
-    assert [r["text"] for r in records] == generator.generate(PROMPTS, max_new_tokens=12)
-    assert {r["devices"] for r in records} == {4}
+    assert [r["text"] for r in records] == generator.generate(prompts, max_new_tokens=12)
+    assert {(r["devices"], r["rows"]) for r in records} == {(4, 2)}
 
 
 def test_standard_input_is_refused_with_several_processes(checkpoint, monkeypatch, capsys):
