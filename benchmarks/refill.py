@@ -4,11 +4,11 @@
     python -m benchmarks.refill --config mlra_4 --prompts 1000     # 2.9 B parameters, one GPU
 
 Prompts of random tokens, whose lengths and those of their completions are drawn evenly from a range, with a shared
-beginning on request, go through `GenerationLoop`. *Occupancy* is the share of the rows that made a token, over all steps.
-A static batch would step until its longest completion is done.
+beginning on request, go through `GenerationLoop`. *Occupancy* is the share of the rows that made a token, over all
+steps. A static batch would step until its longest completion is done.
 
-The *ideal* time is that of all tokens of the prompts at the rate of a full chunk, and of all other tokens at the rate of
-steps with every row busy, both measured here with the same programs, at the mean length of the cache.
+The *ideal* time is that of all tokens of the prompts at the rate of the best chunk, and of all other tokens at the rate
+of steps with every row busy, both measured here with the same programs, at the mean length of the cache.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def static_occupancy(asked: Sequence[Request], rows: int) -> float:
 def generate(loop: GenerationLoop, asked: Sequence[Request]) -> float:
     """Seconds for all requests, without what is compiled."""
     start = loop.rows._engine.clock()
-    for request in asked:
+    for request in sorted(asked, key=lambda request: -request.max_new_tokens):  # as `Generator` does
         loop.submit(request)
     made = 0
     while loop.busy:
@@ -135,7 +135,8 @@ def main() -> int:
         f"occupancy: {stats.occupancy:.1%}; of static batches {static_occupancy(asked, stats.rows):.1%}",
         f"prompts: {stats.chunk_tokens} tokens in {stats.chunks} chunks of {stats.chunk_positions} positions "
         f"({stats.chunk_tokens / stats.chunk_positions:.0%} of them tokens), {stats.shared_tokens} shared",
-        f"steps: {stats.steps}, {1e3 * step:.2f} ms each with every row busy; a token of a prompt: {1e6 * per_token:.1f} us",
+        f"steps: {stats.steps}, {1e3 * step:.2f} ms each with every row busy; a token of a prompt: "
+        f"{1e6 * per_token:.1f} us",
         f"seconds: {seconds:.2f}, ideal {ideal:.2f}, ratio {seconds / ideal:.2f}; {new / seconds:.0f} tokens/s",
         sep="\n",
     )

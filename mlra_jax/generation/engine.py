@@ -162,7 +162,9 @@ def chunk_shapes(config: ModelConfig, rows: int, max_len: int) -> list[tuple[int
 
 
 def next_chunk(left: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The shape of the next chunk: the one that computes the fewest positions for each token of a prompt.
+    """The shape of the next chunk: the one with the most tokens of prompts for its time.
+
+    That is taken for proportional to its positions, at least `SMALL_CHUNK`, and a quarter of these for the call itself.
 
     Args:
       left: for each part of the batch, the tokens that its rows still have to run.
@@ -172,7 +174,7 @@ def next_chunk(left: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]])
     def worth(shape: tuple[int, int]) -> tuple[float, int]:
         n, size = shape
         tokens = sum(sum(sorted((min(x, size) for x in part), reverse=True)[:n]) for part in left)
-        return tokens / max(n * size, SMALL_CHUNK), tokens
+        return tokens / (max(n * size, SMALL_CHUNK) + SMALL_CHUNK / 4), tokens
 
     return max(shapes, key=worth)
 

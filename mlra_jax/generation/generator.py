@@ -351,7 +351,8 @@ class Generator:
             top_logprobs=max((own.logprobs for own in every if own.logprobs is not None), default=None),
         )
         running: dict[int, _Running] = {}
-        for prompt in prompts:
+        # The longest first: then rows end about together, and none is left alone at the end.
+        for prompt in sorted(prompts, key=lambda p: -p.options.max_new_tokens):
             own = prompt.options
             for sample in range(own.n):
                 request = Request(
@@ -368,6 +369,8 @@ class Generator:
                     self.tokenizer, own.stop, request.eos_id, own.max_new_tokens, self._last(prompt)
                 )
                 running[loop.submit(request)] = _Running(prompt, sample, text)
+        place = lambda number: (running[number].prompt.index, running[number].sample)
+        order = sorted(running, key=place, reverse=True)
         while running:
             for event in loop.step(max_steps):
                 one = running.get(event.request)
@@ -391,12 +394,9 @@ class Generator:
                         cache_tokens_per_row=loop.rows.state.cache.capacity,
                         devices=engine.mesh.size,
                     )
-            while running:
-                first, oldest = next(iter(running.items()))
-                if oldest.stats is None:
-                    break
-                yield oldest.completion(oldest.stats)
-                del running[first]
+            while order and (one := running[order[-1]]).stats is not None:
+                del running[order.pop()]
+                yield one.completion(one.stats)
 
 
 @dataclasses.dataclass

@@ -41,16 +41,18 @@ from mlra_jax.generation.engine import (
 )
 from mlra_jax.generation.sampling import NO_NUMBER, Sampling
 
-REFILL_SHARE = 1 / 16
+REFILL_SHARE = 1 / 10
 """Share of the rows that must have ended for a run of steps to end before its time, if prompts wait.
 
 Let a call that fills rows cost the time of F steps besides that of its tokens, and completions have t tokens. Refilling
 k of B rows at a time loses k / (2 B) of the rows to waiting, and F B / (k t) of the time to calls. The sum is least for
-k = B sqrt(2 F / t): a sixteenth of the rows for t = 256 and a call that costs half a step."""
+k = B sqrt(2 F / t): a tenth of the rows for t = 100 and a call that costs half a step."""
 STEPS_BETWEEN_STOPS = 8
 """Most steps of a run while a caller may cancel a request for what it reads: no row runs on for longer than this."""
 STEPS_BETWEEN_CHUNKS = 16
-"""Most steps of a run while a long prompt is run in chunks."""
+"""Most steps of a run while long prompts are run in chunks."""
+CHUNKS_AT_ONCE = 4
+"""As many of the largest chunks are run before rows that generate go on, if these are at least half of all."""
 SHORTEST_SHARED = CHUNK_SIZES[0]
 """Shorter common beginnings of prompts are computed for each: no chunk would be saved."""
 
@@ -403,7 +405,7 @@ class GenerationLoop:
             generating = sum(
                 row.active or (row.filling and row.filled == row.prompt_len) for row in self._rows
             )
-            if positions >= most and 2 * generating >= self.rows.batch:
+            if positions >= CHUNKS_AT_ONCE * most and 2 * generating >= self.rows.batch:
                 break  # the others go on; the rest of the prompts comes after some steps
         flying = [0] * self.rows.batch
         fresh = {i: row for i, row in enumerate(self._rows) if row.filling and row.filled == row.prompt_len}
