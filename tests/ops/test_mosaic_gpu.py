@@ -189,6 +189,8 @@ def interpreted(call, config, races=True):
         ("contiguous pool", Config(2, 64, 2)),
         ("grouped, other value width", Config(1, 64, 2)),
         ("grouped, pages", Config(2, 64, 2)),
+        ("several latents", Config(4, 64, 2, streams=2)),
+        ("ragged", Config(6, 64, 2, streams=2)),
     ],
     ids=str,
 )

@@ -61,8 +61,8 @@ class MosaicTPU(Kernel[None, None]):
 
     def check(self, array: Any, tokens: jax.Array, cache_position: jax.Array, *, layout: str) -> None:
         """Whether it takes a call."""
-        if not self.interpret and device.current_device()[0] != "tpu":
-            raise NotImplementedError("It needs a TPU.")
+        if not self.interpret:
+            device.require_tpu()
         if isinstance(array, Columns):
             self._check_pool(array)
             return
