@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -53,6 +54,16 @@ class Columns:
     def flat(self) -> Any:
         """The buffer as [P, S, columns]."""
         return self.array.reshape(*self.array.shape[:2], -1)
+
+    @property
+    def evenly_spaced(self) -> bool:
+        """Whether heads start at equal distances, so that `start` serves any head."""
+        return len({b - a for a, b in itertools.pairwise(self.starts)}) <= 1
+
+    def start(self, head: Any) -> Any:
+        """First column of a head, whose number may be traced; of a single head that of any."""
+        first, *rest = self.starts
+        return first + head * (rest[0] - first) if rest else first
 
     def of(self, array: Any) -> Columns:
         """The same columns of another buffer."""

@@ -77,7 +77,7 @@ def find_processors(kind: str) -> int | None:
     return chip.processors if chip is not None and chip.capability == 90 else None
 
 
-def require_bfloat16(arrays: Iterable[jax.Array], kernel: str = "the Mosaic GPU kernel takes") -> None:
+def require_bfloat16(arrays: Iterable[Any], kernel: str = "the Mosaic GPU kernel takes") -> None:
     """Declines arrays of other types.
 
     Raises:

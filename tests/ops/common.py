@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mlra_jax.ops import hopper
+from mlra_jax.ops.columns import Columns, unpack
 from mlra_jax.ops.decode.arg_specs import ArgSpec, Call, abstract_call
 from mlra_jax.ops.rotary import apply_rope
 
@@ -47,9 +48,9 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
     """The call with normally distributed queries and cache, NaN for every token that no query sees.
 
     The pages of a paged cache are in random order; the entries of the table past a row's end are out of range.
-    `kv_len` [B, T] is what each query sees, any integers, in place of what the lengths of `spec` say.
+    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in place of what the lengths of `spec` say.
     """
-    call = abstract_call(spec, dtype, scale=scale)
+    call = abstract_call(dataclasses.replace(spec, pool=None), dtype, scale=scale)
     *arrays, _, page_table = call.args
     rng = np.random.default_rng(seed)
     if kv_len is None:
@@ -73,11 +74,28 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
             visible = seen_in_page.reshape(pages, *(1,) * (x.ndim - 3), *last_two)
             values = np.where(visible, values, np.nan)
         filled.append(jnp.asarray(values, x.dtype))
+    if spec.pool:
+        pool = np.full(spec.pool_shape, np.nan, np.float32)
+        by_token = pool.reshape(pages, page_size, -1)
+        latents, keys = filled[2:]
+        filled[2:] = spec.columns(None)
+        for columns, values in zip(filled[2:], (latents, keys[:, None]), strict=True):
+            for head, start in enumerate(columns.starts):
+                by_token[:, :, start : start + columns.width] = values[:, head % values.shape[1]]
+        filled[2:] = spec.columns(jnp.asarray(pool, dtype))
     filled.append(jnp.asarray(kv_len))
     if page_table is not None:
         past_the_end = np.arange(table.shape[1]) * page_size >= lengths[:, None]
         table[past_the_end] = rng.choice([-1, pages, 2**30], past_the_end.sum())
     return Call(call.op, (*filled, None if page_table is None else jnp.asarray(table)), call.static)
+
+
+def in_arrays(call):
+    """The same call with arrays of their own in the place of columns of a pool."""
+    if not isinstance(call.args[2], Columns):
+        return call
+    q_nope, q_rope, latents, keys, *rest = call.args
+    return dataclasses.replace(call, args=(q_nope, q_rope, unpack(latents), unpack(keys)[:, 0], *rest))
 
 
 def in_float32(call):
@@ -157,6 +175,9 @@ EDGES = {
     "pages": ArgSpec((63, 64, 0, 300), rows=16, page_size=64),
     "long pages": ArgSpec((127, 257, 1), q_len=2, heads=2, rows=16, page_size=128),
     "one page": ArgSpec((100,), rows=16, width=64, page_size=128),
+    "small pages of a pool": ArgSpec((63, 16, 0, 300), rows=16, page_size=16, pool="packed"),
+    "pool of an engine": ArgSpec((33, 200), q_len=2, heads=2, rows=8, page_size=32, pool="engine"),
+    "contiguous pool": ArgSpec((130, 5), heads=2, rows=4, width=64, rope=32, max_len=192, pool="packed"),
     "grouped": ArgSpec((129, 0, 300), heads=2, rows=8, rope=0, value=128),
     "grouped, other value width": ArgSpec((64, 100), q_len=3, heads=3, rows=4, width=64, rope=0, value=128),
     "grouped, pages": ArgSpec((64, 200, 1), heads=2, rows=8, rope=0, value=64, page_size=64),

@@ -23,8 +23,8 @@ class LatentTokens:
     kv_gain: jax.Array
     position: jax.Array
     cache_position: jax.Array
-    kv_latent: jax.Array | Columns
-    k_rope: jax.Array | Columns
+    kv_latent: Any
+    k_rope: Any
     eps: float
     q_scale: float
     kv_scale: float

@@ -95,7 +95,7 @@ class FactoredArguments:
     page_table: jax.Array | None = None
     layout: str = "token_major"
 
-    def with_cached(self, cached: Sequence[jax.Array]) -> FactoredArguments:
+    def with_cached(self, cached: Sequence[Any]) -> FactoredArguments:
         """The same with other factors."""
         return dataclasses.replace(self, cached=cached)
 

@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops import hopper
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.mosaic_gpu.config import Config, value_groups
 from mlra_jax.ops.decode.mosaic_gpu.merge import merge
 from mlra_jax.ops.decode.mosaic_gpu.schedule import Schedule, blocks_of, limit, make_table
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
     page_table: Any  # int32 [B, N]; None: the cache is contiguous
     queries: Any  # of each part [B, G, rows, J or 1, W or more]: head j*G + g reads (g, j)
     rotations: Any  # [B, R, R], see `rotation_matrices`; None: the queries need none
-    keys: Any  # of each part [P, L or 1, S, W]
+    keys: Any  # of each part [P, L or 1, S, W], or columns of [P, S, all columns]
     values: Any  # [P, L, S, V]; None: the keys of the first part
 
 
@@ -141,27 +142,46 @@ class Program:
         lax.fori_loop(self.first, self.last + 1, one, jnp.int32(0))
 
 
+def tokens_of(cached: Any, *, page: Any, head: Any, tokens: Any) -> Any:
+    """Those of a head in a page, [tokens, width]."""
+    if not isinstance(cached, Columns):
+        return cached.at[page, head, tokens]
+    return cached.array.at[page, tokens, pl.ds(cached.start(head), cached.width)]
+
+
 def produce(program: Program) -> None:
     """The producer: copies each block of this program into the ring."""
     inputs, scratch, shape, config = program.inputs, program.scratch, program.shape, program.config
     plgpu.set_max_registers(hopper.PRODUCER_REGISTERS, action="decrease")
 
+    n_pages, run = config.pages(shape), min(config.block, shape.page_size)
+
+    def copy_run(stage: jax.Array, i: int, page: jax.Array, at: Any) -> None:
+        """The i-th run of a block: tokens of one page, from place `at` on."""
+
+        def copy(cached: Any, target: Any, head: Any) -> None:
+            source = tokens_of(cached, page=page, head=head, tokens=pl.ds(at, run))
+            target = target.at[stage] if n_pages == 1 else target.at[stage, pl.ds(i * run, run)]
+            plgpu.copy_gmem_to_smem(source, target, scratch.full.at[stage])
+
+        for keys, target, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
+            copy(keys, target, 0 if shared else program.head)
+        if inputs.values is not None:
+            copy(inputs.values, scratch.values, program.head)
+
     def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
         def one(j: jax.Array, _: None) -> None:
             stage = hopper.wait_until_free(n0 + j - j0, config.stages, scratch.free)
-            page, at = b, j * config.block
-            if inputs.page_table is not None:
-                index = lax.div(at, shape.page_size)
+            at = j * config.block
+            if inputs.page_table is None:
+                copy_run(stage, 0, b, at)
+                return
+            first, last = lax.div(at, shape.page_size), inputs.page_table.shape[1] - 1
+            for i in range(n_pages):
+                index = first if n_pages == 1 else jnp.minimum(first + i, last)
                 # What a table holds past a row's end may be no page at all.
                 page = jnp.clip(inputs.page_table[b, index], 0, shape.pages - 1)
-                at = at - index * shape.page_size
-            tokens = pl.ds(at, config.block)
-            for keys, target, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
-                source = keys.at[page, 0 if shared else program.head, tokens]
-                plgpu.copy_gmem_to_smem(source, target.at[stage], scratch.full.at[stage])
-            if inputs.values is not None:
-                source = inputs.values.at[page, program.head, tokens]
-                plgpu.copy_gmem_to_smem(source, scratch.values.at[stage], scratch.full.at[stage])
+                copy_run(stage, i, page, at - first * shape.page_size if n_pages == 1 else 0)
 
         lax.fori_loop(j0, j1, one, None)
 
@@ -400,7 +420,7 @@ def _inputs(
         page_table=page_table,
         queries=tuple(by_group(q) for q, _ in parts),
         rotations=None if rotary is None else rotation_matrices(*rotary),
-        keys=tuple(k for _, k in parts),
+        keys=tuple(k.of(k.flat) if isinstance(k, Columns) else k for _, k in parts),
         values=v,
     )
 
@@ -450,7 +470,7 @@ def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.A
             out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
             weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
             row_factor=plgpu.SMEM((ROWS,), jnp.float32),
-            full=plgpu.Barrier(num_arrivals=len(shape.cached), num_barriers=stages),
+            full=plgpu.Barrier(num_arrivals=len(shape.cached) * config.pages(shape), num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
             queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
             weights_full=plgpu.Barrier(num_arrivals=1),

@@ -177,7 +177,7 @@ def _import_kernels() -> Any:
 
 def _launch(
     kernel: Any,
-    inputs: Sequence[jax.Array],
+    inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
     grid: tuple[int, int, int],
