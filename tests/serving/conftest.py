@@ -65,7 +65,7 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlra-serve` in a process of its own; `port` 0: it is not the one that answers."""
+    """`mlra-serve` in a process of its own."""
 
     def __init__(
         self, arguments: Sequence[str], compiled: pathlib.Path, devices: int, log: pathlib.Path, port: int
@@ -139,7 +139,8 @@ class Server:
 
 # One bucket of each kind is compiled; prompts of more than 64 tokens take several steps.
 ENGINE = ("--", "--precompile-bs-paddings", "8", "--precompile-token-paddings", "64")
-SIZES = ("--max-requests=8", "--page-size=16", "--prefill-chunk=64")
+SIZES = ("--max-requests=8", "--page-size=16", "--prefill-chunk=64", "--pool-tokens=1056")
+FOUR_DEVICES = ("--mesh.tensor=4", *SIZES)
 
 
 @pytest.fixture
@@ -163,7 +164,7 @@ def server(run: str, compiled: pathlib.Path, tmp_path_factory: pytest.TempPathFa
     """A server on four devices, whose pool holds four requests of the greatest length."""
     pytest.importorskip("sgl_jax")
     log = tmp_path_factory.mktemp("server") / "log"
-    arguments = [run, "--mesh.tensor=4", "--pool-tokens=1056", *SIZES, "--max-body-mb=0.1", *ENGINE]
+    arguments = [run, *FOUR_DEVICES, "--max-body-mb=0.1", *ENGINE]
     served = Server(arguments, compiled, 4, log, free_port())
     yield served.ready()
     served.stop()

@@ -52,7 +52,9 @@ def _kernel(
         (pool_ref,), (latents, keys) = cache_refs, columns
         pages, page_size, _ = pool_ref.shape
         there = (at >= 0) & (at < pages * page_size)
-        token_at = lambda start, n: pool_ref.at[lax.div(at, page_size), lax.rem(at, page_size), pl.ds(start, n)]
+        token_at = lambda start, n: pool_ref.at[
+            lax.div(at, page_size), lax.rem(at, page_size), pl.ds(start, n)
+        ]
         latent_at = lambda u: token_at(latents.start(u), width)
         keys_at = lambda: [token_at(start, rotary) for start in keys.starts]
 
@@ -117,7 +119,12 @@ class MosaicGPU(HopperKernel[None, None]):
 
     def run(self, shape: None, config: None, args: LatentTokens) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Runs the kernel; the caches are changed in place, if they are donated."""
-        (b, t), heads, rank, rotary = args.a.shape[:2], len(args.kv_gain), len(args.q_gain), args.k_rope.shape[-1]
+        (b, t), heads, rank, rotary = (
+            args.a.shape[:2],
+            len(args.kv_gain),
+            len(args.q_gain),
+            args.k_rope.shape[-1],
+        )
         dtype, columns = args.a.dtype, None
         if isinstance(args.kv_latent, Columns):
             columns = args.kv_latent.of(None), args.k_rope.of(None)

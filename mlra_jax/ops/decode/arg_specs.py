@@ -86,7 +86,9 @@ class ArgSpec:
 
     def columns(self, pool: Any) -> tuple[Columns, Columns]:
         """Latents and rotary keys of a pool."""
-        first, step = (self.heads * self.width, self.width) if self.pool == "packed" else (self._slot, 2 * self._slot)
+        first, step = (
+            (self.heads * self.width, self.width) if self.pool == "packed" else (self._slot, 2 * self._slot)
+        )
         copies = 1 if self.pool == "packed" else self.heads
         return (
             Columns(pool, tuple(step * i for i in range(self.heads)), self.width),

@@ -43,7 +43,9 @@ class MosaicTPU(DecodeKernel[Config]):
         """The sizes of a call."""
         pooled = isinstance(args.cached[0], Columns)
         if args.layout != "feature_major" and not pooled:
-            raise NotImplementedError("It needs a feature_major cache, or columns of a serving engine's pool.")
+            raise NotImplementedError(
+                "It needs a feature_major cache, or columns of a serving engine's pool."
+            )
         if any(x.dtype != jnp.bfloat16 for x in (*args.cached, *(q for q, _ in args.parts))):
             raise NotImplementedError("It needs queries and a cache in bfloat16.")
         if args.scale <= 0:

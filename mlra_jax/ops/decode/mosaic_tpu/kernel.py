@@ -39,7 +39,9 @@ class Refs(NamedTuple):
     cached: Sequence[Ref]  # HBM bf16 [P, heads, width, page_size] of each cached array, or a pool, see `Pool`
     out: Ref  # VMEM [1, 1, heads * tiles, rows, V]
     lse: Ref  # VMEM float32 [1, 1, heads * tiles, 1, rows]
-    buffers: Sequence[Ref]  # VMEM bf16 [2, heads, width, block] of each, [2, block, pairs, 2, width] of a pool
+    buffers: Sequence[
+        Ref
+    ]  # VMEM bf16 [2, heads, width, block] of each, [2, block, pairs, 2, width] of a pool
     copied: Ref  # semaphores of the two buffers
     state: Ref  # SMEM int32 [2]: the next unit's buffer, and whether its copies have begun
     top: Ref  # VMEM float32 [heads * tiles, rows, 128]: the largest score, the same in each lane
