@@ -77,7 +77,14 @@ class MLRAForCausalLM(nnx.Module):
         attention = config.attention
         with jax.set_mesh(self.mesh):
             heads = HeadShards.of(config, rules).count // tensor
-        self.token_layout = TokenLayout.packed(attention.d_latent, attention.d_rope, heads)
+        sizes = attention.d_latent, attention.d_rope, heads
+        self.packs = self.mesh.devices.flat[0].platform != "tpu"
+        """Whether pages hold no padding. On TPUs they are the engine's own: its layout is what kernels read there, and
+        a row of another width would be padded to as much by the hardware."""
+        if self.packs:
+            self.token_layout = TokenLayout.packed(*sizes)
+        else:
+            self.token_layout = TokenLayout.of_kv_heads(*sizes, head_dim=self.config.head_dim)
 
     def __call__(self, forward_batch: Any, memory_pools: Any, logits_metadata: Any) -> tuple[Any, ...]:
         pool = memory_pools.token_to_kv_pool
@@ -149,13 +156,15 @@ class LatentPool(MHATokenToKVPool):
 
 
 class Runner(model_runner.ModelRunner):
-    """Makes a `LatentPool`, and counts what it holds for a token."""
+    """Makes a `LatentPool` where pages hold no padding, and counts what they hold for a token."""
 
     def _compute_cell_size(self) -> int:
         values = self.model.token_layout.width * self._kv_pool_layer_count()
         return values * np.dtype(self.kv_cache_dtype).itemsize
 
-    def _maybe_wrap_hybrid_kv_pool(self, token_to_kv_pool_class: type, **kwargs: Any) -> LatentPool:
+    def _maybe_wrap_hybrid_kv_pool(self, token_to_kv_pool_class: type, **kwargs: Any) -> MHATokenToKVPool:
+        if not self.model.packs:
+            return super()._maybe_wrap_hybrid_kv_pool(token_to_kv_pool_class, **kwargs)
         return LatentPool(
             self.model.token_layout,
             size=self.max_total_num_tokens,

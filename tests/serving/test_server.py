@@ -6,14 +6,11 @@ import concurrent.futures
 import json
 import signal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlra_jax.generation.generator import Generator
-from mlra_jax.model import from_params
-from tests.serving.conftest import LENGTH, MODEL, SIZES, random_params, write_run
+from tests.serving.conftest import FOUR_DEVICES, LENGTH, SIZES, free_port, random_params, write_run
 
 pytest.importorskip("sgl_jax")
 import httpx
@@ -27,28 +24,17 @@ def prompts(n: int) -> list[list[int]]:
     return [prefixes[i % 4] + letters(5 + i % 16) for i in range(n)]
 
 
-def log_probabilities(run: str, sequences: list[list[int]]) -> list[np.ndarray]:
-    """Of each token after the first of each sequence, by the model without a cache."""
-    params = jax.tree.map(jnp.asarray, random_params())
-    padded = np.zeros((len(sequences), LENGTH), np.int32)
-    for row, sequence in zip(padded, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    logits = jax.jit(lambda tokens: from_params(MODEL, params)(tokens)[..., :257])(padded)
-    of_all = np.asarray(jax.nn.log_softmax(logits))
-    return [of_all[i, np.arange(len(s) - 1), s[1:]] for i, s in enumerate(sequences)]
-
-
 def check_equal_to_generator(server, run, asked):
     """All requests at once: each gets the tokens that `Generator` makes, by their text and probabilities."""
-    expected = Generator.from_checkpoint(run).complete(asked, max_new_tokens=10, ignore_eos=True)
-    ask = lambda prompt: server.post(prompt=prompt, max_tokens=10, temperature=0, ignore_eos=True, logprobs=1)
+    request = {"temperature": 0, "ignore_eos": True, "logprobs": 1}
+    ask = lambda prompt: server.post(prompt=prompt, max_tokens=10, **request)
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         answers = [answer.json()["choices"][0] for answer in pool.map(ask, asked)]
-    probabilities = log_probabilities(run, [p + c.tokens for p, c in zip(asked, expected, strict=True)])
-    for answer, completion, by_model in zip(answers, expected, probabilities, strict=True):
+    expected = Generator.from_checkpoint(run).complete(asked, max_new_tokens=10, ignore_eos=True, logprobs=1)
+    for answer, completion in zip(answers, expected, strict=True):
         if 256 not in completion.tokens:  # the end of text, which the engine leaves out
             assert answer["text"] == completion.text
-        np.testing.assert_allclose(answer["logprobs"]["token_logprobs"], by_model[-10:], atol=2e-3)
+        np.testing.assert_allclose(answer["logprobs"]["token_logprobs"], completion.logprobs, atol=2e-3)
 
 
 def test_requests_get_the_tokens_of_the_generator(server, run):
@@ -59,8 +45,6 @@ def test_requests_get_the_tokens_of_the_generator(server, run):
 
 @pytest.mark.slow
 def test_two_processes_of_two_devices_serve_as_one(start_server, run):
-    from tests.serving.conftest import free_port
-
     arguments = [run, *FOUR_DEVICES]
     hosts = [f"--distributed.coordinator=127.0.0.1:{free_port()}", "--distributed.processes=2"]
     first = start_server(*arguments, *hosts, "--distributed.process_id=0", devices=2)
