@@ -254,14 +254,13 @@ def main() -> int:
     return equal != total
 
 
-if sys.argv[1:2] == [
-    "vllm"
-]:  # the command `vllm`; its processes, which run this file again, need the shims too
+if __name__ == "__mp_main__":  # a process of `vllm serve`
     apply_shims()
-    if __name__ == "__main__":
-        from vllm.entrypoints.cli.main import main as vllm
+elif __name__ == "__main__" and sys.argv[1:2] == ["vllm"]:  # the command `vllm`
+    apply_shims()
+    from vllm.entrypoints.cli.main import main as vllm
 
-        del sys.argv[1]
-        vllm()
+    del sys.argv[1]
+    vllm()
 elif __name__ == "__main__":
     sys.exit(main())
