@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.attention.base import HEADS, ROWS, Attention
+from mlra_jax.attention.base import HEADS, ROWS, Attention, attend_own
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
@@ -43,6 +43,7 @@ from mlra_jax.model.layers import (
     parameter,
     products,
     rotary_frequencies,
+    softmax_scale,
     stored,
     weight,
 )
@@ -213,7 +214,7 @@ class LatentAttention(Attention):
         self.sizes = a
         d, n = config.d_model, config.n_heads
         rank, latent, h, r = a.q_lora_rank, a.d_latent, a.d_nope, a.d_rope
-        self.softmax_scale = 1 / math.sqrt(h + r)  # of the expanded form, whatever C is
+        self.softmax_scale = softmax_scale(config, h + r)  # of the expanded form, whatever C is
         self.q_scale = math.sqrt(d / rank) if a.scale_latents else 1.0
         self.kv_scale = math.sqrt(d / latent) if a.scale_latents else 1.0
         self.frequencies = rotary_frequencies(config, r)
@@ -308,7 +309,7 @@ class LatentAttention(Attention):
         self.require_layout("train")
         rules, dtype = self.rules, self.compute_dtype
         x_BTD = x_BTD.astype(dtype)
-        positions = rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
+        positions = rules.positions(x_BTD.shape[1])
         q_BTA, kv_BTLC, k_rope_BTR = products(
             rules,
             x_BTD,
@@ -365,9 +366,14 @@ class LatentAttention(Attention):
             kv_BSJGC = jnp.take(kv_BSJGC, groups, axis=3)
         w_uk, w_uv = (w.reshape(j, g, m, c, h) for w in (w_uk, w_uv))
         q_nope_BTGMH, q_rope_BTGMR = (q.reshape(b, t, g, m, -1) for q in (q_nope, q_rope))
-        attend = functools.partial(
-            causal_attention_parts, scale=self.softmax_scale, q_start=rules.axis_index("length") * t
-        )
+
+        def attend(parts: list[tuple[jax.Array, jax.Array]], v: jax.Array | None) -> jax.Array:
+            queries, keys = zip(*parts, strict=True)
+            of_run = lambda *queries, q_start: causal_attention_parts(
+                list(zip(queries, keys, strict=True)), v, scale=self.softmax_scale, q_start=q_start
+            )
+            return attend_own(rules, of_run, *queries)
+
         branch_queries = lambda q: self.branch_queries(q, *(value.reshape(j, 1, 1, 1) for value in branch))
         q_rope_BTJGMR = branch_queries(q_rope_BTGMR[:, :, None])  # J is 1 if all branches have the same
         if self.absorbs:

@@ -197,6 +197,11 @@ def to_official(args: ToOfficialArgs) -> None:
     ):
         write_weights(partial, tensors, max_file_bytes=int(args.max_file_gb * 1e9), progress=progress)
         (partial / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
+    if "rope_scaling" in official:
+        print(
+            "note: the official code ignores rope_scaling in config.json: it computes without it.",
+            file=sys.stderr,
+        )
     print(out)
 
 

@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """The ids of `text`, without an end-of-text token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes each text as int32 [n], in parallel where the library supports it."""
+        """Encodes each text as int32 [n]."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end of text becomes `<|endoftext|>`, or what the tokenizer file calls it."""
@@ -286,13 +286,14 @@ class GPT2Tokenizer(_BytesOfTokens):
         return cls({token: rank for rank, token in enumerate(order)}, encoding.eot_token, order)
 
     def encode(self, text: str) -> list[int]:
-        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
-        return self._ids[list(itertools.chain(*ranks))].tolist()
+        return self._encode(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        pieces = [_BLANKS.split(text) for text in texts]
-        ranks = iter(self._encoding.encode_ordinary_batch(list(itertools.chain(*pieces))))
-        return [self._ids[list(itertools.chain(*(next(ranks) for _ in own)))] for own in pieces]
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
+        return self._ids[list(itertools.chain(*ranks))]
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pairs of tokens that merge, in order."""

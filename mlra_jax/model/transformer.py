@@ -191,7 +191,7 @@ class Transformer(WithLayout):
         """The normalised last hidden states [B, T, D] (float32) of whole sequences, in the training layout.
 
         Args:
-          tokens_BT: ids, at positions 0 to T - 1.
+          tokens_BT: ids, at positions 0 to T - 1, in the table's order (`AxisRules.in_order`).
           totals: for layers that are not stacked, the float32 sums for each one's gradients (`Summed`).
         """
         self.require_layout("train")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
     """The call with normally distributed queries and cache, NaN for every token that no query sees.
 
     The pages of a paged cache are in random order; the entries of the table past a row's end are out of range.
-    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in place of what the lengths of `spec` say.
+    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in
+    place of what the lengths of `spec` say.
     """
     call = abstract_call(dataclasses.replace(spec, pool=None), dtype, scale=scale)
     *arrays, _, page_table = call.args
@@ -156,6 +158,42 @@ def waits_left_out(monkeypatch, kernel, jitted, left_out=lambda barrier: True):
     finally:
         for f in jitted:
             f.clear_cache()
+
+
+VIEWS = {"parameter", "bitcast", "custom-call", "get-tuple-element", "tuple"}
+"""Operations of a compiled program that do not move what they are given; kernels among them."""
+
+
+def assert_not_copied(compiled, elements, donated=(), itemsize=2, allowed=VIEWS):
+    """That a compiled program copies, gathers or transposes no array of so many elements: such as a cache, or a pool.
+
+    Args:
+      compiled: a compiled program.
+      elements: of the smallest array that must not be copied, on one device: a pool's rotary keys, not all of it.
+      donated: elements of arrays that must be changed in place, on one device.
+      itemsize: bytes of an element.
+      allowed: operations that may give an array of that size.
+
+    Returns:
+      Names and operations of what gives one; None where XLA cannot show the program.
+    """
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < itemsize * elements  # there is no room for a copy
+    assert memory.alias_size_in_bytes >= itemsize * sum(donated)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:  # XLA cannot read back some programs for tpu7x
+        if "async-update" in str(e):
+            return None
+        raise
+    moved = []
+    for line in text.splitlines():
+        if found := re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line):
+            name, sizes, operation = found.groups()
+            if np.prod([int(n) for n in sizes.split(",")], dtype=np.int64) >= elements:
+                moved.append((name, operation))
+    assert {operation for _, operation in moved} <= set(allowed), moved
+    return moved
 
 
 EDGES = {

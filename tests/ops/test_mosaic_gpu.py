@@ -60,9 +60,8 @@ def whole_blocks(case):
         ({}, jnp.float32, "takes bfloat16; got float32"),
         ({"width": 96}, jnp.bfloat16, "got 96 [+] 64 and 96"),
         ({"rope": 16}, jnp.bfloat16, "got 128 [+] 16 and 128"),
-        ({"max_len": 100}, jnp.bfloat16, "a multiple of 64 tokens; got 100"),
+        ({"max_len": 100}, jnp.bfloat16, "contiguous caches of a multiple of 64; got 100"),
         ({"page_size": 24}, jnp.bfloat16, "16, 32 or a multiple of 64 tokens, .*; got 24"),
-        ({"max_len": 32}, jnp.bfloat16, "contiguous caches of a multiple of 64; got 32"),
         ({"rope": 0, "value": 512, "width": 512}, jnp.bfloat16, "bytes of shared memory"),
     ],
 )
@@ -189,6 +188,8 @@ def interpreted(call, config, races=True):
         ("contiguous pool", Config(2, 64, 2)),
         ("grouped, other value width", Config(1, 64, 2)),
         ("grouped, pages", Config(2, 64, 2)),
+        ("several latents", Config(4, 64, 2, streams=2)),
+        ("ragged", Config(6, 64, 2, streams=2)),
     ],
     ids=str,
 )

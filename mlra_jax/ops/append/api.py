@@ -9,6 +9,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops import device
 from mlra_jax.ops.append import reference
 from mlra_jax.ops.append.reference import LatentTokens
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
@@ -19,7 +20,7 @@ from mlra_jax.ops.rotary import Frequencies
 Layout = Literal["token_major", "feature_major"]
 
 TOKENS: Mapping[str, BackEnd] = {
-    "mosaic_tpu": Lazy("mlra_jax.ops.append.mosaic_tpu", "MosaicTPU"),
+    "mosaic_tpu": Lazy("mlra_jax.ops.append.mosaic_tpu", "MosaicTPU", device.require_tpu),
     "reference": Function(reference.append),
 }
 """Back ends of `append`, in order of preference."""
@@ -57,7 +58,7 @@ def append(
 
 
 LATENTS: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.append.mosaic_gpu", "MosaicGPU"),
+    "mosaic_gpu": Lazy("mlra_jax.ops.append.mosaic_gpu", "MosaicGPU", device.require_hopper),
     "reference": Function(functools.partial(reference.normalize_and_append, append=append)),
 }
 """Back ends of `normalize_and_append`, in order of preference; all are called with `LatentTokens`."""

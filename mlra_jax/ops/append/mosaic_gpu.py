@@ -50,7 +50,7 @@ def _kernel(
         keys_at = lambda: [k_rope_ref.at[b, at]]
     else:
         (pool_ref,), (latents, keys) = cache_refs, columns
-        pages, page_size, _ = pool_ref.shape
+        pages, page_size = pool_ref.shape[:2]
         there = (at >= 0) & (at < pages * page_size)
         token_at = lambda start, n: pool_ref.at[
             lax.div(at, page_size), lax.rem(at, page_size), pl.ds(start, n)
@@ -117,7 +117,7 @@ class MosaicGPU(HopperKernel[None, None]):
                 f"128 and rotary keys of a multiple of 64; got {rank}, {width} and {rotary}."
             )
 
-    def run(self, shape: None, config: None, args: LatentTokens) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def run(self, shape: None, config: None, args: LatentTokens) -> tuple[jax.Array, Any, Any]:
         """Runs the kernel; the caches are changed in place, if they are donated."""
         (b, t), heads, rank, rotary = (
             args.a.shape[:2],

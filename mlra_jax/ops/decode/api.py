@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops import device
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode import reference, xla
@@ -20,9 +21,9 @@ from mlra_jax.ops.dispatch import Implementation, dispatch
 Layout = Literal["token_major", "feature_major"]
 
 IMPLEMENTATIONS: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU"),
-    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton"),
-    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU"),
+    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU", device.require_hopper),
+    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton", device.require_ampere),
+    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU", device.require_tpu),
     "xla": Function(xla.decode_attention),
     "reference": Function(reference.decode_attention),
 }

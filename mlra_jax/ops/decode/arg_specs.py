@@ -41,8 +41,8 @@ class ArgSpec:
     """Tokens of a page; None: a contiguous cache."""
     layout: Layout = "token_major"
     pool: Literal["packed", "engine"] | None = None
-    """Latents and rotary keys are columns of one pool: side by side (`packed`), or as in serving engines, which hold for
-    each latent head two slots of a multiple of 128 values, [P, S, L, 2, 128]: its latent, and the rotary key."""
+    """Latents and rotary keys are columns of one pool: side by side (`packed`), or as in serving engines, which hold
+    for each latent head two slots of a multiple of 128 values, [P, S, L, 2, 128]: its latent, and the rotary key."""
 
     @property
     def capacity(self) -> int:

@@ -50,8 +50,8 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
                 tile = min(64, x.width)
                 if not x.evenly_spaced or any(start % tile for start in x.starts):
                     raise NotImplementedError(
-                        f"the Mosaic GPU kernel takes columns that start at equal distances and multiples of {tile}; got "
-                        f"{list(x.starts)}."
+                        "the Mosaic GPU kernel takes columns that start at equal distances and multiples of "
+                        f"{tile}; got {list(x.starts)}."
                     )
                 if x.token_width % 8:
                     raise NotImplementedError(

@@ -7,6 +7,8 @@ import dataclasses
 from mlra_jax.ops.decode.shape import Shape
 from mlra_jax.ops.hopper import ROWS, SHARED_MEMORY
 
+LONG = 48
+"""Blocks of each of two streams from which they are faster than one (docs/kernels.md)."""
 MAX_PAGES = 4
 """From which a block is gathered; the copies of more would not fit into the producer's registers."""
 
@@ -26,12 +28,19 @@ class Config:
       block: tokens that a program takes at a time: 64 or 128; a divisor or a multiple of the page size.
       stages: blocks in flight, 2 or more.
       row_groups: warpgroups of a program, each with 64 query rows of its own, that share its blocks.
+      streams: shares that a program works on side by side, each with a ring, a producer and consumers of its own: the
+        tensor cores multiply for one while another makes weights.
     """
 
     n_splits: int
     block: int
     stages: int
     row_groups: int = 1
+    streams: int = 1
+
+    def shares(self, shape: Shape) -> int:
+        """Shares, or whole sequences, of each tile."""
+        return shape.batch if self.n_splits == 1 else self.n_splits
 
     def tiles(self, shape: Shape) -> int:
         """Tiles of query rows of a head, one for each program."""
@@ -49,7 +58,7 @@ class Config:
         block = 2 * self.block * (sum(shape.widths) + (0 if shape.latent else shape.v_width))
         weights = 2 * ROWS * self.block if value_groups(shape) > 1 else 0
         rotation = 2 * self.row_groups * shape.widths[-1] ** 2 if shape.rotary else 0
-        return queries + self.stages * block + weights + rotation + 2304
+        return self.streams * (queries + self.stages * block + weights + rotation) + 2304
 
     def pages(self, shape: Shape) -> int:
         """Pages from which a block is gathered."""
@@ -60,7 +69,8 @@ class Config:
         whole = shape.page_size % self.block == 0
         if shape.row_pages is not None:
             whole |= self.block % shape.page_size == 0 and self.pages(shape) <= MAX_PAGES
-        return whole and self.shared_bytes(shape) <= SHARED_MEMORY
+        even = self.shares(shape) % self.streams == 0
+        return whole and even and self.shared_bytes(shape) <= SHARED_MEMORY
 
     @classmethod
     def heuristic(cls, shape: Shape, processors: int) -> Config:
@@ -82,6 +92,11 @@ class Config:
         block = 128 if large and cls(n_splits, 128, 2, row_groups).fits(shape) else 64
         stages = 3 if n_splits > 1 and row_groups == 1 and sum(shape.widths) <= 192 else 4
         config = cls(n_splits, block, stages, row_groups)
+        # Where memory is fast or shares are long, a single consumer's turns between products and softmax take longer.
+        two = cls(2 * max(1, processors // tiles), 64, 2, 1, streams=2)
+        if n_splits > 1 and row_groups == 1 and n_blocks >= LONG * two.n_splits and two.fits(shape):
+            narrow = shape.latent and value_groups(shape) == 1
+            config = two if narrow else config
         while config.stages > 2 and config.shared_bytes(shape) > SHARED_MEMORY:
             config = dataclasses.replace(config, stages=config.stages - 1)
         return config

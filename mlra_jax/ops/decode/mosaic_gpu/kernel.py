@@ -56,7 +56,7 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers of a program."""
+    """Shared memory and barriers of a stream."""
 
     queries: Any  # of each part [row groups, 64, W]
     rotations: Any  # [row groups, R, R], or None
@@ -71,6 +71,12 @@ class Scratch(NamedTuple):
     weights_full: Any  # the weights and row factors are written
     weights_free: Any  # they have been used
     blanked: Any  # values past the last token are zeros
+
+
+class Streams(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    streams: Any  # of each stream a `Scratch`
 
 
 def rotation_matrices(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
@@ -94,9 +100,9 @@ def accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
 
 
 class Program:
-    """What the warpgroups of a program share: its references, its place in the grid, and the blocks that it has."""
+    """What the warpgroups of a stream share: its references, its place in the grid, and the blocks that it has."""
 
-    def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch, stream: int):
         self.inputs, self.outputs, self.scratch = inputs, outputs, scratch
         self.shape, self.config, self.scale = static.shape, static.config, static.scale
         self.interpret, shape, config = static.interpret is not None, static.shape, static.config
@@ -105,7 +111,7 @@ class Program:
         self.whole = config.n_splits == 1
         self.seen_by_longest = limit(inputs.longest, shape)
         tiles = config.tiles(shape)
-        g, self.share = lax.axis_index("tile"), lax.axis_index("share")
+        g, self.share = lax.axis_index("tile"), lax.axis_index("share") * config.streams + stream
         # Later rows may see more: the longest programs come first.
         self.head, self.tile = lax.div(g, tiles), tiles - 1 - lax.rem(g, tiles)
         groups = shape.heads // shape.branches
@@ -210,7 +216,8 @@ class Consumer:
     def run(self) -> None:
         """Attends to all sequences of the program."""
         config, scratch = self.program.config, self.program.scratch
-        registers = hopper.consumer_registers(config.row_groups * self.value_groups)
+        consumers = config.streams * config.row_groups * self.value_groups
+        registers = hopper.consumer_registers(consumers, producers=config.streams)
         plgpu.set_max_registers(registers, action="increase")
         if not self.leads:
             plgpu.barrier_arrive(scratch.weights_free)
@@ -451,9 +458,32 @@ def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.A
     shares_weights = value_groups(shape) > 1 or interpret is not None
     own_out = staged and shape.v_width != shape.widths[0]
 
-    def kernel(*refs: Any) -> None:
-        program = Program(static, *refs)
-        hopper.run_roles(lambda: produce(program), lambda me: Consumer(program, me).run(), consumers)
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Streams) -> None:
+        def run(stream: int, own: Scratch) -> None:
+            program = Program(static, inputs, outputs, own, stream)
+            first = stream * (consumers + 1)
+            hopper.run_roles(
+                lambda: produce(program), lambda me: Consumer(program, me).run(), consumers, first
+            )
+
+        for stream, own in enumerate(scratch.streams):
+            run(stream, own)
+
+    stream = Scratch(
+        queries=[smem(row_groups, ROWS, w) for w in shape.widths],
+        rotations=smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
+        keys=[smem(stages, block, w) for w in shape.widths],
+        values=None if shape.latent else smem(stages, block, shape.v_width),
+        out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
+        weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
+        row_factor=plgpu.SMEM((ROWS,), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=len(shape.cached) * config.pages(shape), num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
+        weights_full=plgpu.Barrier(num_arrivals=1),
+        weights_free=plgpu.Barrier(num_arrivals=max(1, value_groups(shape) - 1)),
+        blanked=plgpu.Barrier(num_arrivals=1),
+    )
 
     out, lse = hopper.run_kernel(
         kernel,
@@ -462,24 +492,10 @@ def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.A
             out=jax.ShapeDtypeStruct(out_shape, jnp.bfloat16 if whole else jnp.float32),
             lse=jax.ShapeDtypeStruct((results, heads, all_rows), jnp.float32),
         ),
-        Scratch(
-            queries=[smem(row_groups, ROWS, w) for w in shape.widths],
-            rotations=smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
-            keys=[smem(stages, block, w) for w in shape.widths],
-            values=None if shape.latent else smem(stages, block, shape.v_width),
-            out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
-            weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
-            row_factor=plgpu.SMEM((ROWS,), jnp.float32),
-            full=plgpu.Barrier(num_arrivals=len(shape.cached) * config.pages(shape), num_barriers=stages),
-            free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
-            weights_full=plgpu.Barrier(num_arrivals=1),
-            weights_free=plgpu.Barrier(num_arrivals=max(1, value_groups(shape) - 1)),
-            blanked=plgpu.Barrier(num_arrivals=1),
-        ),
-        grid=(heads * config.tiles(shape), b if whole else config.n_splits),
+        Streams([stream] * config.streams),
+        grid=(heads * config.tiles(shape), config.shares(shape) // config.streams),
         grid_names=("tile", "share"),
-        num_threads=consumers + 1,
+        num_threads=config.streams * (consumers + 1),
         compiler_params=hopper.PARAMS,
         interpret=interpret,
         kernel_name="decode_attention",

@@ -91,8 +91,9 @@ class MosaicTPU(DecodeKernel[Config]):
             *args.cached,
         )
         if pool is not None:
-            [buffer, *_] = (key.array for key in args.cached)
-            inputs = *inputs[:5], buffer.reshape(*buffer.shape[:2], pool.pairs, 2, pool.width)
+            buffer: Any = args.parts[0][1]
+            buffer = buffer.array.reshape(*buffer.shape[::2], pool.pairs, 2, pool.width)
+            inputs = *inputs[:5], buffer
         # Inside `shard_map`, what comes out differs between devices wherever something that goes in does.
         varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
         out, lse = _call(program, info, self.interpret or False, varying)(*inputs)
@@ -132,7 +133,7 @@ def _call(
         (shares, shape.batch, *block), dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
     )
     tokens = shape.batch * shape.capacity
-    buffers = [(heads, width, block) for heads, width in shape.cached]
+    buffers: list[tuple[int, ...]] = [(heads, width, block) for heads, width in shape.cached]
     if program.pool is not None:
         buffers = [(block, program.pool.pairs, 2, program.pool.width)]
     grid = pltpu.PrefetchScalarGridSpec(

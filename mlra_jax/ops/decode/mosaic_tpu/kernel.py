@@ -256,8 +256,8 @@ class Slots:
     """A block of one head in the buffer of a pool, [tokens, pairs, 2, width]."""
 
     def __init__(self, program: Program, refs: Refs, head: Index, buffer: Index, limit: Index | None):
+        assert program.pool is not None
         self.limit, self.pool, self.widths = limit, program.pool, program.shape.widths
-        assert self.pool is not None
         [vmem] = refs.buffers
         tokens = vmem.shape[1]
         self.words = vmem.bitcast(jnp.uint32).at[buffer].reshape(tokens * self.pool.pairs, self.pool.width)
