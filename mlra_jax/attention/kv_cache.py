@@ -20,9 +20,11 @@ import jax.numpy as jnp
 
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.ops.append import append
+from mlra_jax.ops.append import append, normalize_and_append
+from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.device import current_device
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
@@ -147,6 +149,85 @@ class LayerCache:
             for name, array in self.arrays.items()
         }
         return dataclasses.replace(self, arrays=arrays)
+
+    def append_latents(
+        self,
+        a_BTE: jax.Array,
+        q_gain_A: jax.Array,
+        kv_gain_UC: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        eps: float,
+        q_scale: float,
+        kv_scale: float,
+        frequencies: Frequencies,
+    ) -> tuple[jax.Array, Self]:
+        """Normalises queries and latents of T new tokens, rotates their keys, and appends latents and keys.
+
+        Args:
+          a_BTE: queries, latents and rotary keys side by side; see `mlra_jax.ops.append.normalize_and_append`.
+          q_gain_A: of the queries' norm.
+          kv_gain_UC: of the latents' norms.
+          start_B: see `append`.
+          n_new_B: see `append`.
+          eps: of the norms.
+          q_scale: of the queries.
+          kv_scale: of the latents.
+          frequencies: of the rotation.
+
+        Returns:
+          The normalised queries [B, T, A], and the cache.
+        """
+        t = a_BTE.shape[1]
+        q_BTA, kv_latent, k_rope = normalize_and_append(
+            a_BTE,
+            q_gain_A,
+            kv_gain_UC,
+            start_B[:, None] + jnp.arange(t),
+            self.positions(start_B, n_new_B, t),
+            self["kv_latent"],
+            self["k_rope"],
+            eps=eps,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
+            frequencies=frequencies,
+            layout=self.layout,
+        )
+        return q_BTA, dataclasses.replace(self, arrays={"kv_latent": kv_latent, "k_rope": k_rope})
+
+    def attend_latents(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        scale: float,
+        frequencies: Frequencies,
+    ) -> jax.Array:
+        """Attention of T new tokens, which have been appended, over all tokens of their rows: [B, T, U, M, C].
+
+        Args:
+          q_nope: absorbed content queries [B, T, U, M, C]; see `mlra_jax.ops.decode.latent_decode_attention`.
+          q_rope: rotary queries, not yet rotated.
+          start_B: see `append`.
+          n_new_B: see `append`.
+          scale: of the scores.
+          frequencies: of the rotation.
+        """
+        t = q_nope.shape[1]
+        out, lse = latent_decode_attention(
+            q_nope,
+            q_rope,
+            self["kv_latent"],
+            self["k_rope"],
+            self.visible(start_B, n_new_B, t),
+            scale=scale,
+            rotary=rotary_tables(start_B[:, None] + jnp.arange(t), frequencies),
+            layout=self.layout,
+        )
+        return self.merge(out, lse)
 
     def positions(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
         """This device's positions [B, T] of the T tokens from `start_B` on; past its end for other devices' tokens."""

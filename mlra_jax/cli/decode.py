@@ -18,6 +18,7 @@ from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.generation.generator import (
     DEFAULTS,
     Completion,
@@ -169,6 +170,10 @@ class _Printer:
                 f"=== prompt {event.prompt_index}, sample {event.sample}\n{self._text(event.prompt)}{event.text}"
             )
 
+    def say(self, text: str) -> None:
+        """Prints a remark on standard error."""
+        self._print(text, file=sys.stderr)
+
     def report(self, trained_len: int) -> None:
         """Statistics on standard error, and a remark if a text is longer than what was trained on."""
         stats = [c.stats for c in self._completions]
@@ -219,9 +224,11 @@ def main(argv: Sequence[str]) -> int:
     every_token = args.stream and not args.json and single
     events = generator.stream(prompts, options, every_token=every_token)
     printer = _Printer(prompts[0] if single else None, args.json, generator.tokenizer)
-    for event in events:
-        printer.show(event)
+    with BackEnds(printer.say) as back_ends:
+        for event in events:
+            printer.show(event)
     printer.report(config.data.seq_len)
+    printer.say(str(back_ends))
     return 0
 
 

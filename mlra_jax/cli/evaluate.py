@@ -22,6 +22,7 @@ from mlra_jax.errors import UserError
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.generation.generator import Generator
 from mlra_jax.markdown import padded
 from mlra_jax.sharding import check_decode_layout
@@ -167,23 +168,25 @@ def main(argv: Sequence[str]) -> int:
 
     first = jax.process_index() == 0
     report: dict[str, Any] = _describe(args, model)
-    if parts:
-        results = list(evaluate(model, parts, byte_lengths, progress=first))
-        report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
-        if first:
-            print(*perplexity_table(results), sep="\n", flush=True)
-    if tasks is not None:
-        make_generator = lambda: Generator.from_checkpoint(
-            model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
-        )
-        adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
-        scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
-        report["tasks"] = scores
-        average = harness.paper_average(scores)
-        if average is not None:
-            report["paper_average"] = average
-        if first:
-            print(*task_table(scores, average), sep="\n", flush=True)
+    with BackEnds(_say) as back_ends:
+        if parts:
+            results = list(evaluate(model, parts, byte_lengths, progress=first))
+            report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
+            if first:
+                print(*perplexity_table(results), sep="\n", flush=True)
+        if tasks is not None:
+            make_generator = lambda: Generator.from_checkpoint(
+                model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
+            )
+            adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
+            scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
+            report["tasks"] = scores
+            average = harness.paper_average(scores)
+            if average is not None:
+                report["paper_average"] = average
+            if first:
+                print(*task_table(scores, average), sep="\n", flush=True)
+    _say(str(back_ends))
     if args.json and first:
         write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0

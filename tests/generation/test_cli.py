@@ -63,6 +63,7 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
         captured.err,
     )
     assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
+    assert re.search(r"\nBack ends: .*latent_decode_attention xla", captured.err)
 
 
 def test_prompts_come_from_arguments_files_and_standard_input(

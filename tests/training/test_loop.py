@@ -123,22 +123,21 @@ def test_a_finished_run_started_again_does_nothing_and_leaves_its_files_as_they_
     assert "has all of its 8 steps; nothing to do" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on_to_the_same_bits(
+def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on_to_the_same_bits(
     uninterrupted, config, monkeypatch, capsys
 ):
     reference, finished = uninterrupted
+    command_line(monkeypatch, dataclasses.replace(reference, out=config.out))
     with monkeypatch.context() as patch:
         at_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(
-            "mlra_jax.cli.configs.parse_train_args",
-            lambda argv: dataclasses.replace(reference, out=config.out),
-        )
-        assert main([]) == 0
+        assert main([]) == 75
     assert "Stopped by SIGTERM after step 3, saved" in capsys.readouterr().err
     assert find_step(config.out).name == "3"
-    result = train(dataclasses.replace(reference, out=config.out))
-    assert (result.step, result.interrupted) == (8, False)
-    assert_same_bits(result.state, finished.state)
+    assert main([]) == 0
+    assert_same_bits(saved_params(config, config.out), jax.device_get(finished.state.params))
+    output = capsys.readouterr().err
+    assert "Back ends: causal_attention xla" in output
+    assert "warning" not in output  # no kernel is made for a CPU
 
 
 def test_nan_stops_with_the_step_s_number_and_leaves_the_last_good_checkpoint(
@@ -204,6 +203,35 @@ def test_parameters_alone_of_another_model_are_refused(uninterrupted, config):
     save_params(config.run_dir, finished.state.params, config)
     with pytest.raises(CheckpointError, match=r"model\.d_ff: 64 -> 48"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=48)))
+
+
+def test_a_run_starts_from_the_parameters_of_another_and_says_what_differs(uninterrupted, config, capsys):
+    reference, finished = uninterrupted
+    model = dataclasses.replace(reference.model, init_std=0.5)
+    config = dataclasses.replace(reference, out=config.out, init_from=reference.out, model=model, steps=1)
+    first = train(config)
+    assert first.step == 1
+    assert_same_bits(first.state.params, finished.state.params)  # update 0 has learning rate 0
+    said = capsys.readouterr().err
+    assert f"Its first parameters are those of {reference.out}." in said
+    assert "model.init_std: 0.02 -> 0.5" in said
+    # It goes on by itself, whatever has become of the other run.
+    gone = dataclasses.replace(config, init_from=f"{reference.out}/gone", steps=3)
+    assert train(gone).step == 3
+
+
+def test_a_run_from_parameters_of_another_model_is_refused_and_leaves_no_folder(uninterrupted, config):
+    reference, _ = uninterrupted
+    model = dataclasses.replace(reference.model, norm_eps=1e-5, rope_base=5e5, d_ff=48)
+    config = dataclasses.replace(reference, out=config.out, init_from=reference.out, model=model)
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    lines = str(error.value).splitlines()
+    assert "holds another model than this run trains" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == ["  - model.d_ff", "  - model.norm_eps"]
+    with pytest.raises(CheckpointError, match=r"No checkpoint at .*nowhere"):
+        train(dataclasses.replace(config, init_from=f"{reference.out}/nowhere"))
+    assert not os.path.exists(config.out)
 
 
 def test_a_home_folder_that_no_shell_expanded_holds_the_whole_run_and_the_compiled_programs(
@@ -445,10 +473,10 @@ def unfinished(out):
     return [p.name for p in out.glob("checkpoints/*.orbax-checkpoint-tmp*")]
 
 
-def finish(process):
-    """Output of a process that must end well."""
+def finish(process, status=0):
+    """Output of a process that must end with this status."""
     output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     return output
 
 
@@ -510,7 +538,7 @@ def two_processes(start_two, tmp_path_factory):
     try:
         wait_for(processes[0], lambda: n_lines(out) >= 3)
         processes[1].send_signal(signal.SIGTERM)
-        stopped = [finish(p) for p in processes]
+        stopped = [finish(p, 75) for p in processes]
         step = int(find_step(out).name)
         processes = start_two(out, step + 2)
         resumed = [finish(p) for p in processes]
