@@ -201,8 +201,8 @@ generator.generate(prompts, sampling=[mlra.Sampling(), sampling], max_new_tokens
 SECTIONS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     # Heading: {example: the names that it shows, and that are described before it}.
     "Configurations": {
-        "TrainConfig ModelConfig LatentAttentionConfig ExecutionConfig MeshConfig DataConfig OptimConfig "
-        "CheckpointConfig LogConfig": CONFIGURATIONS,
+        "TrainConfig ModelConfig LatentAttentionConfig RotaryScalingConfig ExecutionConfig MeshConfig DataConfig "
+        "OptimConfig CheckpointConfig LogConfig": CONFIGURATIONS,
         "AttentionConfig GroupedAttentionConfig TiedAttentionConfig TensorProductAttentionConfig": OTHER_ATTENTIONS,
         "ConfigError": CONFIG_ERROR,
         "load_config": LOAD_CONFIG,

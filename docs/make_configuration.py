@@ -59,6 +59,10 @@ set its sizes. [attention.md](attention.md) has the equations, and the sizes of 
 paper's runs.
 """
 
+SCALING = """\
+[attention.md](attention.md#longer-sequences) has the formulas.
+"""
+
 DISTRIBUTED = """\
 These options say how a process finds the others, and are not stored with the run. `decode.py` takes them too.
 [clusters.md](clusters.md) says where they are needed.
@@ -67,6 +71,7 @@ These options say how a process finds the others, and are not stored with the ru
 SECTIONS = (
     ("The run", "", config.TrainConfig, ""),
     ("Model", "model.", config.ModelConfig, ""),
+    ("Rotary scaling", "model.rotary_scaling.", config.RotaryScalingConfig, SCALING),
     ("Attention: MLA, GLA, MLRA", "model.attention.", LatentAttentionConfig, ATTENTION),
     ("Attention: MHA, GQA, MQA, MFA", "model.attention.", GroupedAttentionConfig, ""),
     ("Attention: GTA", "model.attention.", TiedAttentionConfig, ""),

@@ -22,6 +22,7 @@ from mlra_jax.config import LogConfig as LogConfig
 from mlra_jax.config import MeshConfig as MeshConfig
 from mlra_jax.config import ModelConfig as ModelConfig
 from mlra_jax.config import OptimConfig as OptimConfig
+from mlra_jax.config import RotaryScalingConfig as RotaryScalingConfig
 from mlra_jax.config import TrainConfig as TrainConfig
 from mlra_jax.generation.generator import Completion as Completion
 from mlra_jax.generation.generator import Delta as Delta

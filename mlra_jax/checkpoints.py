@@ -21,7 +21,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
@@ -123,6 +123,14 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
     return epath.Path(found[wanted])
 
 
+def has_checkpoint(run_dir: epath.PathLike) -> bool:
+    """Whether a run has saved anything from which it would continue."""
+    try:
+        return bool(find_step(run_dir))
+    except CheckpointError:
+        return False
+
+
 def load_config(checkpoint: epath.PathLike, step: int | None = None) -> TrainConfig:
     """The configuration of the run that wrote a checkpoint, without what was chosen for the run's devices.
 
@@ -145,9 +153,17 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     Raises:
       CheckpointError: every missing, extra or misshapen array, with both shapes.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-    stored = {k: tuple(v.shape) for k, v in _flat(handler.metadata(step_dir / item).tree).items()}
-    wanted = {k: tuple(v.shape) for k, v in _flat(abstract).items()}
+    stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / item).tree
+    check_shapes(f"The {item} in {step_dir}", _flat(stored), _flat(abstract))
+
+
+def check_shapes(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compares shapes by name.
+
+    Raises:
+      CheckpointError: every missing, extra or misshapen array, with both shapes.
+    """
+    stored, wanted = ({k: tuple(v.shape) for k, v in arrays.items()} for arrays in (stored, wanted))
     faults = [
         f"{k}: {stored.get(k, 'not')} in the checkpoint, {wanted.get(k, 'not')} in the model"
         for k in sorted(stored | wanted)
@@ -155,7 +171,7 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     ]
     if faults:
         raise CheckpointError(
-            f"The {item} in {step_dir} do not fit the model ({len(faults)} of {len(stored | wanted)} arrays):\n  - "
+            f"{what} do not fit the model ({len(faults)} of {len(stored | wanted)} arrays):\n  - "
             + "\n  - ".join(faults)
         )
 
@@ -343,6 +359,41 @@ def load_params(checkpoint: epath.PathLike, abstract_params: Any, step: int | No
             read = _read_params(step_dir, {name: as_stored[name] for name in names}, digests)
             params |= {name: read[name].astype(wanted[name].dtype) for name in names}
         return nnx.traversals.unflatten_mapping(params, sep=".")
+
+
+_MAY_DIFFER = ("rope_base", "rotary_scaling.", "init_std", "output_init", "compute_dtype", "param_dtype")
+"""Fields of the model that a run may change when it starts from the parameters of another."""
+
+
+def check_initial(config: TrainConfig) -> list[str]:
+    """Compares the model of `config.init_from` with that of the run that starts from its parameters.
+
+    Returns:
+      Differences in the model, the tokenizer and the length of sequences, each as "field: stored -> current".
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is not of the same model (all differences are listed).
+    """
+    differences = config_differences(load_config(config.init_from), config)
+    of_model = [d for d in differences if d.startswith("model.")]
+    if refused := [d for d in of_model if not d.removeprefix("model.").startswith(_MAY_DIFFER)]:
+        raise CheckpointError(
+            f"init_from={config.init_from} holds another model than this run trains; take back, or name another run:"
+            "\n  - " + "\n  - ".join(refused)
+        )
+    return [d for d in differences if d in of_model or d.startswith(("data.seq_len", "data.tokenizer"))]
+
+
+def load_initial(config: TrainConfig, abstract_params: Any) -> Restored | None:
+    """The parameters that a new run starts from (`init_from`), laid out as `abstract_params` says; None: random ones.
+
+    Raises:
+      CheckpointError: see `check_initial`; or the checkpoint is damaged.
+    """
+    if not config.init_from:
+        return None
+    changes = check_initial(config)
+    return Restored(0, None, load_params(config.init_from, abstract_params), changes, [])
 
 
 def config_differences(stored: TrainConfig, current: TrainConfig) -> list[str]:

@@ -243,6 +243,39 @@ def uneven(config: AttentionConfig, name: str, multiple: int = 2) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
+class RotaryScalingConfig(Validated):
+    """How rotary embeddings of a model trained at one length are changed for longer sequences."""
+
+    at: ClassVar[str] = "model.rotary_scaling."
+    method: Literal["none", "linear", "ntk", "yarn"] = "none"
+    """linear: position interpolation, all frequencies divided by `factor`; ntk: a larger base, so that only the lowest
+    frequency is; yarn: the frequencies below `beta_slow` turns are, those above `beta_fast` stay, and attention is made
+    sharper, as in DeepSeek-V2 and V3."""
+    factor: Annotated[float, Range(ge=1)] = 1.0
+    """By how much sequences may be longer than those of the first training; 1 changes nothing."""
+    original_max_position: Positive = 2048
+    """Length of those, in tokens (yarn)."""
+    beta_fast: PositiveFloat = 32.0
+    """Turns within the original length from which on a frequency stays as it is (yarn)."""
+    beta_slow: PositiveFloat = 1.0
+    """Turns within the original length up to which a frequency is divided by `factor` (yarn)."""
+    mscale: NotNegativeFloat = 1.0
+    """With `mscale_all_dim`: rotated queries and keys are multiplied by (0.1 * mscale * ln(factor) + 1) over
+    (0.1 * mscale_all_dim * ln(factor) + 1) each, hence not at all if both are equal (yarn)."""
+    mscale_all_dim: NotNegativeFloat = 1.0
+    """All scores are multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)**2, the inverse of the softmax's temperature
+    (yarn)."""
+
+    def conflicts(self) -> list[str]:
+        at, faults = self.at, []
+        if self.method == "none" and self.factor != 1:
+            faults.append(f"{at}factor={self.factor} needs a {at}method: linear, ntk or yarn.")
+        if self.beta_fast <= self.beta_slow:
+            faults.append(f"{at}beta_fast={self.beta_fast} must be more than beta_slow={self.beta_slow}.")
+        return faults
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig(Validated):
     """The paper's decoder-only transformer: tied embeddings, RMSNorm, SwiGLU, half-split RoPE, no biases."""
 
@@ -267,6 +300,8 @@ class ModelConfig(Validated):
     """Standard deviation of the normal initialisation; TPA's factors are initialised uniformly instead."""
     rope_base: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rotary_scaling: RotaryScalingConfig = RotaryScalingConfig()
+    """Scaling of the rotary frequencies for long sequences."""
     norm_eps: PositiveFloat = 1e-6
     """Added to the mean square in every RMSNorm."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -288,12 +323,17 @@ class ModelConfig(Validated):
         groups, what = self.cached_heads // self.attention.n_branches, self.attention.cached_heads_field
         if self.attention.n_branches > 1:
             what = "the number of head groups n_latent_heads/n_branches"
-        if self.n_heads % groups == 0:
-            return []
-        return [
-            f"{self.at}n_heads={self.n_heads} is not divisible by {what}={groups}; "
-            "every latent or KV head must serve the same number of query heads."
-        ]
+        faults, method = [], self.rotary_scaling.method
+        if self.n_heads % groups:
+            faults.append(
+                f"{self.at}n_heads={self.n_heads} is not divisible by {what}={groups}; "
+                "every latent or KV head must serve the same number of query heads."
+            )
+        if method == "yarn" and self.rope_base <= 1:
+            faults.append(
+                f"{self.at}rope_base={self.rope_base} must be more than 1 for rotary_scaling.method=yarn."
+            )
+        return faults
 
 
 Remat = Literal["auto", "none", "products", "dots", "mlp", "attention", "full"]
@@ -518,6 +558,9 @@ class TrainConfig(Validated):
     """Name of the run; its folder is `runs/NAME` unless `out` is given."""
     out: str = ""
     """Folder or bucket URL of the run (checkpoints, metrics); empty: `runs/NAME`."""
+    init_from: str = ""
+    """Run (or its `checkpoints` folder, or one step's; local or a bucket URL) whose parameters a new run starts from,
+    with a new optimizer; sequences, rotary frequencies and devices may be others. Empty: random parameters."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """The network."""
     execution: ExecutionConfig = ExecutionConfig()

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from mlra_jax.attention.registry import attention_type
 from mlra_jax.config import ModelConfig
-from mlra_jax.ops.rotary import frequencies, rotate
+from mlra_jax.model.layers import rotary_frequencies, softmax_scale
+from mlra_jax.ops.rotary import rotate
 
 Params = dict[str, Any]
 
@@ -33,11 +34,9 @@ def latent(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
     a: Any = config.attention
     d, n, m = config.d_model, config.n_heads, config.heads_per_latent
     scale = lambda ratio: sqrt(ratio) if a.scale_latents else 1.0  # preserves the variance
-
     q_BTA = scale(d / a.q_lora_rank) * rms_norm(x_BTD @ p["w_qa"], p["q_norm"], config)
     q_BTNE = jnp.einsum("BTA,ANE->BTNE", q_BTA, p["w_qb"])
     q_nope, q_rope = q_BTNE[..., : a.d_nope], q_BTNE[..., a.d_nope :]
-
     kv_BSLC = jnp.einsum("BSD,DLC->BSLC", x_BTD, p["w_kva"])
     kv_latent = scale(d / a.d_latent) * rms_norm(kv_BSLC, p["kv_norm"], config)
     l_JN = a.n_groups * jnp.arange(a.n_branches)[:, None] + jnp.arange(n) // m
@@ -45,7 +44,6 @@ def latent(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
     k_nope = jnp.einsum("BSJNC,JNCH->JBSNH", kv_BSJNC, p["w_uk"])
     v = jnp.einsum("BSJNC,JNCH->JBSNH", kv_BSJNC, p["w_uv"])
     k_rope = rope(x_BTD @ p["w_kr"], config)[:, :, None]  # one for all heads and branches
-
     return Heads(beside(q_nope, rope(q_rope, config)), beside(k_nope, k_rope), v, scale(1 / a.n_branches))
 
 
@@ -79,16 +77,18 @@ def tensor_product(p: Params, config: ModelConfig, x_BTD: jax.Array) -> Heads:
     return Heads(mean("q"), mean("k")[None], mean("v")[None])
 
 
-def softmax_weights(heads: Heads) -> jax.Array:
+def softmax_weights(heads: Heads, config: ModelConfig) -> jax.Array:
     """How much each query attends to each position, by a causal softmax in each branch: [J, B, N, T, S]."""
-    scores = jnp.einsum("BTNE,JBSNE->JBNTS", heads.q_BTNE, heads.k_JBSNE) / sqrt(heads.q_BTNE.shape[-1])
+    scores = jnp.einsum("BTNE,JBSNE->JBNTS", heads.q_BTNE, heads.k_JBSNE)
+    scores *= softmax_scale(config, heads.q_BTNE.shape[-1])
     return jax.nn.softmax(jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf), axis=-1)
 
 
 def attention(p: Params, config: ModelConfig, x_BTD: jax.Array) -> jax.Array:
     """A layer of any family, [B, T, D]: softmax, sum over branches, gate if there is one, output projection."""
     heads = heads_of(p, config, x_BTD)
-    y_BTNH = heads.branch_scale * jnp.einsum("JBNTS,JBSNH->BTNH", softmax_weights(heads), heads.v_JBSNH)
+    weights_JBNTS = heads.branch_scale * softmax_weights(heads, config)
+    y_BTNH = jnp.einsum("JBNTS,JBSNH->BTNH", weights_JBNTS, heads.v_JBSNH)
     if config.gated_attention:
         y_BTNH = y_BTNH * jax.nn.sigmoid(jnp.einsum("BTD,DNH->BTNH", x_BTD, p["output"]["w_gate"]))
     return jnp.einsum("BTNH,NHD->BTD", y_BTNH, p["output"]["w_o"])
@@ -99,7 +99,7 @@ def rms_norm(x: jax.Array, p: Params, config: ModelConfig) -> jax.Array:
 
 
 def rope(x: jax.Array, config: ModelConfig) -> jax.Array:
-    return rotate(x, jnp.arange(x.shape[1]), frequencies(x.shape[-1], config.rope_base))
+    return rotate(x, jnp.arange(x.shape[1]), rotary_frequencies(config, x.shape[-1]))
 
 
 def by_query_head(kv_BSKH: jax.Array, config: ModelConfig) -> jax.Array:

@@ -114,6 +114,9 @@ class AxisRules:
     """
 
     table: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    zigzag: bool = False
+    """Whether each of n devices that split `length` has two runs of tokens, numbers i and 2n - 1 - i of 2n, so that
+    causal attention is as much work on each; else one. Sequences then are in the order of `in_order`."""
 
     @classmethod
     def of(cls, **rules: str | tuple[str, ...] | None) -> AxisRules:
@@ -213,7 +216,37 @@ class AxisRules:
 
         return call
 
+    # Where tokens are:
+
+    def in_order(self, x: jax.Array, axis: int) -> jax.Array:
+        """`x` with its tokens along `axis` in the order in which devices hold them, which matters to attention alone.
+
+        Args:
+          x: in natural order; an axis before `axis` is the batch.
+          axis: of tokens; their number is a multiple of 2n.
+        """
+        n = self.size("length") if self.zigzag else 1
+        if n == 1:
+            return x
+        names = ["batch" if i == axis - 1 else None for i in range(x.ndim)]
+        x = self.constrain(x, *names)
+        first, last = jnp.split(x.reshape(*x.shape[:axis], 2 * n, -1, *x.shape[axis + 1 :]), 2, axis)
+        ordered = jnp.stack([first, jnp.flip(last, axis)], axis + 1).reshape(x.shape)
+        return self.constrain(ordered, *["length" if i == axis else name for i, name in enumerate(names)])
+
+    def positions(self, length: int) -> jax.Array:
+        """The position of each of `length` tokens, laid out as they are."""
+        return self.constrain(self.in_order(jnp.arange(length), 0), "length")
+
     # Inside `shard_map`:
+
+    def runs(self, length: int) -> list[tuple[jax.Array | int, slice]]:
+        """The runs of successive tokens among a device's `length`: the first one's position, and where they are."""
+        i, n = self.axis_index("length"), self.size("length")
+        if not self.zigzag or n == 1:
+            return [(i * length, slice(None))]
+        half = length // 2
+        return [(i * half, slice(half)), ((2 * n - 1 - i) * half, slice(half, None))]
 
     def axis_index(self, name: str) -> jax.Array | int:
         """The index of this device's part of the logical axis; 0 where it is not split."""
@@ -240,11 +273,15 @@ class AxisRules:
         return jax.lax.all_to_all(x, axes, split, joined, tiled=True) if axes else x
 
     def all_tokens(self, x: jax.Array) -> jax.Array:
-        """Gathers keys and values (or their inputs) [B, T, ...] over T, of which each device has a part.
+        """Gathers keys and values (or their inputs) [B, T, ...] over T, of which devices have parts, in natural order.
 
         Every query attends to all earlier tokens, so this is what context parallelism moves; gradients are scattered.
         """
-        return self.all_gather(self.vary(x, "heads"), "length", axis=1)
+        x, n = self.all_gather(self.vary(x, "heads"), "length", axis=1), self.size("length")
+        if not self.zigzag or n == 1:
+            return x
+        first, last = jnp.moveaxis(x.reshape(x.shape[0], n, 2, -1, *x.shape[2:]), 2, 0)
+        return jnp.concatenate([first, jnp.flip(last, 1)], axis=1).reshape(x.shape)
 
     def psum(self, x: Any, name: str) -> Any:
         """Sum over the devices that split `name`."""
@@ -278,6 +315,8 @@ TRAIN_RULES = AxisRules.of(
     kv_heads="tensor",
 )
 """Training: sequences over data and fsdp, tokens over context, query heads, MLP and vocabulary over tensor."""
+ZIGZAG_RULES = dataclasses.replace(TRAIN_RULES, zigzag=True)
+"""The same with tokens in zigzag order, which is how the train step has them."""
 
 
 def decode_rules(split_heads: bool = True, *, split_tokens: bool = False) -> AxisRules:
@@ -325,7 +364,13 @@ def check_train_layout(config: TrainConfig, mesh: MeshConfig) -> None:
       ConfigError: lists every size that does not divide.
     """
     faults = train_layout_faults(config.model, mesh)
-    faults += _divides("data.seq_len", config.data.seq_len, "context", mesh.context)
+    length, context = config.data.seq_len, mesh.context
+    if context > 1 and length % (2 * context):
+        sizes = ", ".join(str(d) for d in range(1, 65) if d == 1 or length % (2 * d) == 0)
+        faults.append(
+            f"data.seq_len={length} is not divisible by twice mesh axis context={context}, whose devices take two runs "
+            f"of tokens each; use --mesh.context {sizes}."
+        )
     if config.execution.gather == "step" and mesh.tensor * mesh.context > 1:
         faults.append(
             f"execution.gather=step needs mesh.tensor and mesh.context of 1, not {mesh.tensor} and {mesh.context}; use "

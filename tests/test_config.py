@@ -30,6 +30,7 @@ from mlra_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    RotaryScalingConfig,
     TrainConfig,
     from_dict,
     to_dict,
@@ -83,6 +84,22 @@ def test_the_defaults_are_legal():
                 n_layers=0, d_ff=-3, init_std=0.0, rope_base=-1.0, attention=GroupedAttentionConfig(0)
             ),
             ["n_layers=0", "d_ff=-3", "n_kv_heads=0", "init_std=0.0", "rope_base=-1.0 must be more than 0"],
+        ),
+        (
+            RotaryScalingConfig(factor=4.0),
+            ["factor=4.0 needs a model.rotary_scaling.method: linear, ntk or yarn"],
+        ),
+        (
+            RotaryScalingConfig("yarn", beta_fast=1, beta_slow=2),
+            ["beta_fast=1 must be more than beta_slow=2"],
+        ),
+        (
+            ModelConfig(rotary_scaling=RotaryScalingConfig("yarn", 0.5)),
+            ["model.rotary_scaling.factor=0.5 must be at least 1"],
+        ),
+        (
+            ModelConfig(rope_base=1.0, rotary_scaling=RotaryScalingConfig("yarn")),
+            ["rope_base=1.0 must be more than 1"],
         ),
         (MeshConfig(data=0), ["mesh.data=0 must be at least 1 (or -1)"]),
         (
@@ -199,7 +216,7 @@ def test_accumulation_is_derived_from_the_global_batch():
 def test_json_gives_the_configuration_back(attention):
     config = TrainConfig(
         name="x",
-        model=ModelConfig(n_heads=8, attention=attention, gated_attention=True),
+        model=ModelConfig(n_heads=8, attention=attention, rotary_scaling=RotaryScalingConfig("linear", 2.0)),
         mesh=MeshConfig(1, 2, 3, 4),
         optim=OptimConfig(lr=1e-3),
     )
@@ -208,7 +225,7 @@ def test_json_gives_the_configuration_back(attention):
 
 def test_fields_that_a_stored_configuration_lacks_take_their_defaults():
     stored = to_dict(TrainConfig(seed=7))
-    del stored["steps"], stored["execution"], stored["log"]
+    del stored["steps"], stored["execution"], stored["log"], stored["model"]["rotary_scaling"]
     assert from_dict(stored) == TrainConfig(seed=7)
     stored["model"]["attention"] = {"n_kv_heads": 6, "d_head": 128}  # as before there were low-rank queries
     assert from_dict(stored).model.attention == GroupedAttentionConfig(6, 128)
@@ -252,6 +269,7 @@ PARTS = [
         MeshConfig,
         DataConfig,
         OptimConfig,
+        RotaryScalingConfig,
         CheckpointConfig,
         LogConfig,
         TrainConfig,

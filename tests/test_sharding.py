@@ -18,6 +18,7 @@ from mlra_jax.config import ConfigError, DataConfig, ExecutionConfig, MeshConfig
 from mlra_jax.execution import topologies
 from mlra_jax.sharding import (
     TRAIN_RULES,
+    ZIGZAG_RULES,
     AxisRules,
     check_decode_layout,
     check_train_layout,
@@ -158,7 +159,8 @@ def test_training_layout_is_refused_with_every_size_that_does_not_divide_and_wha
         "model.n_heads=8 is not divisible by mesh axis tensor=3; use --mesh.tensor 1, 2, 4, 8.",
         "model.d_ff=80 is not divisible by mesh axis tensor=3; use --mesh.tensor 1, 2, 4, 5, 8, 10, 16, 20, 40.",
         "model.d_model=48 is not divisible by mesh axis fsdp=5; use --mesh.fsdp 1, 2, 3, 4, 6, 8, 12, 16, 24, 48.",
-        "data.seq_len=64 is not divisible by mesh axis context=7; use --mesh.context 1, 2, 4, 8, 16, 32, 64.",
+        "data.seq_len=64 is not divisible by twice mesh axis context=7, whose devices take two runs of tokens each; "
+        "use --mesh.context 1, 2, 4, 8, 16, 32.",
         "data.global_batch=16 is not a multiple of micro_batch=2 x 5 data-parallel devices (data x fsdp) = 10; "
         "change one of them.",
     ]
@@ -225,6 +227,27 @@ def test_the_two_tables_split_query_heads_in_training_and_latent_heads_in_decodi
         assert TRAIN_RULES.spec("heads", "kv_head_shards") == P("tensor", None)
         assert decode_rules().spec("heads", "kv_head_shards") == P("tensor", "tensor")
         assert decode_rules(split_heads=False).spec("heads", "kv_head_shards") == P(None, "tensor")
+
+
+def test_zigzag_order_is_as_much_causal_work_on_each_device_and_loses_no_token():
+    x = jnp.arange(2 * 24).reshape(2, 24)
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 1, 4), jax.devices()[:8])):
+        ordered = ZIGZAG_RULES.in_order(x, 1)
+        held = {shard.device.id: np.asarray(shard.data)[0] for shard in ordered.addressable_shards}
+        gather = ZIGZAG_RULES.shard_map(
+            ZIGZAG_RULES.all_tokens, (("batch", "length"),), ("batch", None), check_vma=False
+        )
+        np.testing.assert_array_equal(gather(ordered), x)
+
+        def from_runs(positions):
+            runs = ZIGZAG_RULES.runs(len(positions))
+            return jnp.concatenate([start + jnp.arange(positions[at].size) for start, at in runs])
+
+        positions = ZIGZAG_RULES.positions(24)
+        found = ZIGZAG_RULES.shard_map(from_runs, (("length",),), ("length",))(positions)
+        np.testing.assert_array_equal(found, positions)
+    assert {ids[ids < 24].sum() for ids in held.values() if ids[0] < 24} == {24 * 23 // 2 // 4}
+    np.testing.assert_array_equal(ZIGZAG_RULES.in_order(x, 1), x)  # nothing is split
 
 
 def test_the_name_that_earlier_versions_had_for_shards_of_kv_heads_still_works():

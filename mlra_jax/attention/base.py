@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import ClassVar, Self
 
 import jax
@@ -34,6 +35,19 @@ ROWS: Names = ("batch", "length", None)
 """Logical axes of activations [B, T, D]."""
 HEADS: Names = ("batch", "length", "heads", None)
 """Logical axes of activations by query head, [B, T, N, H]."""
+
+
+def attend_own(rules: AxisRules, attend: Callable[..., jax.Array], *queries: jax.Array) -> jax.Array:
+    """Inside `shard_map`: causal attention of the queries of a device's own tokens.
+
+    Args:
+      rules: the training table.
+      attend: a function of queries and `q_start`, the position of the first, which follow one another.
+      *queries: [B, T, ...], the device's own tokens.
+    """
+    runs = rules.runs(queries[0].shape[1])
+    outputs = [attend(*(q[:, where] for q in queries), q_start=start) for start, where in runs]
+    return outputs[0] if len(runs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 class Attention(WithLayout):

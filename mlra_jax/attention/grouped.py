@@ -17,12 +17,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlra_jax.attention.base import HEADS, ROWS, Attention
+from mlra_jax.attention.base import HEADS, ROWS, Attention, attend_own
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, NotNegative, Positive, uneven
-from mlra_jax.model.layers import DecodeLeaves, Relayout, RMSNorm, nested, product, rotary_frequencies
+from mlra_jax.model.layers import (
+    DecodeLeaves,
+    Relayout,
+    RMSNorm,
+    nested,
+    product,
+    rotary_frequencies,
+    softmax_scale,
+)
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.decode import grouped_decode_attention
 from mlra_jax.ops.rotary import rotate
@@ -90,8 +98,7 @@ def attend_grouped(
         run = math.gcd(n, heads_per_kv)
         read = (rules.axis_index("heads") * n + run * jnp.arange(n // run)) // heads_per_kv
         k, v = jnp.take(k, read, axis=2), jnp.take(v, read, axis=2)
-    q_start = rules.axis_index("length") * q.shape[1]
-    return causal_attention(q, k, v, scale=scale, q_start=q_start)
+    return attend_own(rules, functools.partial(causal_attention, k=k, v=v, scale=scale), q)
 
 
 class GroupedAttention(Attention):
@@ -107,7 +114,7 @@ class GroupedAttention(Attention):
         a = config.attention
         assert isinstance(a, GroupedAttentionConfig)
         d, n, h, rank = config.d_model, config.n_heads, a.d_head, a.q_lora_rank
-        self.softmax_scale = 1 / math.sqrt(h)
+        self.softmax_scale = softmax_scale(config, h)
         self.frequencies = rotary_frequencies(config, h)
         new = functools.partial(self._parameter, rngs)
         q_in, q_axis = (rank, rules.fitting("rank", rank)) if rank else (d, "embed")
@@ -161,7 +168,7 @@ class GroupedAttention(Attention):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         self.require_layout("train")
         x_BTD = x_BTD.astype(self.compute_dtype)
-        q, k, v = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
+        q, k, v = self._project(x_BTD, self.rules.positions(x_BTD.shape[1]))
         kv = ("batch", "length", self.kv_axis, None)
         return self.output(x_BTD, self.rules.shard_map(self._attend, (HEADS, kv, kv), HEADS)(q, k, v))
 

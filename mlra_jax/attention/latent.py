@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from mlra_jax.attention.base import HEADS, ROWS, Attention
+from mlra_jax.attention.base import HEADS, ROWS, Attention, attend_own
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
@@ -43,15 +43,14 @@ from mlra_jax.model.layers import (
     parameter,
     products,
     rotary_frequencies,
+    softmax_scale,
     stored,
     weight,
 )
-from mlra_jax.ops.append import normalize_and_append
 from mlra_jax.ops.attention import causal_attention_parts
-from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.remat import HEADS as HEADS_OUTPUT
 from mlra_jax.ops.remat import PRODUCT, QUERIES
-from mlra_jax.ops.rotary import rotary_tables, rotate
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import AxisRules, Names
 
 
@@ -215,7 +214,7 @@ class LatentAttention(Attention):
         self.sizes = a
         d, n = config.d_model, config.n_heads
         rank, latent, h, r = a.q_lora_rank, a.d_latent, a.d_nope, a.d_rope
-        self.softmax_scale = 1 / math.sqrt(h + r)  # of the expanded form, whatever C is
+        self.softmax_scale = softmax_scale(config, h + r)  # of the expanded form, whatever C is
         self.q_scale = math.sqrt(d / rank) if a.scale_latents else 1.0
         self.kv_scale = math.sqrt(d / latent) if a.scale_latents else 1.0
         self.frequencies = rotary_frequencies(config, r)
@@ -310,7 +309,7 @@ class LatentAttention(Attention):
         self.require_layout("train")
         rules, dtype = self.rules, self.compute_dtype
         x_BTD = x_BTD.astype(dtype)
-        positions = rules.constrain(jnp.arange(x_BTD.shape[1]), "length")
+        positions = rules.positions(x_BTD.shape[1])
         q_BTA, kv_BTLC, k_rope_BTR = products(
             rules,
             x_BTD,
@@ -367,9 +366,14 @@ class LatentAttention(Attention):
             kv_BSJGC = jnp.take(kv_BSJGC, groups, axis=3)
         w_uk, w_uv = (w.reshape(j, g, m, c, h) for w in (w_uk, w_uv))
         q_nope_BTGMH, q_rope_BTGMR = (q.reshape(b, t, g, m, -1) for q in (q_nope, q_rope))
-        attend = functools.partial(
-            causal_attention_parts, scale=self.softmax_scale, q_start=rules.axis_index("length") * t
-        )
+
+        def attend(parts: list[tuple[jax.Array, jax.Array]], v: jax.Array | None) -> jax.Array:
+            queries, keys = zip(*parts, strict=True)
+            of_run = lambda *queries, q_start: causal_attention_parts(
+                list(zip(queries, keys, strict=True)), v, scale=self.softmax_scale, q_start=q_start
+            )
+            return attend_own(rules, of_run, *queries)
+
         branch_queries = lambda q: self.branch_queries(q, *(value.reshape(j, 1, 1, 1) for value in branch))
         q_rope_BTJGMR = branch_queries(q_rope_BTGMR[:, :, None])  # J is 1 if all branches have the same
         if self.absorbs:
@@ -464,17 +468,14 @@ class LatentAttention(Attention):
             q_BTJUMC = branch_queries(jnp.einsum("BTUMH,UMJCH->BTJUMC", q_BTUME[..., :h], w_UMJCH))
             q_rope = branch_queries(q_BTUME[:, :, None])
         with jax.named_scope("attend"):
-            out, lse = latent_decode_attention(
+            z_BTJUMC = cache.attend_latents(
                 q_BTJUMC.reshape(b, t, j * u, m, c),
                 jax.lax.collapse(q_rope, 2, 4),
-                cache["kv_latent"],
-                cache["k_rope"],
-                cache.visible(start_B, n_new_B, t),
+                start_B,
+                n_new_B,
                 scale=self.softmax_scale,
-                rotary=rotary_tables(start_B[:, None] + jnp.arange(t), self.frequencies),
-                layout=cache.layout,
-            )
-            z_BTJUMC = cache.merge(out, lse).reshape(b, t, j, u, m, c)
+                frequencies=self.frequencies,
+            ).reshape(b, t, j, u, m, c)
         # Batch axes first: with "->BTUMH", einsum would emit a bfloat16 product that XLA lacks on the CPU.
         with jax.named_scope("values"):
             y_UMBTH = jnp.einsum("BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32)
@@ -491,19 +492,14 @@ class LatentAttention(Attention):
         kv_gain_UC: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
         """On each device: the normalised queries [B, T, A], and the cache with the new latents and rotary keys."""
-        t = a_BTXE.shape[1]
-        q_BTA, kv_latent, k_rope = normalize_and_append(
+        return cache.append_latents(
             a_BTXE.squeeze(2),
             q_gain_A,
             kv_gain_UC,
-            start_B[:, None] + jnp.arange(t),
-            cache.positions(start_B, n_new_B, t),
-            cache["kv_latent"],
-            cache["k_rope"],
+            start_B,
+            n_new_B,
             eps=self.config.norm_eps,
             q_scale=self.q_scale,
             kv_scale=self.kv_scale,
             frequencies=self.frequencies,
-            layout=cache.layout,
         )
-        return q_BTA, dataclasses.replace(cache, arrays={"kv_latent": kv_latent, "k_rope": k_rope})

@@ -13,6 +13,7 @@ Source: Zhang et al., Tensor Product Attention Is All You Need, 2025.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mlra_jax.attention.base import HEADS, Attention
+from mlra_jax.attention.base import HEADS, Attention, attend_own
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
@@ -32,6 +33,7 @@ from mlra_jax.model.layers import (
     parameter,
     product,
     rotary_frequencies,
+    softmax_scale,
     uniform,
 )
 from mlra_jax.ops.attention import causal_attention
@@ -96,7 +98,7 @@ class TensorProductAttention(Attention):
         assert isinstance(a, TensorProductAttentionConfig)
         self.sizes = a
         d, n, h = config.d_model, config.n_heads, a.d_head
-        self.softmax_scale = 1 / math.sqrt(h)
+        self.softmax_scale = softmax_scale(config, h)
         self.frequencies = rotary_frequencies(config, h)
 
         def new(shape: tuple[int, ...], names: tuple[str | None, ...], fan: int) -> nnx.Param:
@@ -157,7 +159,7 @@ class TensorProductAttention(Attention):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         self.require_layout("train")
         x_BTD = x_BTD.astype(self.compute_dtype)
-        inputs = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
+        inputs = self._project(x_BTD, self.rules.positions(x_BTD.shape[1]))
         b = ("batch", "length", None, None)
         attend = self.rules.shard_map(self._attend, (HEADS, HEADS, b, HEADS, b), HEADS)
         return self.output(x_BTD, attend(*inputs))
@@ -167,8 +169,9 @@ class TensorProductAttention(Attention):
     ) -> jax.Array:
         a_k, b_k, a_v, b_v = map(self.rules.all_tokens, (a_k, b_k, a_v, b_v))
         k, v = (jnp.einsum("BSNr,BSrH->BSNH", a, b) for a, b in ((a_k, b_k), (a_v, b_v)))
-        q_start = self.rules.axis_index("length") * q.shape[1]
-        return causal_attention(q, k, v, scale=self.softmax_scale, q_start=q_start)
+        return attend_own(
+            self.rules, functools.partial(causal_attention, k=k, v=v, scale=self.softmax_scale), q
+        )
 
     def _project_new(
         self, x_BTD: jax.Array, positions_BT: jax.Array

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import ClassVar, Self
 
 import jax
@@ -25,7 +24,7 @@ from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import LayerCache
 from mlra_jax.attention.output import Output
 from mlra_jax.config import AttentionConfig, CacheArray, ModelConfig, Positive, uneven
-from mlra_jax.model.layers import DecodeLeaves, Relayout, nested, product, rotary_frequencies
+from mlra_jax.model.layers import DecodeLeaves, Relayout, nested, product, rotary_frequencies, softmax_scale
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import AxisRules
@@ -91,7 +90,7 @@ class TiedAttention(Attention):
         assert isinstance(a, TiedAttentionConfig)
         d, n, h = config.d_model, config.n_heads, a.d_head
         self.d_rope = a.d_rope
-        self.softmax_scale = 1 / math.sqrt(h)
+        self.softmax_scale = softmax_scale(config, h)
         self.frequencies = rotary_frequencies(config, a.d_rope)
         new = functools.partial(self._parameter, rngs)
         if layout == "train":  # where tensor does not divide the KV heads, every device holds all of them
@@ -136,7 +135,7 @@ class TiedAttention(Attention):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         self.require_layout("train")
         x_BTD = x_BTD.astype(self.compute_dtype)
-        inputs = self._project(x_BTD, self.rules.constrain(jnp.arange(x_BTD.shape[1]), "length"))
+        inputs = self._project(x_BTD, self.rules.positions(x_BTD.shape[1]))
         row = ("batch", "length")
         in_names = (HEADS, HEADS, (*row, self.kv_axis, None), (*row, None))
         return self.output(x_BTD, self.rules.shard_map(self._attend, in_names, HEADS)(*inputs))

@@ -24,7 +24,15 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.registry import attention_name
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
-from mlra_jax.config import AttentionConfig, ConfigError, ModelConfig
+from mlra_jax.config import (
+    AttentionConfig,
+    ConfigError,
+    ModelConfig,
+    PositiveFloat,
+    RotaryScalingConfig,
+    value_faults,
+)
+from mlra_jax.convert import rope_scaling
 from mlra_jax.errors import UserError
 from mlra_jax.lazy_arrays import LazyStack, LazyTensor, Tensor
 
@@ -199,7 +207,7 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
 
     Args:
       config: the official fields: `n_layer`, `n_head`, `n_embd`, `intermediate_size`, `vocab_size`, and those of the
-        attention.
+        attention; and, as other models have them, `rope_theta` and `rope_scaling`.
       model_type: `mla`, `gla_2`, `gla_4`, `mlra_2`, `mlra_4`, `mha`, `mqa`, `gqa`, `gta`, `mfa` or `tpa`, perhaps
         followed by `_gated`, `_no_scale` or `_normal_initialization`: the paper's variants. None: that in `config`.
 
@@ -224,7 +232,7 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     faults = [f"{name} is missing." for name in sorted(wanted - set(given))]
     faults += [
         f"{name}={given[name]!r} is not a field of {model_type}."
-        for name in sorted(set(given) - wanted - _WITHOUT_EFFECT)
+        for name in sorted(set(given) - wanted - _WITHOUT_EFFECT - set(rope_scaling.FIELDS))
     ]
     faults += ["bias must be false; these models have no biases."] if given.get("bias") else []
     faults += [
@@ -234,6 +242,12 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
     ]
     if not faults and kind.kv_heads and given["n_head"] % given["group_size"]:
         faults.append(f"group_size={given['group_size']} does not divide n_head={given['n_head']}.")
+    rope_theta, scaling = given.get("rope_theta", _ROPE_BASE), RotaryScalingConfig()
+    faults += value_faults("rope_theta", rope_theta, PositiveFloat)
+    try:
+        scaling = rope_scaling.scaling_from_rope(given.get("rope_scaling"))
+    except ConfigError as error:
+        faults += error.faults
     if faults:
         raise ConfigError([f"Official configuration: {fault}" for fault in faults])
 
@@ -247,7 +261,8 @@ def model_config_from_official(config: Mapping[str, Any], model_type: str | None
         attention=kind.config(**own),
         gated_attention=gated,
         output_init="normal" if model_type.endswith("_normal_initialization") else "zeros",
-        rope_base=_ROPE_BASE,
+        rope_base=float(rope_theta),
+        rotary_scaling=scaling,
         norm_eps=_NORM_EPS,
     )
     model.validate()
@@ -277,7 +292,7 @@ def _attention_faults(config: ModelConfig) -> list[str]:
 
 
 def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[str, Any]:
-    """The official fields of a model, with its `model_type`.
+    """The official fields of a model, with its `model_type`; and `rope_scaling`, which the official code ignores.
 
     Args:
       config: the model.
@@ -293,6 +308,11 @@ def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[
         if getattr(config, name) != value
     ]
     faults += _attention_faults(config)
+    rope: dict[str, Any] = {}
+    try:
+        rope = rope_scaling.rope_from_scaling(config)
+    except ConfigError as error:
+        faults += error.faults
     suffixes = ["_gated"] if config.gated_attention else []
     suffixes += [] if getattr(config.attention, "scale_latents", True) else ["_no_scale"]
     if len(suffixes) > 1:
@@ -307,7 +327,7 @@ def official_from_model_config(config: ModelConfig, *, block_size: int) -> dict[
     if _KINDS[base].kv_heads and base != "mha":
         fields["group_size"] = config.heads_per_latent
     constant = {"block_size": block_size, "bias": False, "dropout": 0.0}
-    return {"model_type": base + "".join(suffixes), **fields, **constant}
+    return {"model_type": base + "".join(suffixes), **fields, **constant, **rope}
 
 
 def _parts(config: ModelConfig) -> tuple[Part, ...]:

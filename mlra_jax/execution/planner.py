@@ -23,7 +23,7 @@ from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
 from mlra_jax.execution.roofline import Costs, step_costs
 from mlra_jax.model import Transformer, cast_weights, from_params
 from mlra_jax.model.transformer import REMAT_POLICIES
-from mlra_jax.sharding import TRAIN_RULES, on_mesh
+from mlra_jax.sharding import ZIGZAG_RULES, on_mesh
 from mlra_jax.training.losses import logit_chunks
 from mlra_jax.training.step import abstract_state, unrolls_layers
 
@@ -98,11 +98,11 @@ def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: Ab
         states = lambda weights: from_params(model, weights).scanned_layer()[1]
         state = jax.eval_shape(lambda weights: jax.tree.map(lambda x: x[0], states(weights)), weights)
         shape = (mesh.shape["data"] * mesh.shape["fsdp"], seq_len, model.d_model)
-        spec = TRAIN_RULES.spec("batch", "length", None)
+        spec = ZIGZAG_RULES.spec("batch", "length", None)
         x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
         def pullback(x: jax.Array, state: Any) -> Any:
-            layer = from_params(model, weights, execution=execution).scanned_layer()[0]
+            layer = from_params(model, weights, rules=ZIGZAG_RULES, execution=execution).scanned_layer()[0]
             return jax.vjp(layer, x, state)[1]
 
         jaxpr = jax.make_jaxpr(pullback)(x, state).jaxpr

@@ -22,7 +22,7 @@ from mlra_jax.ops.dispatch import chosen
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.norm.reference import rms_norm
 from mlra_jax.ops.remat import HIDDEN, MLP, PRODUCT
-from mlra_jax.ops.rotary import Frequencies, frequencies
+from mlra_jax.ops.rotary import Frequencies, frequencies, interpolated, ntk_base, yarn, yarn_magnitude
 from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm, swiglu
 from mlra_jax.sharding import AxisRules, Names, current_mesh
 
@@ -413,7 +413,30 @@ class RMSNorm(nnx.Module):
 
 def rotary_frequencies(config: ModelConfig, width: int) -> Frequencies:
     """The frequencies of a rotary vector of width R; a configuration's only say in how positions rotate."""
-    return frequencies(width, config.rope_base)
+    base, scaling = config.rope_base, config.rotary_scaling
+    if scaling.method == "linear":
+        return interpolated(width, base, scaling.factor)
+    if scaling.method == "ntk":
+        return frequencies(width, ntk_base(width, base, scaling.factor))
+    if scaling.method == "yarn":
+        of = functools.partial(yarn_magnitude, scaling.factor)
+        return yarn(
+            width,
+            base,
+            scaling.factor,
+            original_max_position=scaling.original_max_position,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            magnitude=of(scaling.mscale) / of(scaling.mscale_all_dim),
+        )
+    return frequencies(width, base)
+
+
+def softmax_scale(config: ModelConfig, width: int) -> float:
+    """What scores of queries and keys of this width are multiplied by: 1/sqrt(width), and more with YaRN."""
+    scaling = config.rotary_scaling
+    sharper = yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2 if scaling.method == "yarn" else 1.0
+    return sharper / math.sqrt(width)
 
 
 def normal(config: ModelConfig) -> Initializer:

@@ -48,7 +48,9 @@ def _attention_weights(model: Transformer | Attention, inputs: jax.Array, layer:
     if not isinstance(model, Transformer):
         whole = lambda x: AxisRules().constrain(x.astype(jnp.float32), *[None] * x.ndim)
         params = jax.tree.map(whole, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-        return reference.softmax_weights(reference.heads_of(params, model.config, whole(inputs)))
+        return reference.softmax_weights(
+            reference.heads_of(params, model.config, whole(inputs)), model.config
+        )
     x_BTD, found = model.embedding.encode(inputs), []
     for i, block in enumerate(model.blocks()):
         if layer in (None, i):

@@ -15,7 +15,16 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.checkpoints import Checkpoints, Restored, SaveError, owned, write_config
+from mlra_jax.checkpoints import (
+    Checkpoints,
+    Restored,
+    SaveError,
+    check_initial,
+    has_checkpoint,
+    load_initial,
+    owned,
+    write_config,
+)
 from mlra_jax.config import TrainConfig
 from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal, agree
@@ -68,8 +77,8 @@ def train(config: TrainConfig, doing: Callable[[str, float], None] | None = None
     """Trains the run that `config` describes, or continues it; every process of a cluster calls it.
 
     A run found in `config.run_dir` continues from its latest complete checkpoint, on any mesh; a checkpoint of
-    parameters alone (converted ones) is trained from step 0 with a new optimizer. SIGTERM on any process saves and
-    returns. Hosts must share the storage of `run_dir`.
+    parameters alone (converted ones, or those of `config.init_from`) is trained from step 0 with a new optimizer.
+    SIGTERM on any process saves and returns. Hosts must share the storage of `run_dir`.
 
     Args:
       config: the run.
@@ -80,7 +89,7 @@ def train(config: TrainConfig, doing: Callable[[str, float], None] | None = None
       DataError: the data cannot be used.
       UserError: another process trains in `run_dir`.
       StorageError: `run_dir` is in a bucket whose library is not installed.
-      CheckpointError: the run's folder holds a run of another model.
+      CheckpointError: the run's folder, or `init_from`, holds a run of another model.
       DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
     """
     doing = doing or (lambda what, patience: None)
@@ -89,6 +98,8 @@ def train(config: TrainConfig, doing: Callable[[str, float], None] | None = None
     check_sinks(config)
     check_storage(config.run_dir, RUN_PROTOCOLS)
     keep_compiled(config.compilation_cache)
+    if config.init_from and not has_checkpoint(config.run_dir):
+        check_initial(config)
     config, mesh, plan = laid_out(config)
     n_data_shards = mesh.shape["data"] * mesh.shape["fsdp"]
 
@@ -103,7 +114,7 @@ def train(config: TrainConfig, doing: Callable[[str, float], None] | None = None
 
         stack.enter_context(owned(config.run_dir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(config.run_dir, config.checkpoint)))
-        found = checkpoints.restore(config, abstract)
+        found = checkpoints.restore(config, abstract) or load_initial(config, abstract.params)
         start = found.step if found else 0
         state = found.state if found else None
         if state is None:
@@ -192,6 +203,8 @@ class _Monitor:
                 f"{shown(n_params)} parameters, {jax.device_count()} x {device.device_kind}, "
                 f"{self._tokens_per_step} tokens per step."
             )
+            if config.init_from and found and found.state is None:
+                self._progress.say(f"Its first parameters are those of {config.init_from}.")
             self._progress.say(f"Estimated: {plan}.")
             for change in found.changes if found else []:
                 self._progress.say(f"  changed since the checkpoint: {change}")

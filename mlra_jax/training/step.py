@@ -21,7 +21,7 @@ from mlra_jax.data.pipeline import IGNORED, Batch
 from mlra_jax.model import Transformer, cast_weights, from_params, stack_layers, unstack_layers
 from mlra_jax.model.layers import adding
 from mlra_jax.ops.device import current_device
-from mlra_jax.sharding import TRAIN_RULES, AxisRules, current_mesh, on_mesh
+from mlra_jax.sharding import TRAIN_RULES, ZIGZAG_RULES, AxisRules, current_mesh, on_mesh
 from mlra_jax.training.losses import chunked_cross_entropy
 from mlra_jax.training.optimizer import learning_rate, make_optimizer
 from mlra_jax.training.update_skipping import SkipState, init_skip_state, judge_update
@@ -71,7 +71,7 @@ def _loss_sum(
     inputs: jax.Array,
     targets: jax.Array,
     totals: dict[str, Any] | None = None,
-    rules: AxisRules = TRAIN_RULES,
+    rules: AxisRules = ZIGZAG_RULES,
 ) -> tuple[jax.Array, jax.Array]:
     """Sum and number of the cross-entropies; with `totals`, these are differentiated (`Summed`), not `params`."""
     if totals is not None:
@@ -80,6 +80,7 @@ def _loss_sum(
         params = {**jax.tree.map(adding, rest(params), rest(totals)), "layers": layers}
     model = from_params(config.model, params, rules=rules, execution=config.execution)
     table = params["embedding"]["table"]
+    inputs, targets = (rules.in_order(tokens_BT, 1) for tokens_BT in (inputs, targets))
     x_BTD = model.hidden(inputs, None if totals is None else sums)
     return chunked_cross_entropy(x_BTD, table, targets, dtype=model.embedding.compute_dtype, rules=rules)
 
@@ -268,7 +269,7 @@ def make_train_step(config: TrainConfig) -> jax.stages.Wrapped:
         if computes_alone(config.execution, n_micro):
             loss, grads = _alone(config, weights, batch, n_tokens)
         else:
-            loss, grads = _loss_and_grads(config, weights, batch, n_tokens, TRAIN_RULES)
+            loss, grads = _loss_and_grads(config, weights, batch, n_tokens, ZIGZAG_RULES)
         grads = stack_layers(grads) if unrolled else grads
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

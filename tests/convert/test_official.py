@@ -13,7 +13,7 @@ from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.attention.tensor_product import TensorProductAttentionConfig
 from mlra_jax.attention.tied import TiedAttentionConfig
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, ModelConfig, RotaryScalingConfig
 from mlra_jax.convert import (
     ConvertError,
     lazy_params_from_official,
@@ -24,6 +24,7 @@ from mlra_jax.convert import (
     params_from_official,
 )
 from mlra_jax.model import Transformer
+from mlra_jax.model.layers import rotary_frequencies
 
 VARIANTS = ("mlra_4", "mlra_2", "mla", "gqa", "mha", "mlra_4_gated")
 LATENT = {
@@ -241,6 +242,17 @@ def test_parameters_are_converted_to_their_configured_type(parity):
             ],
         ),
         ({"n_embd": 2.5}, "mla", ["n_embd=2.5 must be a whole number"]),
+        (
+            {"rope_theta": 0, "rope_scaling": {"type": "longrope", "short_factor": [1]}},
+            "mla",
+            ["rope_theta=0 must be", "has the type longrope, which is not", "unknown field short_factor=[1]"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "beta_fast": 16}},
+            "mla",
+            ["no factor", "no original_max_position_embeddings"],
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "mla", ["factor=0.5 must be at least 1"]),
         ({"n_head": 6}, "gla_4", ["n_heads=6 is not divisible"]),
         ({"kv_lora_rank": 18}, "mlra_4", ["kv_lora_rank=18 is not divisible"]),
     ],
@@ -254,14 +266,48 @@ def test_a_configuration_that_is_no_official_one_is_refused_with_every_fault(cha
         assert part in fault
 
 
+V3 = {
+    "type": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        (None, RotaryScalingConfig()),
+        ({"rope_type": "default"}, RotaryScalingConfig()),
+        ({"type": "linear", "factor": 8.0}, RotaryScalingConfig("linear", 8.0)),
+        (V3 | {"mscale": 1.0, "mscale_all_dim": 1.0}, RotaryScalingConfig("yarn", 40.0, 4096)),
+        (V3, RotaryScalingConfig("yarn", 40.0, 4096, mscale_all_dim=0.0)),
+    ],
+)
+def test_rope_scaling_is_read_and_written_as_other_models_have_it(rope, scaling):
+    model = model_config_from_official(LATENT | {"rope_theta": 10000, "rope_scaling": rope}, "mla")
+    assert model.rotary_scaling == scaling
+    written = official_from_model_config(model, block_size=64)
+    assert written.get("rope_scaling", {"type": "none"})["type"] == scaling.method
+    assert model_config_from_official(written, "mla") == model
+
+
+def test_an_attention_factor_is_the_magnitude_itself():
+    model = model_config_from_official(LATENT | {"rope_scaling": V3 | {"attention_factor": 1.2}}, "mla")
+    assert rotary_frequencies(model, 8).magnitude == pytest.approx(1.2)
+
+
 def test_a_model_that_no_official_one_is_like_is_refused_with_every_reason():
     attention = LatentAttentionConfig(8, 8, kv_lora_rank=16, scale_latents=False)
     config = ModelConfig(n_heads=8, attention=attention, gated_attention=True, rope_base=5e5)
+    config = dataclasses.replace(config, rotary_scaling=RotaryScalingConfig("ntk", 2.0))
     with pytest.raises(ConfigError) as error:
         official_from_model_config(config, block_size=64)
     assert [fault.split(",")[0] for fault in error.value.faults] == [
         "model.rope_base=500000.0",
         "There is no official model with n_latent_heads=8 and n_branches=8.",
+        "model.rotary_scaling.method=ntk has no rope_scaling; it equals a larger model.rope_base",
         "There is no official model both gated and without scales.",
     ]
     with pytest.raises(ConfigError, match="n_latent_heads=8"):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from mlra_jax import reference
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttention, LatentAttentionConfig
-from mlra_jax.config import ExecutionConfig, ModelConfig
+from mlra_jax.config import ExecutionConfig, ModelConfig, RotaryScalingConfig
 from mlra_jax.model import from_params
 from mlra_jax.sharding import AxisRules
+from tests.definitions import YARN
 
 
 @st.composite
@@ -38,6 +39,7 @@ def model_configs(draw):
         attention=attention,
         gated_attention=draw(st.booleans()),
         output_init="normal",
+        rotary_scaling=draw(st.sampled_from([RotaryScalingConfig(), YARN])),
         init_std=0.5,
         compute_dtype="float32",
     )

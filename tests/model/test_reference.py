@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import mlra_jax as mlra
 from mlra_jax import reference
-from mlra_jax.config import ModelConfig
+from mlra_jax.config import ModelConfig, RotaryScalingConfig
+from tests.definitions import YARN, deepseek_yarn
 
 
 def random_layer(config, rng):
@@ -28,20 +29,19 @@ def random_layer(config, rng):
     return nnx.merge(graph, state), params
 
 
-def rotated(x, position):
-    half = len(x) // 2
-    angle = position * 10000.0 ** (-np.arange(half) / half)
-    a, b = x[:half], x[half:]
+def rotated(x, position, radians, magnitude):
+    angle, (a, b) = position * radians, np.split(x * magnitude, 2)
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)])
 
 
-def latent_by_loops(p, a, x):
+def latent_by_loops(p, a, x, radians, magnitude, sharper):
     """MLRA of one sequence x [T, D] in float64, one head, branch and query at a time: weights and output."""
     (length, d), n_heads, h = x.shape, p["w_qb"].shape[1], a.d_nope
     norm = lambda x, gain: x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * gain
     q = norm(x @ p["w_qa"], p["q_norm"]["gain"]) * math.sqrt(d / a.q_lora_rank)
     latent = norm(np.einsum("TD,DLC->TLC", x, p["w_kva"]), p["kv_norm"]["gain"]) * math.sqrt(d / a.d_latent)
-    k_rope = np.array([rotated(k, t) for t, k in enumerate(x @ p["w_kr"])])
+    turned = lambda x, t: rotated(x, t, radians, magnitude)
+    k_rope = np.array([turned(k, t) for t, k in enumerate(x @ p["w_kr"])])
     weights, out = np.zeros((a.n_branches, n_heads, length, length)), np.zeros((length, d))
     for n in range(n_heads):
         group = n * a.n_groups // n_heads
@@ -49,8 +49,8 @@ def latent_by_loops(p, a, x):
             k, v = latent[:, read] @ p["w_uk"][j, n], latent[:, read] @ p["w_uv"][j, n]
             for t in range(length):
                 query = q[t] @ p["w_qb"][:, n]
-                scores = k[: t + 1] @ query[:h] + k_rope[: t + 1] @ rotated(query[h:], t)
-                e = np.exp(scores / math.sqrt(h + a.d_rope))
+                scores = k[: t + 1] @ query[:h] + k_rope[: t + 1] @ turned(query[h:], t)
+                e = np.exp(scores * sharper / math.sqrt(h + a.d_rope))
                 weights[j, n, t, : t + 1] = e / e.sum()
                 gate = 1 / (1 + np.exp(-x[t] @ p["output"]["w_gate"][:, n]))
                 y = weights[j, n, t] @ v / math.sqrt(a.n_branches)
@@ -69,15 +69,20 @@ MLRA = ModelConfig(
 )
 
 
-def test_the_equations_are_those_of_loops_over_heads_and_branches():
-    rng = np.random.default_rng(0)
-    layer, params = random_layer(MLRA, rng)
-    x = rng.standard_normal((2, 5, MLRA.d_model)).astype(np.float32)
+@pytest.mark.parametrize("scaling", [RotaryScalingConfig(), YARN], ids=["none", "yarn"])
+def test_the_equations_are_those_of_loops_over_heads_and_branches(scaling):
+    rng, config = np.random.default_rng(0), dataclasses.replace(MLRA, rotary_scaling=scaling)
+    layer, params = random_layer(config, rng)
+    x = rng.standard_normal((2, 5, config.d_model)).astype(np.float32)
+    turn = 10000.0 ** (-np.arange(3) / 3), 1.0, 1.0
+    if scaling is YARN:
+        mscale = lambda by: 0.1 * by * math.log(4.0) + 1
+        turn = deepseek_yarn(6, 1e4, 4.0, 8, 1.0, 0.01), mscale(1.5) / mscale(0.5), mscale(0.5) ** 2
     as_numpy = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    expected = [latent_by_loops(as_numpy, MLRA.attention, row.astype(np.float64)) for row in x]
+    expected = [latent_by_loops(as_numpy, config.attention, row.astype(np.float64), *turn) for row in x]
     weights, out = (np.stack(part) for part in zip(*expected, strict=True))
     compiled = jax.jit(reference.attention, static_argnums=1)
-    np.testing.assert_allclose(compiled(params, MLRA, x), out, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(compiled(params, config, x), out, rtol=0, atol=2e-5)
     np.testing.assert_allclose(mlra.attention_weights(layer, x), weights.swapaxes(0, 1), rtol=0, atol=2e-6)
 
 
@@ -95,7 +100,10 @@ def other_families(draw):
         )
     )
     gated, heads = draw(st.booleans()), groups * draw(st.integers(1, 3))
-    return dataclasses.replace(MLRA, n_heads=heads, attention=attention, gated_attention=gated)
+    scaling = draw(st.sampled_from([RotaryScalingConfig(), YARN]))
+    return dataclasses.replace(
+        MLRA, n_heads=heads, attention=attention, gated_attention=gated, rotary_scaling=scaling
+    )
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

@@ -20,24 +20,26 @@ from mlra_jax.config import ExecutionConfig, ModelConfig
 from mlra_jax.execution.collectives import executed_collectives
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.ops.dispatch import choose
-from mlra_jax.sharding import TRAIN_RULES, decode_rules
-from tests.definitions import cross_entropy
+from mlra_jax.sharding import TRAIN_RULES, ZIGZAG_RULES, decode_rules
+from tests.definitions import YARN, cross_entropy
 
 latent = functools.partial(LatentAttentionConfig, q_lora_rank=20, kv_lora_rank=64, d_nope=16, d_rope=8)
 BASE = ModelConfig(vocab_size=256, n_layers=2, d_model=48, n_heads=8, d_ff=80, compute_dtype="float32")
 MODELS = {
     "mlra_4": dataclasses.replace(BASE, attention=latent(4, 4)),
-    "mlra_2_gated": dataclasses.replace(BASE, attention=latent(4, 2), gated_attention=True),
+    "mlra_2_gated": dataclasses.replace(
+        BASE, attention=latent(4, 2), gated_attention=True, rotary_scaling=YARN
+    ),
     "mlra_8_2": dataclasses.replace(BASE, attention=latent(8, 2)),
     "mla": dataclasses.replace(BASE, attention=latent(1, 1)),
     "gla_2": dataclasses.replace(BASE, attention=latent(2, 1)),
-    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16)),
+    "gqa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(2, 16), rotary_scaling=YARN),
     "mqa_gated": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 16), gated_attention=True),
     "mha": dataclasses.replace(BASE, attention=GroupedAttentionConfig(8, 16)),
     "mfa": dataclasses.replace(BASE, attention=GroupedAttentionConfig(1, 24, q_lora_rank=20)),
-    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(2, 16)),
+    "gta": dataclasses.replace(BASE, attention=TiedAttentionConfig(2, 16), rotary_scaling=YARN),
     "tpa_gated": dataclasses.replace(
-        BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True
+        BASE, attention=TensorProductAttentionConfig(2, 3, 16), gated_attention=True, rotary_scaling=YARN
     ),
 }
 REMAT = {"mlra_8_2": "attention", "mla": "full", "gla_2": "dots", "gqa": "mlp"}
@@ -46,11 +48,12 @@ BATCH, LENGTH = 8, 32
 TOKENS = np.random.default_rng(0).integers(0, 256, (BATCH, LENGTH + 1), dtype=np.int32)
 
 
-def run(config, remat, params, tokens, targets):
+def run(config, remat, params, tokens, targets, rules=TRAIN_RULES):
     """Loss, logits, gradients."""
+    tokens, targets = rules.in_order(tokens, 1), rules.in_order(targets, 1)
 
     def loss(params):
-        logits = from_params(config, params, execution=ExecutionConfig(remat=remat))(tokens)
+        logits = from_params(config, params, rules=rules, execution=ExecutionConfig(remat=remat))(tokens)
         return jnp.divide(*cross_entropy(logits, targets)), logits
 
     (value, logits), grads = jax.value_and_grad(loss, has_aux=True)(params)
@@ -106,7 +109,9 @@ def test_logits_loss_and_gradients_on_a_mesh_equal_those_without_one(whole, on_m
         rows = TRAIN_RULES.spec("batch", "length")
         tokens, targets = place(TOKENS[:, :-1], rows), place(TOKENS[:, 1:], rows)
         remat = REMAT.get(name, "none")
-        run_on_mesh = jax.jit(functools.partial(run, config, remat))
+        rules = TRAIN_RULES if name == "gqa" else ZIGZAG_RULES
+        run_on_mesh = jax.jit(functools.partial(run, config, remat, rules=rules))
+        logits = rules.in_order(logits, 1)
         mesh_loss, mesh_logits, mesh_grads = run_on_mesh(placed, tokens, targets)
     np.testing.assert_allclose(mesh_loss, loss, rtol=1e-5)
     np.testing.assert_allclose(mesh_logits, logits, rtol=0, atol=2e-5)
@@ -119,7 +124,7 @@ def test_logits_loss_and_gradients_on_a_mesh_equal_those_without_one(whole, on_m
 def test_context_parallelism_moves_latents_of_all_tokens_and_nothing_larger(on_mesh, name):
     config = MODELS[name]
     with on_mesh(1, 1, 1, 2):
-        model = jax.eval_shape(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0))))
+        model = jax.eval_shape(lambda: nnx.split(Transformer(config, rngs=nnx.Rngs(0), rules=ZIGZAG_RULES)))
         forward = jax.jit(lambda model, tokens: nnx.merge(*model).hidden(tokens))
         tokens = jax.device_put(
             TOKENS[:, :-1], NamedSharding(jax.sharding.get_mesh(), TRAIN_RULES.spec(None, "length"))

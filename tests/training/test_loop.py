@@ -205,6 +205,35 @@ def test_parameters_alone_of_another_model_are_refused(uninterrupted, config):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=48)))
 
 
+def test_a_run_starts_from_the_parameters_of_another_and_says_what_differs(uninterrupted, config, capsys):
+    reference, finished = uninterrupted
+    model = dataclasses.replace(reference.model, init_std=0.5)
+    config = dataclasses.replace(reference, out=config.out, init_from=reference.out, model=model, steps=1)
+    first = train(config)
+    assert first.step == 1
+    assert_same_bits(first.state.params, finished.state.params)  # update 0 has learning rate 0
+    said = capsys.readouterr().err
+    assert f"Its first parameters are those of {reference.out}." in said
+    assert "model.init_std: 0.02 -> 0.5" in said
+    # It goes on by itself, whatever has become of the other run.
+    gone = dataclasses.replace(config, init_from=f"{reference.out}/gone", steps=3)
+    assert train(gone).step == 3
+
+
+def test_a_run_from_parameters_of_another_model_is_refused_and_leaves_no_folder(uninterrupted, config):
+    reference, _ = uninterrupted
+    model = dataclasses.replace(reference.model, norm_eps=1e-5, rope_base=5e5, d_ff=48)
+    config = dataclasses.replace(reference, out=config.out, init_from=reference.out, model=model)
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    lines = str(error.value).splitlines()
+    assert "holds another model than this run trains" in lines[0]
+    assert [line.split(":")[0] for line in lines[1:]] == ["  - model.d_ff", "  - model.norm_eps"]
+    with pytest.raises(CheckpointError, match=r"No checkpoint at .*nowhere"):
+        train(dataclasses.replace(config, init_from=f"{reference.out}/nowhere"))
+    assert not os.path.exists(config.out)
+
+
 def test_a_home_folder_that_no_shell_expanded_holds_the_whole_run_and_the_compiled_programs(
     uninterrupted, compiled, monkeypatch, tmp_path
 ):

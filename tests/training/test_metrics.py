@@ -156,7 +156,9 @@ def test_prometheus_reads_the_latest_metrics_of_the_run(config):
         port = taken.getsockname()[1]
         taken.listen()
         log = dataclasses.replace(config.log, prometheus_port=port)
-        with pytest.raises(ConfigError, match=rf"log.prometheus_port={port}: Address already in use; choose another"):
+        with pytest.raises(
+            ConfigError, match=rf"log.prometheus_port={port}: Address already in use; choose another"
+        ):
             open_sinks(dataclasses.replace(config, log=log), 0)
     *_, prometheus = open_sinks(dataclasses.replace(config, log=log), 0)
     prometheus.write(9, {"loss": 3.5})
@@ -176,5 +178,7 @@ def test_prometheus_reads_the_latest_metrics_of_the_run(config):
 def test_prometheus_without_its_library_is_refused_with_what_to_install(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"prometheus_port=9000 needs .*pip install 'mlra-jax\[prometheus\]'"):
+    with pytest.raises(
+        ConfigError, match=r"prometheus_port=9000 needs .*pip install 'mlra-jax\[prometheus\]'"
+    ):
         check_sinks(dataclasses.replace(config, log=dataclasses.replace(config.log, prometheus_port=9000)))
