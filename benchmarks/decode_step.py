@@ -44,8 +44,14 @@ from benchmarks.records import Setting, parse_size
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, State, round_up
-from mlra_jax.generation.sampling import GREEDY, RowSampling
+from mlra_jax.generation.engine import (
+    LENGTH_UNIT,
+    STEPS_PER_RUN,
+    Engine,
+    Rows,
+    next_chunk,
+    round_up,
+)
 from mlra_jax.markdown import head, row, table
 from mlra_jax.model import Transformer
 from mlra_jax.ops.dispatch import choose
@@ -115,6 +121,17 @@ def filled(cache: Cache, key: jax.Array) -> Cache:
     return Cache(jax.tree.unflatten(treedef, values), jnp.zeros(cache.lengths.shape, jnp.int32))
 
 
+def filled_rows(engine: Engine, prompts: Sequence[Sequence[int]], max_len: int) -> Rows:
+    """A row for each prompt, filled with it."""
+    rows, done = Rows(engine, len(prompts), max_len), 0
+    shapes = [shape for shape in engine.chunk_shapes(rows.batch, max_len) if shape[0] == rows.part_rows]
+    while left := [max(0, len(prompt) - done) for prompt in prompts if len(prompt) > done]:
+        n, size = next_chunk([left], shapes)
+        rows.fill({i: (done, p[done : done + size]) for i, p in enumerate(prompts) if len(p) > done}, n, size)
+        done += size
+    return rows
+
+
 def prefill_flops(config: ModelConfig, n_weights: int, tokens: int) -> float:
     """FLOPs of prefill; the formula is in the docstring of this module."""
     embedding = config.vocab_size * config.d_model
@@ -134,20 +151,18 @@ class Benchmark:
 
     def rows(self, batch: int, capacity: int) -> Rows:
         """A batch whose cache is full of random values, of which `set_length` selects a prefix."""
-        engine = self.engine
-        with jax.set_mesh(engine.mesh):
-            create = functools.partial(Cache.create, engine.config, engine.rules, batch, capacity)
-            cache = jax.jit(functools.partial(filled, jax.eval_shape(create)))(jax.random.key(0))
-            zeros = lambda: engine.put(np.zeros(batch, np.int32))
-            no_eos = engine.put(np.full(batch, NO_TOKEN, np.int32))
-            sampling = RowSampling.of([GREEDY] * batch, [0] * batch, [0] * batch)
-            state = State(cache, zeros(), zeros(), no_eos, jax.tree.map(engine.put, sampling))
-        return Rows(engine, state, zeros(), capacity)
+        rows = Rows(self.engine, batch, capacity)
+        shapes = jax.tree.map(jax.typeof, rows.state.cache)
+        rows.state = dataclasses.replace(rows.state, cache=None)  # only one is in memory
+        with jax.set_mesh(self.engine.mesh):
+            cache = jax.jit(functools.partial(filled, shapes))(jax.random.key(0))
+        rows.state = dataclasses.replace(rows.state, cache=cache)
+        return rows
 
     def set_length(self, rows: Rows, length: int) -> None:
         """Sets each row to `length` cached tokens, with more to generate than will be run."""
         engine, state = self.engine, rows.state
-        b = len(rows.first_B)
+        b = rows.batch
         with jax.set_mesh(engine.mesh):
             lengths = engine.put(np.full(b, length, np.int32), "batch")
             left_B = engine.put(np.full(b, 10**6, np.int32))
@@ -161,14 +176,14 @@ class Benchmark:
         self.set_length(rows, context - n // 2)
         jax.block_until_ready(rows.state)
         start = time.perf_counter()
-        tokens = np.asarray(rows.run(n))
+        tokens = np.asarray(rows.run(n).id_B)
         seconds = time.perf_counter() - start
         assert (tokens[:n] >= 0).all()
         return seconds
 
     def measure(self, rows: Rows, context: int) -> None:
         """Measures, prints and records one context of a batch."""
-        batch, n = len(rows.first_B), self.args.steps
+        batch, n = rows.batch, self.args.steps
         self.steps(rows, context)
         times = [self.steps(rows, context) / n for _ in range(self.args.runs)]
         seconds = statistics.median(times)
@@ -198,8 +213,8 @@ class Benchmark:
 
         def once() -> float:
             start = time.perf_counter()
-            _, logits_BV = engine._fill([prompt], 1, round_up(tokens, LENGTH_UNIT))
-            assert np.isfinite(np.asarray(logits_BV)).all()
+            rows = filled_rows(engine, [prompt], round_up(tokens, LENGTH_UNIT))
+            assert np.isfinite(np.asarray(rows.logits_BV)).all()
             return time.perf_counter() - start
 
         with jax.set_mesh(engine.mesh):
@@ -363,7 +378,7 @@ def main() -> int:
             fitting = []
             for context in sorted(contexts):
                 try:
-                    engine.check_memory(batch, 1, context + LENGTH_UNIT)
+                    engine.check_memory(batch, context + LENGTH_UNIT)
                     fitting.append(context)
                 except ConfigError as e:
                     refused.append(f"Refused: {e}")

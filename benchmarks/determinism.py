@@ -1,6 +1,7 @@
 """Whether training repeats to the bit on the GPUs at hand, and what that costs.
 
     python -m benchmarks.determinism --parts runs
+    python -m benchmarks.determinism --parts runs --train --mesh.fsdp 2 --mesh.data 1
     python -m benchmarks.determinism --parts cost --configs small mlra_4
 
 `runs` trains `small` on the embedded corpus and compares the digests of all parameters and moments at the end: of two
@@ -95,13 +96,15 @@ def cost(names: Sequence[str], steps: int) -> None:
             print(row((name, variant, *cells, f"{r['compile_s']:.0f}")), flush=True)
 
 
-def start(name: str, out: pathlib.Path, cache: pathlib.Path, steps: int) -> subprocess.Popen[bytes]:
+def start(
+    name: str, out: pathlib.Path, cache: pathlib.Path, steps: int, more: Sequence[str]
+) -> subprocess.Popen[bytes]:
     """Starts, or continues, a run that leaves room on the GPU for another one; its words go to `out`.log."""
     options = {"--out": out, "--steps": steps, "--compilation_cache": cache}
     words = [str(word) for option in options.items() for word in option]
     with open(f"{out}.log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "mlra_jax.cli.train", name, *words, *RUN],
+            [sys.executable, "-m", "mlra_jax.cli.train", name, *words, *RUN, *more],
             env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"},
             stdout=log,
             stderr=log,
@@ -125,9 +128,9 @@ def digest(out: pathlib.Path, step: int) -> str:
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def uninterrupted(name: str, out: pathlib.Path, cache: pathlib.Path, steps: int) -> str:
+def uninterrupted(name: str, out: pathlib.Path, cache: pathlib.Path, steps: int, more: Sequence[str]) -> str:
     """Trains from the first step to the last; the digest."""
-    finished(start(name, out, cache, steps), out)
+    finished(start(name, out, cache, steps, more), out)
     return digest(out, steps)
 
 
@@ -139,13 +142,13 @@ def last_step(out: pathlib.Path) -> int:
 
 
 def killed(
-    name: str, out: pathlib.Path, cache: pathlib.Path, steps: int, kills: int, seed: int
+    name: str, out: pathlib.Path, cache: pathlib.Path, steps: int, more: Sequence[str], kills: int, seed: int
 ) -> tuple[str, list[int]]:
     """Trains with SIGKILL at random moments, continuing each time; the digest, and after which steps it was killed."""
     draw = random.Random(seed)
     after = sorted(draw.sample(range(1, steps - 1), kills))
     for step in after:
-        run = start(name, out, cache, steps)
+        run = start(name, out, cache, steps, more)
         while last_step(out) < step and run.poll() is None:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.3))
@@ -154,23 +157,23 @@ def killed(
             raise SystemExit(f"The run ended before it could be killed after step {step}; give more --steps.")
         run.kill()
         run.wait()
-    return uninterrupted(name, out, cache, steps), after
+    return uninterrupted(name, out, cache, steps, more), after
 
 
-def runs(name: str, steps: int, kills: int, folder: pathlib.Path) -> bool:
+def runs(name: str, steps: int, more: Sequence[str], kills: int, folder: pathlib.Path) -> bool:
     """Prints a row for each run, two at a time; whether all end with the same bits."""
     one, other = folder / "cache", folder / "other_cache"
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        first = pool.submit(uninterrupted, name, folder / "first", one, steps)
-        elsewhere = pool.submit(uninterrupted, name, folder / "other_cache_run", other, steps)
+        first = pool.submit(uninterrupted, name, folder / "first", one, steps, more)
+        elsewhere = pool.submit(uninterrupted, name, folder / "other_cache_run", other, steps, more)
         expected = first.result()
         rows = [("first process", expected), ("another compilation cache", elsewhere.result())]
-        second = pool.submit(uninterrupted, name, folder / "second", one, steps)
-        interrupted = pool.submit(killed, name, folder / "killed", one, steps, kills, 0)
+        second = pool.submit(uninterrupted, name, folder / "second", one, steps, more)
+        interrupted = pool.submit(killed, name, folder / "killed", one, steps, more, kills, 0)
         rows.append(("second process, the first one's cache", second.result()))
         found, after = interrupted.result()
         rows.append((f"killed after steps {', '.join(map(str, after))}", found))
-    names = (f"{name}, {steps} steps", "digest of parameters and moments", "equal")
+    names = (" ".join((f"{name}, {steps} steps", *more)), "digest of parameters and moments", "equal")
     print(*table(names, [(*found, "yes" if found[1] == expected else "NO") for found in rows]), sep="\n")
     return all(found == expected for _, found in rows)
 
@@ -187,6 +190,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="of the runs (50), and that are timed (12)")
     parser.add_argument("--kills", type=int, default=5, help="of a run")
     parser.add_argument(
+        "--train",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="further options of the runs' train.py, such as a mesh",
+    )
+    parser.add_argument(
         "--variant", choices=VARIANTS, help="measure one, in this process, and print it as JSON"
     )
     args = parser.parse_args()
@@ -199,7 +208,7 @@ def main() -> int:
             cost(args.configs, args.steps or 12)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                equal = runs(args.configs[0], args.steps or 50, args.kills, pathlib.Path(folder))
+                equal = runs(args.configs[0], args.steps or 50, args.train, args.kills, pathlib.Path(folder))
         print(f"{part}: {time.perf_counter() - begin:.0f} s so far", flush=True)
     return 0 if equal else 1
 

@@ -42,8 +42,9 @@ from mlra_jax.attention.registry import attention_name
 from mlra_jax.cli.configs import load_config
 from mlra_jax.config import ConfigError, ModelConfig
 from mlra_jax.execution.accelerators import find_accelerator
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, prefill, round_up
+from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Request, round_up
 from mlra_jax.generation.load import abstract_params
+from mlra_jax.generation.loop import GenerationLoop
 from mlra_jax.markdown import head, row, table
 from mlra_jax.model import to_decode
 from mlra_jax.ops.tuning import slug
@@ -132,7 +133,7 @@ def measure_model(place: Place, cases: Sequence[tuple[int, int]], args: argparse
         while contexts:
             capacity = round_up(max(contexts), LENGTH_UNIT) + LENGTH_UNIT
             try:
-                engine.check_memory(batch, 1, capacity)
+                engine.check_memory(batch, capacity)
                 break
             except ConfigError as e:
                 yield f"model {place.name} batch {batch} context {show_tokens(contexts.pop())}", str(e)
@@ -173,26 +174,21 @@ def seeded_engine(place: Place) -> Engine:
 
 def greedy(engine: Engine, prompts: Sequence[Sequence[int]], n: int) -> np.ndarray:
     """Greedily decodes `n` tokens after each prompt: [prompts, n]."""
-    rows = engine.start(prompts, [n] * len(prompts))
-    tokens = [np.asarray(rows.first_B)[None]]
-    while (done := sum(map(len, tokens))) < n:
-        tokens.append(np.asarray(rows.run(n - done))[: min(n - done, STEPS_PER_RUN)])
-    return np.concatenate(tokens).T[: len(prompts)]
+    loop = GenerationLoop(engine, len(prompts), round_up(max(map(len, prompts)) + n, LENGTH_UNIT))
+    tokens: dict[int, list[int]] = {loop.submit(Request(prompt, n)): [] for prompt in prompts}
+    while loop.busy:
+        for event in loop.step():
+            tokens[event.request] += event.tokens
+    return np.array([*tokens.values()])
 
 
 def stepped_logits(engine: Engine, tokens: np.ndarray, start: int) -> np.ndarray:
     """Logits after the first `start` tokens of each row, and after each further one: [rows, 1 + rest, V]."""
-    b, total = tokens.shape
-    max_len = round_up(total, LENGTH_UNIT)
-    chunk = lambda leaves, *args: prefill(engine.model(leaves), *args)
-    with jax.set_mesh(engine.mesh):
-        cache, logits_BV = engine._fill(tokens[:, :start].tolist(), b, max_len)
-        found = [np.asarray(logits_BV)]
-        for t in range(start, total):
-            new = engine.put(tokens[:, t : t + 1], "batch"), engine.put(np.ones(b, np.int32), "batch")
-            args = engine.leaves, cache, logits_BV, *new
-            cache, logits_BV = engine.call(("prefill", b, max_len, 1), chunk, *args, donate=(1, 2))
-            found.append(np.asarray(logits_BV))
+    rows = decode_step.filled_rows(engine, tokens[:, :start].tolist(), round_up(tokens.shape[1], LENGTH_UNIT))
+    found = [np.asarray(rows.logits_BV)]
+    for t in range(start, tokens.shape[1]):
+        rows.fill({i: (t, [token]) for i, token in enumerate(tokens[:, t])}, rows.part_rows, 1)
+        found.append(np.asarray(rows.logits_BV))
     return np.stack(found, axis=1)
 
 

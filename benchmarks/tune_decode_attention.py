@@ -93,7 +93,9 @@ class MosaicGPUSpace(Space):
         # A program for each sequence, with nothing to merge, needs about as many of them as there are processors.
         if tiles(config.row_groups) * shape.batch >= 0.5 * processors:
             splits.add(1)
-        split = [change(n_splits=n) for n in sorted(splits)]
+        split = [change(n_splits=n, streams=1) for n in sorted(splits)]
+        if config.row_groups == 1 and value_groups(shape) == 1:
+            split.append(change(n_splits=2 * even, stages=2, streams=2))
         ring = [change(block=b, stages=s) for b, s in itertools.product((64, 128), range(2, 7))]
         return [grouped, split, ring]
 

@@ -21,7 +21,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
@@ -153,9 +153,17 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     Raises:
       CheckpointError: every missing, extra or misshapen array, with both shapes.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-    stored = {k: tuple(v.shape) for k, v in _flat(handler.metadata(step_dir / item).tree).items()}
-    wanted = {k: tuple(v.shape) for k, v in _flat(abstract).items()}
+    stored = ocp.PyTreeCheckpointHandler().metadata(step_dir / item).tree
+    check_shapes(f"The {item} in {step_dir}", _flat(stored), _flat(abstract))
+
+
+def check_shapes(what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Compares shapes by name.
+
+    Raises:
+      CheckpointError: every missing, extra or misshapen array, with both shapes.
+    """
+    stored, wanted = ({k: tuple(v.shape) for k, v in arrays.items()} for arrays in (stored, wanted))
     faults = [
         f"{k}: {stored.get(k, 'not')} in the checkpoint, {wanted.get(k, 'not')} in the model"
         for k in sorted(stored | wanted)
@@ -163,7 +171,7 @@ def _check_tree(step_dir: epath.Path, item: str, abstract: Any) -> None:
     ]
     if faults:
         raise CheckpointError(
-            f"The {item} in {step_dir} do not fit the model ({len(faults)} of {len(stored | wanted)} arrays):\n  - "
+            f"{what} do not fit the model ({len(faults)} of {len(stored | wanted)} arrays):\n  - "
             + "\n  - ".join(faults)
         )
 

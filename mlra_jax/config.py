@@ -521,6 +521,9 @@ class CheckpointConfig(Validated):
     """Most recent checkpoints kept."""
     keep_every: NotNegative = 0
     """Checkpoints at multiples of this step are kept forever; 0: none."""
+    stop_status: Annotated[int, Range(ge=0, le=255)] = 75
+    """Exit status after a SIGTERM that ended the run, saved, before its last step, so that an orchestrator starts it
+    again (75: EX_TEMPFAIL of sysexits.h); a run that is finished exits with 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -538,6 +541,9 @@ class LogConfig(Validated):
     """Write TensorBoard event files."""
     wandb_project: str = ""
     """Weights & Biases project; empty: off. Needs the `wandb` package."""
+    prometheus_port: Annotated[int, Range(ge=0, le=65535)] = 0
+    """Port of process 0's host where Prometheus (or OpenTelemetry's collector) finds the latest metrics, at /metrics.
+    0: off. Needs the `prometheus-client` package."""
     profile_start: NotNegative = 10
     """First step that `--profile` records, counted from the first step this process runs (which compiles)."""
     profile_steps: Annotated[int, Range(ge=0), arg(aliases=("--profile",))] = 0

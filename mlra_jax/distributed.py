@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from mlra_jax.config import ConfigError, NotNegative, Range, Validated
+from mlra_jax.config import ConfigError, NotNegative, NotNegativeFloat, Range, Validated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,10 @@ class DistributedConfig(Validated):
     process_id: Annotated[int, Range(ge=-1)] = -1
     """Index of this process, from 0, with `coordinator`."""
     timeout: Annotated[float, Range(ge=1)] = 40.0
-    """Seconds within which all processes end when one of them dies."""
+    """Seconds within which all processes end when one of them dies or hangs."""
+    step_timeout: NotNegativeFloat = 600.0
+    """Seconds that a training step may take (six times as long where it compiles, evaluates or saves); then all
+    processes end and say where each of them is, also if there is only one. 0: no limit."""
 
     def conflicts(self) -> list[str]:
         at = self.at

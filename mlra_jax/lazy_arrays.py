@@ -35,6 +35,10 @@ class _Lazy:
         return self.size * self.dtype.itemsize
 
 
+Index = tuple[slice, ...]
+"""A slice of each axis."""
+
+
 @dataclasses.dataclass(frozen=True)
 class LazyTensor(_Lazy):
     """A tensor of known shape and type whose values are made by `np.asarray`."""
@@ -42,6 +46,12 @@ class LazyTensor(_Lazy):
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    read_part: Callable[[Index], np.ndarray] | None = None
+    """Makes some of the values; None: all are made, and cut."""
+
+    def part(self, index: Index) -> np.ndarray:
+        """The values at `index`."""
+        return np.asarray(self)[index] if self.read_part is None else self.read_part(index)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype=dtype)
@@ -65,6 +75,10 @@ class LazyStack(_Lazy):
 
     def __getitem__(self, layer: int) -> LazyTensor:
         return self.layers[layer]
+
+    def part(self, index: Index) -> np.ndarray:
+        """The values at `index`, whose first slice is of layers."""
+        return np.stack([layer.part(index[1:]) for layer in self.layers[index[0]]])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         stack = np.empty(self.shape, dtype or self.dtype)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.ops.shard_map_utils import varying
@@ -71,10 +71,23 @@ def _slices_along(sizes: MeshConfig, n_slices: int) -> tuple[int, int, int, int]
     return along_data, along_fsdp, 1, 1
 
 
-def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """A mesh of these sizes without devices, for `jax.sharding.use_abstract_mesh` and `jax.eval_shape`."""
+def abstract_mesh(
+    config: MeshConfig, device: AbstractDevice | None = None, n_slices: int = 1
+) -> AbstractMesh:
+    """A mesh of these sizes without devices, for `jax.sharding.use_abstract_mesh` and `jax.eval_shape`.
+
+    Args:
+      config: sizes, none of them -1.
+      device: what programs are traced for; None: JAX's default device.
+      n_slices: slices that the devices form; see `make_mesh`.
+
+    Raises:
+      ConfigError: the sizes do not fit the slices.
+    """
+    _slices_along(config, n_slices)
     sizes = tuple(getattr(config, axis) for axis in MESH_AXES)
-    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    types = (AxisType.Explicit,) * len(MESH_AXES)
+    return AbstractMesh(sizes, MESH_AXES, axis_types=types, abstract_device=device)
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -83,8 +96,8 @@ def current_mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.are_all_axes_manual else mesh
 
 
-def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The `ShapeDtypeStruct`s of `jax.eval_shape` under `jax.set_mesh(mesh)`, laid out on its devices."""
+def on_mesh(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The `ShapeDtypeStruct`s of `jax.eval_shape` under `mesh`, laid out on it."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding is not None else PartitionSpec()

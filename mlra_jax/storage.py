@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import fsspec
-from etils import epath
 
 from mlra_jax.errors import UserError, naming
 
@@ -92,7 +91,13 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     if is_remote(path):
-        epath.Path(path).write_bytes(data)
+        try:
+            fs, place = fsspec.core.url_to_fs(os.fspath(path))
+            fs.pipe_file(place, data)
+        except Exception as error:  # network, credentials: whatever the bucket's library raises
+            raise OSError(
+                f"Writing {path} failed with {type(error).__name__}: {error}; check the bucket."
+            ) from error
         return
     with whole_file(path) as unfinished:
         unfinished.write_bytes(data)

@@ -4,13 +4,16 @@ JAX alone leaves a process blocked in a collective whose partner is gone, until 
 C++ without a Python exception. Here a thread of each process, which runs even while the main thread is blocked, reports
 to process 0 through the same service that it is alive; process 0 tells all of them when one is not. If process 0 itself
 hangs, and the service with it, calls to the service do not return, which a second thread of each other process notices.
-A death that leaves a process no time to report (SIGKILL, lack of memory, the abort when process 0 is gone) is reported
-by a small child process that waits for the end of its parent.
+Processes that answer but no longer train, because a collective or a device hangs, are noticed by what their main
+threads say that they are doing (`Watchdog.doing`): where that does not change for too long, all end, and say where each
+one is. A death that leaves a process no time to report (SIGKILL, lack of memory, the abort when process 0 is gone) is
+reported by a small child process that waits for the end of its parent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -60,14 +63,15 @@ class LastWords:
 
 
 class Watchdog:
-    """A context manager that watches the processes of a run; for a single process it only leaves last words.
+    """A context manager that watches the processes of a run; a single process only for progress, and its last words.
 
     Args:
       timeout: seconds within which all processes end when one of them dies.
       advice: what to do; the end of every message.
+      step_timeout: seconds within which what the main thread is `doing` must change; 0: no limit.
     """
 
-    def __init__(self, timeout: float, advice: str):
+    def __init__(self, timeout: float, advice: str, step_timeout: float = 0.0):
         state = distributed.global_state
         self._client: Any = state.client
         self._id, self._n = state.process_id, state.num_processes
@@ -76,11 +80,22 @@ class Watchdog:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._heard = time.monotonic()  # when the service last answered
+        self._step_timeout = step_timeout
+        self._doing, self._limit, self._waited = "starting", math.inf, 0.0
 
     @property
     def alone(self) -> bool:
         """Whether there is no other process."""
         return self._client is None or self._n == 1
+
+    def doing(self, what: str, patience: float = 1.0) -> None:
+        """Says what the main thread does from now on.
+
+        Args:
+          what: for messages, such as "step 12".
+          patience: how many times `step_timeout` it may take.
+        """
+        self._doing, self._limit, self._waited = what, patience * self._step_timeout, 0.0
 
     def __enter__(self) -> Watchdog:
         who = "the run" if self.alone else f"process {self._id}"
@@ -93,10 +108,13 @@ class Watchdog:
                 threading.Thread(
                     target=self._watch_service, name="watchdog of process 0", daemon=True
                 ).start()
+        if self._step_timeout:
+            threading.Thread(target=self._watch_progress, name="watchdog of progress", daemon=True).start()
         self._last_words = LastWords(f"error: {who} was killed or crashed ({why}); {self._advice}.")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._limit = math.inf
         if kind is None and not self.alone:
             self._leaving.set()
             self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", "done", allow_overwrite=True)
@@ -129,7 +147,7 @@ class Watchdog:
             self._client.key_value_set(f"{_FOLDER}/end/reason", sentence)
 
     def _end(self, status: int) -> None:
-        if self._id == 0:
+        if self._id == 0 and not self.alone:
             time.sleep(2 * self._interval)  # the service is here: let the others read
         self._last_words.dismiss()
         sys.stdout.flush()
@@ -145,7 +163,8 @@ class Watchdog:
         while not self._leaving.wait(self._interval):
             beat += 1
             with contextlib.suppress(Exception):  # without the service, JAX aborts this process
-                self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", str(beat), allow_overwrite=True)
+                sign = f"{beat} {self._doing}"
+                self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", sign, allow_overwrite=True)
                 if self._id == 0:
                     now = time.monotonic()
                     alive = {
@@ -174,6 +193,31 @@ class Watchdog:
             if time.monotonic() - self._heard > self._timeout / 2 and not self._leaving.is_set():
                 self._leaving.set()
                 self._end_for("process 0, which holds the others together, does not answer")
+
+    def _watch_progress(self) -> None:
+        tick = min(self._step_timeout / 8, 10.0)
+        before = time.monotonic()
+        while not self._leaving.wait(tick):
+            now = time.monotonic()
+            # A process that was suspended as a whole has not waited meanwhile.
+            self._waited += min(now - before, 2 * tick)
+            before = now
+            if self._waited <= (limit := self._limit):
+                continue
+            where = {str(self._id): self._doing}
+            if not self.alone:
+                with contextlib.suppress(Exception):
+                    for key, value in self._client.key_value_dir_get(f"{_FOLDER}/alive"):
+                        where.setdefault(key.rpartition("/")[2], value.partition(" ")[2] or value)
+            places = ", ".join(f"process {i} is at {where[i]}" for i in sorted(where, key=int))
+            reason = (
+                f"no progress for {limit:g} s ({places}): a collective, a device or storage hangs, or "
+                "--distributed.step-timeout is too short"
+            )
+            if self.alone:
+                self._end_for(reason)
+            self._post(reason)
+            return  # the watchdog ends this process
 
     def _end_for(self, reason: str) -> None:
         print(f"error: {reason}; {self._advice}.", file=sys.stderr)

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 import mlra_jax
-from mlra_jax.cli import convert, describe, plot, prepare
+from mlra_jax.cli import convert, describe, export, plot, prepare
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
 from mlra_jax.cli.evaluate import EvaluateArgs
@@ -28,7 +28,9 @@ PARSERS = {
     "plot": plot.PlotArgs,
     "from-official": convert.FromOfficialArgs,
     "to-official": convert.ToOfficialArgs,
+    "from-export": convert.FromExportArgs,
     "split-latents": convert.SplitLatentsArgs,
+    "export": export.ExportArgs,
 }
 PLACEHOLDERS = {
     "CONFIG": "tiny",
@@ -94,7 +96,7 @@ def shown_commands():
     """(program, arguments) of each command of ours that a page shows in code."""
     program = (
         r"(?:python3? (train|decode|evaluate)\.py|"
-        r"mlra-(train|decode|evaluate|plan|prepare|plot|describe|convert))\b,? +(.+)"
+        r"mlra-(train|decode|evaluate|plan|prepare|plot|describe|convert|export))\b,? +(.+)"
     )
     commands = set()
     for page in PAGES:

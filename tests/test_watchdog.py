@@ -1,4 +1,4 @@
-"""Processes that die: the others end too, soon, and say why."""
+"""Processes that die or hang: the others end too, soon, and say why."""
 
 import os
 import signal
@@ -12,15 +12,16 @@ from mlra_jax.watchdog import LastWords, Watchdog
 
 SECONDS = 4
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 import jax, numpy as np
 from jax.experimental import multihost_utils
 from mlra_jax.watchdog import Watchdog
 
 port, me, how, victim, seconds = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5])
 jax.distributed.initialize(f"localhost:{port}", 2, me, cluster_detection_method="deactivate")
-with Watchdog(seconds, "start all again") as watchdog:
+with Watchdog(seconds, "start all again", step_timeout=1 if how == "wedged" else 0) as watchdog:
     multihost_utils.process_allgather(np.ones(3))
+    watchdog.doing("the data of step 7" if me == victim else "step 7")
     if me != victim:
         try:
             watchdog._client.wait_at_barrier("never", 10**6)  # as a collective that waits for the other
@@ -30,6 +31,8 @@ with Watchdog(seconds, "start all again") as watchdog:
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif how == "wedged":
+        time.sleep(1000)
     else:
         watchdog.leave("the disk is full.", 1)
 """
@@ -65,17 +68,45 @@ def sentences(error):
     return [line for line in error.splitlines() if line.startswith("error: ")]
 
 
-@pytest.mark.parametrize("how", ["killed", "leaving"])
-def test_a_process_that_waits_for_one_that_is_gone_ends_with_one_sentence(how):
+@pytest.mark.parametrize("how", ["stopped", "leaving"])  # one that is killed: tests/training/test_loop.py
+def test_a_process_that_waits_for_one_that_is_gone_or_hangs_ends_with_one_sentence(how):
     (status, error), (gone, _) = end(how, 1)
     reason = {
-        "killed": "process 1 died, or its host cannot be reached",
+        "stopped": "process 1 died, or its host cannot be reached",
         "leaving": "process 1 ended: the disk is full",
     }
-    assert gone == {"killed": -signal.SIGKILL, "leaving": 1}[how]
+    assert gone == {"stopped": -signal.SIGKILL, "leaving": 1}[how]
     assert status == 1
     assert sentences(error) == [f"error: {reason[how]}; start all again."]
     assert "Traceback" not in error
+
+
+def test_processes_that_answer_but_do_not_get_on_end_and_say_where_each_of_them_is():
+    for status, error in end("wedged", 1):
+        assert status == 1
+        (sentence,) = sentences(error)
+        assert sentence.startswith(
+            "error: no progress for 1 s (process 0 is at step 7, process 1 is at the data of step 7): "
+        )
+        assert sentence.endswith("; start all again.")
+
+
+def test_a_single_process_that_hangs_is_ended_and_one_that_gets_on_is_not():
+    script = """
+import time
+from mlra_jax.watchdog import Watchdog
+with Watchdog(4, "start it again", step_timeout=1) as watchdog:
+    watchdog.doing("compiling", 10)
+    time.sleep(1.5)
+    for step in range(15):
+        watchdog.doing(f"step {step}")
+        time.sleep(0.1)
+    time.sleep(100)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 1
+    (sentence,) = sentences(ended.stderr)
+    assert sentence.startswith("error: no progress for 1 s (process 0 is at step 14): ")
 
 
 def test_without_process_0_which_holds_them_together_the_last_words_say_so():

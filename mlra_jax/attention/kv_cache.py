@@ -20,9 +20,11 @@ import jax.numpy as jnp
 
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
-from mlra_jax.ops.append import append
+from mlra_jax.ops.append import append, normalize_and_append
+from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.decode.api import Layout
 from mlra_jax.ops.device import current_device
+from mlra_jax.ops.rotary import Frequencies, rotary_tables
 from mlra_jax.sharding import AxisRules, abstract_mesh, cached_head_faults, decode_rules
 
 PAGE_SIZE: dict[Layout, int] = {"token_major": 64, "feature_major": 512}
@@ -42,16 +44,26 @@ def preferred_layout() -> Layout:
     return "feature_major" if current_device()[0] == "tpu" else "token_major"
 
 
-def repeat_rows(rules: AxisRules, n: int, x: jax.Array, *names: str | None) -> jax.Array:
-    """Repeats each row of axis 0 `n` times; the copies stay on the devices that hold the row, so nothing moves.
+def take_rows(rules: AxisRules, x: jax.Array, row_P: jax.Array, *names: str | None) -> jax.Array:
+    """Rows of axis 0, which the table's `batch` splits; each device takes from its own rows, so nothing moves.
 
     Args:
       rules: the decoding table.
-      n: copies.
       x: the array.
-      *names: logical names of its axes.
+      row_P: which rows, split as those of `x`, each numbered among the rows of its device; the last one stands for any
+        number past the end.
+      *names: logical names of the axes of `x`.
     """
-    return rules.shard_map(lambda x: jnp.repeat(x, n, axis=0), (names,), names)(x)
+    take = lambda x, row_P: jnp.take(x, row_P, axis=0, mode="clip")
+    return rules.shard_map(take, (names, ("batch",)), names)(x, row_P)
+
+
+def put_rows(
+    rules: AxisRules, x: jax.Array, row_P: jax.Array, new: jax.Array, *names: str | None
+) -> jax.Array:
+    """`x` with the rows `new` in the places that `take_rows` takes; a number past the end drops its row."""
+    put = lambda x, row_P, new: x.at[row_P].set(new, mode="drop")
+    return rules.shard_map(put, (names, ("batch",), names), names)(x, row_P, new)
 
 
 @jax.tree_util.register_dataclass
@@ -97,9 +109,16 @@ class LayerCache:
         specs = {k: self.rules.spec(*self._axes(v)) for k, v in self.arrays.items()}
         return dataclasses.replace(self, arrays=specs)
 
-    def repeat(self, n: int) -> Self:
-        """The cache with `n` consecutive copies of each row."""
-        arrays = {k: repeat_rows(self.rules, n, v, *self._axes(v)) for k, v in self.arrays.items()}
+    def take(self, row_P: jax.Array) -> Self:
+        """The cache of some rows; see `take_rows`."""
+        arrays = {k: take_rows(self.rules, v, row_P, *self._axes(v)) for k, v in self.arrays.items()}
+        return dataclasses.replace(self, arrays=arrays)
+
+    def put(self, row_P: jax.Array, rows: Self) -> Self:
+        """The cache with some rows replaced; see `put_rows`."""
+        arrays = {
+            k: put_rows(self.rules, v, row_P, rows.arrays[k], *self._axes(v)) for k, v in self.arrays.items()
+        }
         return dataclasses.replace(self, arrays=arrays)
 
     def append(self, new: Mapping[str, jax.Array], start_B: jax.Array, n_new_B: jax.Array) -> Self:
@@ -130,6 +149,85 @@ class LayerCache:
             for name, array in self.arrays.items()
         }
         return dataclasses.replace(self, arrays=arrays)
+
+    def append_latents(
+        self,
+        a_BTE: jax.Array,
+        q_gain_A: jax.Array,
+        kv_gain_UC: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        eps: float,
+        q_scale: float,
+        kv_scale: float,
+        frequencies: Frequencies,
+    ) -> tuple[jax.Array, Self]:
+        """Normalises queries and latents of T new tokens, rotates their keys, and appends latents and keys.
+
+        Args:
+          a_BTE: queries, latents and rotary keys side by side; see `mlra_jax.ops.append.normalize_and_append`.
+          q_gain_A: of the queries' norm.
+          kv_gain_UC: of the latents' norms.
+          start_B: see `append`.
+          n_new_B: see `append`.
+          eps: of the norms.
+          q_scale: of the queries.
+          kv_scale: of the latents.
+          frequencies: of the rotation.
+
+        Returns:
+          The normalised queries [B, T, A], and the cache.
+        """
+        t = a_BTE.shape[1]
+        q_BTA, kv_latent, k_rope = normalize_and_append(
+            a_BTE,
+            q_gain_A,
+            kv_gain_UC,
+            start_B[:, None] + jnp.arange(t),
+            self.positions(start_B, n_new_B, t),
+            self["kv_latent"],
+            self["k_rope"],
+            eps=eps,
+            q_scale=q_scale,
+            kv_scale=kv_scale,
+            frequencies=frequencies,
+            layout=self.layout,
+        )
+        return q_BTA, dataclasses.replace(self, arrays={"kv_latent": kv_latent, "k_rope": k_rope})
+
+    def attend_latents(
+        self,
+        q_nope: jax.Array,
+        q_rope: jax.Array,
+        start_B: jax.Array,
+        n_new_B: jax.Array,
+        *,
+        scale: float,
+        frequencies: Frequencies,
+    ) -> jax.Array:
+        """Attention of T new tokens, which have been appended, over all tokens of their rows: [B, T, U, M, C].
+
+        Args:
+          q_nope: absorbed content queries [B, T, U, M, C]; see `mlra_jax.ops.decode.latent_decode_attention`.
+          q_rope: rotary queries, not yet rotated.
+          start_B: see `append`.
+          n_new_B: see `append`.
+          scale: of the scores.
+          frequencies: of the rotation.
+        """
+        t = q_nope.shape[1]
+        out, lse = latent_decode_attention(
+            q_nope,
+            q_rope,
+            self["kv_latent"],
+            self["k_rope"],
+            self.visible(start_B, n_new_B, t),
+            scale=scale,
+            rotary=rotary_tables(start_B[:, None] + jnp.arange(t), frequencies),
+            layout=self.layout,
+        )
+        return self.merge(out, lse)
 
     def positions(self, start_B: jax.Array, n_new_B: jax.Array, t: int) -> jax.Array:
         """This device's positions [B, T] of the T tokens from `start_B` on; past its end for other devices' tokens."""
@@ -199,10 +297,22 @@ class Cache:
         """Tokens that each row can hold."""
         return self.layers[0].capacity
 
+    def take(self, row_P: jax.Array, length_P: jax.Array) -> Cache:
+        """The cache of some rows (`take_rows`), of each only the first `length_P` tokens."""
+        return Cache(tuple(layer.take(row_P) for layer in self.layers), length_P)
+
     def repeat(self, n: int) -> Cache:
         """The cache with `n` consecutive copies of each row, on the devices that hold the row."""
-        lengths = repeat_rows(self.layers[0].rules, n, self.lengths, "batch")
-        return Cache(tuple(layer.repeat(n) for layer in self.layers), lengths)
+        rules = self.layers[0].rules
+        copies = lambda lengths: jnp.repeat(jnp.arange(len(lengths)), n)
+        row_P = rules.shard_map(copies, (("batch",),), ("batch",))(self.lengths)
+        return self.take(row_P, take_rows(rules, self.lengths, row_P, "batch"))
+
+    def put(self, row_P: jax.Array, rows: Cache) -> Cache:
+        """The cache with some rows replaced (`put_rows`)."""
+        layers = zip(self.layers, rows.layers, strict=True)
+        lengths = put_rows(self.layers[0].rules, self.lengths, row_P, rows.lengths, "batch")
+        return Cache(tuple(mine.put(row_P, theirs) for mine, theirs in layers), lengths)
 
     def bytes_per_device(self) -> int:
         """Bytes of the cache's arrays on the device that holds most, read off their shards."""

@@ -47,12 +47,10 @@ from mlra_jax.model.layers import (
     stored,
     weight,
 )
-from mlra_jax.ops.append import normalize_and_append
 from mlra_jax.ops.attention import causal_attention_parts
-from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.remat import HEADS as HEADS_OUTPUT
 from mlra_jax.ops.remat import PRODUCT, QUERIES
-from mlra_jax.ops.rotary import rotary_tables, rotate
+from mlra_jax.ops.rotary import rotate
 from mlra_jax.sharding import AxisRules, Names
 
 
@@ -470,17 +468,14 @@ class LatentAttention(Attention):
             q_BTJUMC = branch_queries(jnp.einsum("BTUMH,UMJCH->BTJUMC", q_BTUME[..., :h], w_UMJCH))
             q_rope = branch_queries(q_BTUME[:, :, None])
         with jax.named_scope("attend"):
-            out, lse = latent_decode_attention(
+            z_BTJUMC = cache.attend_latents(
                 q_BTJUMC.reshape(b, t, j * u, m, c),
                 jax.lax.collapse(q_rope, 2, 4),
-                cache["kv_latent"],
-                cache["k_rope"],
-                cache.visible(start_B, n_new_B, t),
+                start_B,
+                n_new_B,
                 scale=self.softmax_scale,
-                rotary=rotary_tables(start_B[:, None] + jnp.arange(t), self.frequencies),
-                layout=cache.layout,
-            )
-            z_BTJUMC = cache.merge(out, lse).reshape(b, t, j, u, m, c)
+                frequencies=self.frequencies,
+            ).reshape(b, t, j, u, m, c)
         # Batch axes first: with "->BTUMH", einsum would emit a bfloat16 product that XLA lacks on the CPU.
         with jax.named_scope("values"):
             y_UMBTH = jnp.einsum("BTJUMC,UMHJC->UMBTH", z_BTJUMC, w_UMHJC, preferred_element_type=jnp.float32)
@@ -497,19 +492,14 @@ class LatentAttention(Attention):
         kv_gain_UC: jax.Array,
     ) -> tuple[jax.Array, LayerCache]:
         """On each device: the normalised queries [B, T, A], and the cache with the new latents and rotary keys."""
-        t = a_BTXE.shape[1]
-        q_BTA, kv_latent, k_rope = normalize_and_append(
+        return cache.append_latents(
             a_BTXE.squeeze(2),
             q_gain_A,
             kv_gain_UC,
-            start_B[:, None] + jnp.arange(t),
-            cache.positions(start_B, n_new_B, t),
-            cache["kv_latent"],
-            cache["k_rope"],
+            start_B,
+            n_new_B,
             eps=self.config.norm_eps,
             q_scale=self.q_scale,
             kv_scale=self.kv_scale,
             frequencies=self.frequencies,
-            layout=cache.layout,
         )
-        return q_BTA, dataclasses.replace(cache, arrays={"kv_latent": kv_latent, "k_rope": k_rope})

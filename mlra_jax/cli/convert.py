@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 import jax
-import numpy as np
 import tyro
 from tqdm import tqdm
 
@@ -19,7 +18,6 @@ from mlra_jax import checkpoints
 from mlra_jax.cli import command
 from mlra_jax.config import OPTION, DataConfig, NotNegative, Positive, PositiveFloat, TrainConfig, Validated
 from mlra_jax.convert import (
-    LazyTensor,
     lazy_params_from_official,
     model_config_from_official,
     official_from_model_config,
@@ -30,6 +28,7 @@ from mlra_jax.convert import (
     write_weights,
 )
 from mlra_jax.errors import UserError
+from mlra_jax.serving.huggingface import MODEL_TYPE, lazy_params, open_exported
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote, whole_folder
 from mlra_jax.textfiles import read_text
 
@@ -78,6 +77,16 @@ class ToOfficialArgs(Validated):
 
 
 @dataclasses.dataclass(frozen=True)
+class FromExportArgs:
+    """Converts a folder that mlra-export wrote to a checkpoint without optimizer state; parameters keep their bits."""
+
+    folder: tyro.conf.Positional[str]
+    """Folder with config.json, tokenizer.json and safetensors files; it stays the place of a tokenizer's file."""
+    out: str
+    """Folder (or bucket URL) to create, for decode.py --checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SplitLatentsArgs(Validated):
     """Turns an MLA (or GLA, or MLRA) into a model with more latent heads, to be trained further.
 
@@ -104,7 +113,7 @@ class SplitLatentsArgs(Validated):
 
 
 @contextlib.contextmanager
-def _progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
+def byte_progress(total: int, verb: str) -> Iterator[Callable[[int], object]]:
     """Shows a progress bar of `total` bytes on a terminal; yields a function to call with the bytes just done."""
     with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as bar:
         yield bar.update
@@ -130,9 +139,24 @@ def _check_new_run(out: str) -> None:
         raise FileExistsError(f"{checkpoints.find_step(out)} exists; name another --out, or remove it.")
 
 
+def new_folder(out: str) -> Path:
+    """A local folder to make.
+
+    Raises:
+      FileExistsError: it exists.
+      UserError: it is in a bucket.
+    """
+    if is_remote(out):
+        raise UserError(f"--out {out} must be a local folder; copy it to the bucket afterwards.")
+    path = Path(out).expanduser().absolute()
+    if path.exists():
+        raise FileExistsError(f"{path} exists; name another --out, or remove it.")
+    return path
+
+
 def _save(out: str, params: dict, config: TrainConfig) -> None:
     """Writes a run's step 0 with a progress bar, and prints its place."""
-    with _progress(sum(x.nbytes for x in jax.tree.leaves(params)), "writing") as progress:
+    with byte_progress(sum(x.nbytes for x in jax.tree.leaves(params)), "writing") as progress:
         checkpoints.save_params(out, params, config, progress)
     print(out)
 
@@ -150,6 +174,8 @@ def from_official(args: FromOfficialArgs) -> None:
     tensors = open_weights(weights)
     beside = (weights if weights.is_dir() else weights.parent) / CONFIG_FILE
     official = _read_json(Path(args.config).expanduser() if args.config else beside)
+    if official.get("model_type") == MODEL_TYPE:
+        raise UserError(f"{weights} was written by mlra-export: use mlra-convert from-export.")
     model = model_config_from_official(official, args.model_type or None)
     data = DataConfig(tokenizer=args.tokenizer, seq_len=official.get("block_size", DataConfig().seq_len))
     config = _run_of(args.out, TrainConfig(model=model, data=data))
@@ -160,28 +186,16 @@ def from_official(args: FromOfficialArgs) -> None:
 def to_official(args: ToOfficialArgs) -> None:
     """See `ToOfficialArgs`."""
     args.validate()
-    out = Path(args.out).expanduser().absolute()
-    if out.exists():
-        raise FileExistsError(f"{out} exists; name another --out, or remove it.")
+    out = new_folder(args.out)
     config = checkpoints.load_config(args.checkpoint, args.step)
     official = official_from_model_config(config.model, block_size=config.data.seq_len)
     params = checkpoints.lazy_params(args.checkpoint, args.step)
     tensors = official_from_params(params, config.model, with_head=args.with_head)
     with (
         whole_folder(out) as partial,
-        _progress(sum(t.nbytes for t in tensors.values()), "writing") as progress,
+        byte_progress(sum(t.nbytes for t in tensors.values()), "writing") as progress,
     ):
-
-        def counted(tensor: LazyTensor) -> LazyTensor:
-            def read() -> np.ndarray:
-                values = np.asarray(tensor)
-                progress(tensor.nbytes)
-                return values
-
-            return dataclasses.replace(tensor, read=read)
-
-        counted_tensors = {name: counted(tensor) for name, tensor in tensors.items()}
-        write_weights(partial, counted_tensors, max_file_bytes=int(args.max_file_gb * 1e9))
+        write_weights(partial, tensors, max_file_bytes=int(args.max_file_gb * 1e9), progress=progress)
         (partial / CONFIG_FILE).write_text(json.dumps(official, indent=2) + "\n")
     if "rope_scaling" in official:
         print(
@@ -189,6 +203,14 @@ def to_official(args: ToOfficialArgs) -> None:
             file=sys.stderr,
         )
     print(out)
+
+
+def from_export(args: FromExportArgs) -> None:
+    """See `FromExportArgs`."""
+    _check_new_run(args.out)
+    exported = open_exported(args.folder)
+    config = _run_of(args.out, exported.config)
+    _save(args.out, lazy_params(args.folder, config.model), config)
 
 
 def split(args: SplitLatentsArgs) -> None:
@@ -214,11 +236,13 @@ def main(argv: Sequence[str]) -> int:
     args = tyro.cli(
         Annotated[FromOfficialArgs, tyro.conf.subcommand("from-official")]
         | Annotated[ToOfficialArgs, tyro.conf.subcommand("to-official")]
+        | Annotated[FromExportArgs, tyro.conf.subcommand("from-export")]
         | Annotated[SplitLatentsArgs, tyro.conf.subcommand("split-latents")],
         args=argv,
         prog="mlra-convert",
         description=(
-            "Converts the paper's PyTorch weights to a checkpoint of this package and back; turns an MLA into an MLRA."
+            "Converts the paper's PyTorch weights to a checkpoint of this package and back, and what mlra-export "
+            "wrote; turns an MLA into an MLRA."
         ),
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
@@ -228,6 +252,8 @@ def main(argv: Sequence[str]) -> int:
             from_official(args)
         case ToOfficialArgs():
             to_official(args)
+        case FromExportArgs():
+            from_export(args)
         case SplitLatentsArgs():
             split(args)
     return 0

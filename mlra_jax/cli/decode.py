@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import jax
 import tyro
@@ -16,14 +16,16 @@ import tyro
 from mlra_jax.checkpoints import load_config
 from mlra_jax.cli import command
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.data.tokenizers import get_tokenizer
+from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.distributed import initialize, take_args
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.generation.generator import (
     DEFAULTS,
     Completion,
     Delta,
     GenerationOptions,
     Generator,
+    Prompt,
     changed,
     fit_prompts,
     options_by_prompt,
@@ -46,8 +48,9 @@ class DecodeArgs:
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Text to continue; repeat the option for several prompts."""
     prompts_file: str = ""
-    """File with one prompt per line, or `-` for standard input; lines of a .jsonl file are JSON strings, or objects
-    with a field `prompt` and, where options differ for it, `generation`: {"temperature": 0.8, "seed": 1}."""
+    """File with one prompt per line, or `-` for standard input; lines of a .jsonl file are JSON strings, lists of token
+    ids, or objects with one of these as their field `prompt` and, where options differ for it, `generation`:
+    {"temperature": 0.8, "seed": 1}."""
     step: int | None = None
     """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ONE_DEVICE
@@ -71,7 +74,11 @@ class DecodeArgs:
     """Folder for XLA's persistent compilation cache, empty: none; default: the run's own setting."""
 
 
-def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple[str, GenerationOptions]]:
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(type(token) is int for token in value))
+
+
+def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple[Prompt, GenerationOptions]]:
     """Reads prompts, one per line, and the options of each; `-` is standard input. Empty lines are skipped.
 
     Args:
@@ -93,10 +100,11 @@ def read_prompts(file: str, options: GenerationOptions = DEFAULTS) -> list[tuple
             value = json.loads(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{file}, line {number} is not JSON: {error}.") from error
-        value = {"prompt": value} if isinstance(value, str) else value
-        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        value = value if isinstance(value, dict) else {"prompt": value}
+        if not _is_prompt(value.get("prompt")):
             raise ConfigError(
-                f"{file}, line {number} is neither a string nor an object with the field prompt."
+                f"{file}, line {number} is neither a string nor a list of token ids, nor an object with one of them as "
+                "its field prompt."
             )
         try:
             prompts.append((value["prompt"], changed(options, **value.get("generation", {}))))
@@ -116,8 +124,8 @@ def _standard_input() -> bytes:
         ) from error
 
 
-def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
-    prompts = [(prompt, args.generation) for prompt in args.prompt]
+def _prompts(args: DecodeArgs) -> list[tuple[Prompt, GenerationOptions]]:
+    prompts: list[tuple[Prompt, GenerationOptions]] = [(prompt, args.generation) for prompt in args.prompt]
     if args.prompts_file == "-" and jax.process_count() > 1:
         raise ConfigError(
             "Standard input reaches only one of several processes; give each of them --prompts-file FILE."
@@ -134,13 +142,14 @@ def _prompts(args: DecodeArgs) -> list[tuple[str, GenerationOptions]]:
 class _Printer:
     """Prints completions, and statistics at the end, on the first process only."""
 
-    def __init__(self, single: str | None, as_json: bool):
+    def __init__(self, single: Prompt | None, as_json: bool, tokenizer: Tokenizer):
         self._active = jax.process_index() == 0
         self._json = as_json
         self._single = single is not None
+        self._text = lambda prompt: prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
         self._completions: list[Completion] = []
         if single is not None and not as_json:
-            self._print(single, end="")
+            self._print(self._text(single), end="")
 
     def _print(self, text: str, end: str = "\n", file: TextIO | None = None) -> None:
         if self._active:
@@ -157,20 +166,27 @@ class _Printer:
         elif self._single:
             self._print(event.text if isinstance(event, Delta) else "\n", end="")
         elif isinstance(event, Completion):
-            self._print(f"=== prompt {event.prompt_index}, sample {event.sample}\n{event.prompt}{event.text}")
+            self._print(
+                f"=== prompt {event.prompt_index}, sample {event.sample}\n{self._text(event.prompt)}{event.text}"
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a remark on standard error."""
+        self._print(text, file=sys.stderr)
 
     def report(self, trained_len: int) -> None:
-        """One line for each batch on standard error, and a remark if a text is longer than what was trained on."""
-        batches = {id(c.stats): c.stats for c in self._completions}
-        for key, s in batches.items():
-            tokens = sum(len(c.tokens) for c in self._completions if id(c.stats) == key)
-            speed = "" if s.tokens_per_second is None else f", then {s.tokens_per_second:.1f} tokens/s"
-            self._print(
-                f"{s.rows} completion(s), {tokens} tokens: the first after {s.seconds_to_first_token:.3f} s{speed} "
-                f"(compiling: {s.compile_seconds:.1f} s); KV cache {s.cache_bytes_per_device:,} bytes on each of "
-                f"{s.devices} device(s), {s.cache_tokens_per_row} tokens a row",
-                file=sys.stderr,
-            )
+        """Statistics on standard error, and a remark if a text is longer than what was trained on."""
+        stats = [c.stats for c in self._completions]
+        tokens, last = sum(len(c.tokens) for c in self._completions), max(stats, key=lambda s: s.seconds)
+        busy = "" if last.occupancy is None else f", {last.occupancy:.0%} of them busy"
+        self._print(
+            f"{len(stats)} completion(s), {tokens} tokens: the first after "
+            f"{min(s.seconds_to_first_token for s in stats):.3f} s, all after {last.seconds:.3f} s, "
+            f"{tokens / max(last.seconds, 1e-9):.1f} tokens/s (compiling: {last.compile_seconds:.1f} s); "
+            f"{last.rows} row(s){busy}; KV cache {last.cache_bytes_per_device:,} bytes on each of {last.devices} "
+            f"device(s), {last.cache_tokens_per_row} tokens a row",
+            file=sys.stderr,
+        )
         longest = max(c.prompt_tokens + len(c.tokens) for c in self._completions)
         if longest > trained_len:
             self._print(
@@ -204,13 +220,15 @@ def main(argv: Sequence[str]) -> int:
         step=args.step,
         tokenizer=args.tokenizer,
     )
-    single = len(prompts) * options[0].n == 1
+    single = sum(own.n for own in options) == 1
     every_token = args.stream and not args.json and single
     events = generator.stream(prompts, options, every_token=every_token)
-    printer = _Printer(prompts[0] if single else None, args.json)
-    for event in events:
-        printer.show(event)
+    printer = _Printer(prompts[0] if single else None, args.json, generator.tokenizer)
+    with BackEnds(printer.say) as back_ends:
+        for event in events:
+            printer.show(event)
     printer.report(config.data.seq_len)
+    printer.say(str(back_ends))
     return 0
 
 

@@ -6,7 +6,6 @@ nothing is allocated or measured.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -32,13 +31,13 @@ from mlra_jax.config import (
     TrainConfig,
     Validated,
 )
-from mlra_jax.execution.accelerators import GIB, KINDS, Accelerator, named_accelerator
+from mlra_jax.execution.accelerators import GIB, Accelerator, described_device, named_accelerator
 from mlra_jax.execution.flops import train_flops_per_token
 from mlra_jax.execution.planner import HEADROOM, Planner
 from mlra_jax.generation.engine import PREFILL_BYTES
 from mlra_jax.markdown import table
 from mlra_jax.model import Transformer
-from mlra_jax.sharding import abstract_mesh, check_decode_layout, decode_rules, make_mesh
+from mlra_jax.sharding import abstract_mesh, check_decode_layout, check_train_layout, decode_rules
 
 TENSOR = (1, 2, 4, 8)
 
@@ -132,12 +131,9 @@ def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]
     Raises:
       ConfigError: the mesh does not fit so many devices, or training does not fit their memory; says what takes it.
     """
-    if len(jax.devices()) < n_devices:
-        raise ConfigError(f"{n_devices} devices are wanted; JAX simulates {len(jax.devices())}.")
     sizes = config.mesh.resolve(n_devices)
-    mesh = make_mesh(sizes, jax.devices()[:n_devices])
-    chip, kind = named_accelerator(device), KINDS.get(device.lower(), device)
-    plan = Planner(config, mesh, chip.memory, kind).choose()
+    check_train_layout(config, sizes)
+    plan = Planner(config, abstract_mesh(sizes, described_device(device))).choose()
     return {
         "mesh": dataclasses.asdict(sizes),
         "micro_batch": plan.micro_batch,
@@ -145,7 +141,7 @@ def training(config: TrainConfig, device: str, n_devices: int) -> dict[str, Any]
         "gather": plan.gather,
         "bytes": plan.memory,
         "total_bytes": plan.total,
-        "capacity_bytes": chip.memory,
+        "capacity_bytes": plan.capacity,
     }
 
 
@@ -308,10 +304,6 @@ def main(argv: Sequence[str]) -> int:
     if args.device:
         named_accelerator(args.device)  # before anything is computed
     jax.config.update("jax_platforms", "cpu")
-    with contextlib.suppress(
-        RuntimeError
-    ):  # JAX runs already, in another program: with the devices that it has
-        jax.config.update("jax_num_cpu_devices", args.devices)
     config = parse_train_args(rest, prog="mlra-describe", afresh=True)
     context = args.context or config.data.seq_len
     result = describe(config, context=context, device=args.device, n_devices=args.devices)

@@ -7,6 +7,6 @@ from mlra_jax.cli import run
 train, plan, decode, evaluate = (
     functools.partial(run, name) for name in ("train", "plan", "decode", "evaluate")
 )
-prepare, plot, convert, describe = (
-    functools.partial(run, name) for name in ("prepare", "plot", "convert", "describe")
+prepare, plot, convert, export, describe, serve = (
+    functools.partial(run, name) for name in ("prepare", "plot", "convert", "export", "describe", "serve")
 )

@@ -32,6 +32,7 @@ from mlra_jax.evaluation import needle
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.figures import check_figure, save_figure
 from mlra_jax.generation.generator import Generator
 from mlra_jax.markdown import padded
@@ -210,42 +211,44 @@ def main(argv: Sequence[str]) -> int:
 
     first = jax.process_index() == 0
     report: dict[str, Any] = _describe(args, model)
-    if parts:
-        results = list(evaluate(model, parts, byte_lengths, progress=first))
-        report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
-        if first:
-            print(*perplexity_table(results), sep="\n", flush=True)
-    if needles is not None:
-        found = needle.find_needles(
-            Scorer(needles),
-            needle_tokenizer,
-            lengths,
-            args.needle_depths,
-            samples=args.needle_samples,
-            digits=args.needle_digits,
-            progress=first,
-        )
-        report[needle.TASK] = {
-            "samples": args.needle_samples,
-            "digits": args.needle_digits,
-            **found.as_dict(),
-        }
-        if first:
-            print(*needle_table(found), sep="\n", flush=True)
-        if first and figure:
-            save_figure(needle.heat_map(found, config.name), figure)
-    if tasks is not None:
-        make_generator = lambda: Generator.from_checkpoint(
-            model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
-        )
-        adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
-        scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
-        report["tasks"] = scores
-        average = harness.paper_average(scores)
-        if average is not None:
-            report["paper_average"] = average
-        if first:
-            print(*task_table(scores, average), sep="\n", flush=True)
+    with BackEnds(_say) as back_ends:
+        if parts:
+            results = list(evaluate(model, parts, byte_lengths, progress=first))
+            report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
+            if first:
+                print(*perplexity_table(results), sep="\n", flush=True)
+        if needles is not None:
+            found = needle.find_needles(
+                Scorer(needles),
+                needle_tokenizer,
+                lengths,
+                args.needle_depths,
+                samples=args.needle_samples,
+                digits=args.needle_digits,
+                progress=first,
+            )
+            report[needle.TASK] = {
+                "samples": args.needle_samples,
+                "digits": args.needle_digits,
+                **found.as_dict(),
+            }
+            if first:
+                print(*needle_table(found), sep="\n", flush=True)
+            if first and figure:
+                save_figure(needle.heat_map(found, config.name), figure)
+        if tasks is not None:
+            make_generator = lambda: Generator.from_checkpoint(
+                model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer
+            )
+            adapter = harness.HarnessModel(Scorer(model), tokenizer, make_generator, progress=first)
+            scores = harness.run_tasks(adapter, tasks, num_fewshot=args.fewshot, limit=args.limit)
+            report["tasks"] = scores
+            average = harness.paper_average(scores)
+            if average is not None:
+                report["paper_average"] = average
+            if first:
+                print(*task_table(scores, average), sep="\n", flush=True)
+    _say(str(back_ends))
     if args.json and first:
         write_whole(out, json.dumps(report, indent=2) + "\n")
     return 0

@@ -1,8 +1,8 @@
 """`mlra-plan CONFIG --topology NAME [--field VALUE ...]`: plans training for devices that are not at hand.
 
-Prints the estimate by which micro-batch and rematerialisation are chosen, and a roofline by formula; then compiles the
-train step ahead of time with the target's own compiler, and prints its memory and collectives. With `--estimate`
-nothing is compiled.
+Prints the estimate by which micro-batch and rematerialisation are chosen, a roofline by formula, and what the whole run
+takes by it; then compiles the train step ahead of time with the target's own compiler, and prints its memory and
+collectives. With `--estimate` nothing is compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PlanArgs:
     topology: str = ""
     """Target devices, such as v5e:16x16 or h100:8."""
     estimate: bool = False
-    """Only estimate; compile nothing."""
+    """Only estimate; compile nothing. Needs neither libtpu nor a CUDA plugin."""
 
 
 @contextlib.contextmanager
@@ -75,17 +75,16 @@ def main(argv: Sequence[str]) -> int:
     from mlra_jax.config import MeshConfig
     from mlra_jax.execution import report
     from mlra_jax.execution.planner import resolve
-    from mlra_jax.execution.topologies import Memory, compile_train_step, topology_mesh
+    from mlra_jax.execution.topologies import Memory, Topology, compile_train_step, topology_mesh
     from mlra_jax.sharding import check_train_layout
 
-    with _standard_error():
-        mesh = topology_mesh(args.topology, config.mesh)
+    mesh = Topology.of(args.topology).abstract_mesh(config.mesh)
     check_train_layout(config, MeshConfig(**mesh.shape))
     config, plan = resolve(config, mesh)
     print("\n".join(report.estimate(config, args.topology, mesh, plan)), flush=True)
     if not args.estimate:
         with _standard_error() as messages:
-            compiled = compile_train_step(config, mesh)
+            compiled = compile_train_step(config, topology_mesh(args.topology, config.mesh))
         try:
             hlo = compiled.as_text()
         except jax.errors.JaxRuntimeError:

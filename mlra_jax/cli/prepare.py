@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-import json
 import os
+import re
+import shutil
 import sys
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import tyro
 from tqdm import tqdm
 
 from mlra_jax.cli import command
-from mlra_jax.config import OPTION, Range, Validated
-from mlra_jax.data.shards import MAX_ID, DataError, ShardWriter
-from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
-from mlra_jax.storage import whole_folder
-from mlra_jax.textfiles import TextError, decode_text
+from mlra_jax.config import OPTION, NotNegative, Range, Validated
+from mlra_jax.data.documents import Chunk, chunks_of, count, hugging_face, split_document, text_files
+from mlra_jax.data.preparing import Place, Progress, Recipe, Workers, digest, estimate, scan, write_shards
+from mlra_jax.data.shards import MAX_ID, DataError
+from mlra_jax.data.tokenizers import fingerprint, get_tokenizer
+from mlra_jax.storage import check_storage, is_remote
 
-SUFFIXES = (".txt", ".md", ".jsonl")
-_BATCH_CHARACTERS = 1 << 20  # text that is tokenized at a time
+__all__ = ["PrepareArgs", "main", "split_document"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +33,15 @@ class PrepareArgs(Validated):
 
     Each .txt or .md file and each line of a .jsonl file is a document, written as the end-of-text id followed by its
     tokens. Text is UTF-8; byte-order marks are dropped and CRLF becomes LF. Folders are read recursively, sorted by
-    path. The folder --out appears once everything is written. Which documents are held out depends on their text alone.
+    path. Which documents are held out depends on their text alone; shards depend neither on --workers nor on
+    interruptions, after which the same command goes on. A data set can be read once it is whole.
     """
 
     at: ClassVar[str] = OPTION
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Text files and folders."""
     out: str = "shards"
-    """Local folder to create."""
+    """Folder to create, or bucket URL such as gs://bucket/shards."""
     name: str = "text"
     """Shards are called NAME_val_000000.bin and NAME_train_000001.bin, ..."""
     tokenizer: str = "byte"
@@ -55,9 +55,14 @@ class PrepareArgs(Validated):
     """Fraction of the documents, or of each document's characters, to hold out; 0: none (training needs validation
     shards, so add some to the folder yourself)."""
     shard_tokens: Annotated[int, Range(ge=1, lt=2**31)] = 10**8
-    """Tokens per shard."""
+    """Tokens per shard; up to two shards are held in memory, 2 bytes a token."""
+    workers: NotNegative = 0
+    """Processes that read and tokenize; 0: one for each core."""
+    part: str = "1/1"
+    """I/N, from 1/N to N/N: the I-th of N parts of the files (those of the data set, with --hf-dataset), each made by a
+    command of its own, on any host, into one --out. Part I writes each N-th shard number."""
     overwrite: bool = False
-    """Replace the folder --out if it exists; it must hold only shards."""
+    """Replace the folder --out if it exists, which must hold only shards, and drop what was begun of it."""
     hf_dataset: str = ""
     """Hugging Face data set to stream instead of files, such as HuggingFaceFW/fineweb-edu; needs the package
     `datasets`."""
@@ -67,172 +72,11 @@ class PrepareArgs(Validated):
     """Split of that data set."""
 
 
-Document = tuple[str, int]
-"""Its text, and its size in bytes of input, for the progress bar."""
-
-
-def text_files(inputs: Sequence[str]) -> list[Path]:
-    """The files named by `inputs`; folders are searched for `SUFFIXES`, sorted by path.
-
-    Raises:
-      DataError: an input does not exist, or a folder holds no text; all of them listed.
-    """
-    files: list[Path] = []
-    faults = []
-    for name in inputs:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            files += found
-            if not found:
-                faults.append(f"The folder {path} holds no {', '.join(SUFFIXES)} file.")
-        elif path.is_file():
-            files.append(path)
-        else:
-            faults.append(f"There is no file or folder {path}.")
-    if faults:
-        raise DataError(faults)
-    return files
-
-
-def read_file(path: Path, text_field: str) -> Iterator[Document]:
-    """Yields the documents of a file that are not blank.
-
-    Raises:
-      DataError: the file cannot be read, is not UTF-8, or has a line without text.
-    """
-    where = str(path)
-    try:
-        with open(path, "rb") as file:
-            if path.suffix != ".jsonl":
-                data = file.read()
-                yield from _not_blank(decode_text(data, where), len(data))
-                return
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if not line.strip():
-                    continue
-                row = json.loads(decode_text(line, str(path), number))
-                text = row.get(text_field) if isinstance(row, dict) else None
-                if not isinstance(text, str):
-                    raise DataError(
-                        f"{where}: no text in the field {text_field!r}; name another with --text-field."
-                    )
-                yield from _not_blank(text, len(line))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-    except TextError as error:
-        raise DataError(str(error)) from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error}.") from error
-
-
-def _not_blank(text: str, size: int) -> Iterator[Document]:
-    if text.strip():
-        yield text, size
-
-
-def read_hf(args: PrepareArgs) -> Iterator[Document]:
-    """Streams the rows of a Hugging Face data set that are not blank.
-
-    Raises:
-      DataError: `datasets` is not installed, or the data set cannot be read or lacks the field.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError("--hf-dataset needs the package datasets: pip install datasets.") from error
-    try:
-        for row in datasets.load_dataset(
-            args.hf_dataset, args.hf_config, split=args.hf_split, streaming=True
-        ):
-            text = row.get(args.text_field)
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{args.hf_dataset} has no text in the field {args.text_field!r}; it has {sorted(row)}."
-                )
-            yield from _not_blank(text, len(text.encode()))
-    except DataError:
-        raise
-    except Exception as error:  # network, wrong name: whatever the library raises
-        raise DataError(f"Reading {args.hf_dataset} failed with {type(error).__name__}: {error}.") from error
-
-
-def scan(files: Sequence[Path], text_field: str) -> tuple[int, int]:
-    """Reads everything once, so that faults show before any work is done; returns the documents and their bytes.
-
-    Raises:
-      DataError: files that cannot be read, all listed, or no text at all.
-    """
-    n_documents = n_bytes = 0
-    faults = []
-    for path in files:
-        try:
-            for _, size in read_file(path, text_field):
-                n_documents += 1
-                n_bytes += size
-        except DataError as error:
-            faults += error.faults
-    if faults:
-        raise DataError(faults)
-    if not n_documents:
-        raise DataError(f"The {len(files)} file(s) hold no text.")
-    return n_documents, n_bytes
-
-
-def split_document(text: str, holdout: Literal["documents", "tails"], val_fraction: float) -> tuple[str, str]:
-    """Splits a document into training and held-out text: a function of the text, so that duplicates share a side."""
-    if not val_fraction:
-        return text, ""
-    if holdout == "documents":
-        held_out = zlib.crc32(text.encode("utf-8", "surrogatepass")) < val_fraction * 2**32
-        return ("", text) if held_out else (text, "")
-    cut = round(len(text) * (1 - val_fraction))
-    line_break = text.rfind("\n", cut * 9 // 10, cut)  # if there is one nearby
-    cut = line_break + 1 if line_break > 0 else cut
-    return text[:cut], text[cut:]
-
-
-def write_shards(
-    documents: Iterable[Document],
-    folder: Path,
-    args: PrepareArgs,
-    tokenizer: Tokenizer,
-    holdout: Literal["documents", "tails"],
-    n_bytes: int | None,
-) -> dict[str, int]:
-    """Writes all documents as shards into `folder`; returns the tokens of `train` and `val`.
-
-    A progress bar counts bytes of input, of `n_bytes` if that is known.
-    """
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(ShardWriter(folder, args.name, split, args.shard_tokens, args.tokenizer))
-            for split in ("train", "val")
-        ]
-        bar = stack.enter_context(tqdm(total=n_bytes, unit="B", unit_scale=True, desc="tokenizing"))
-        for batch in _batches(documents):
-            parts = zip(*(split_document(text, holdout, args.val_fraction) for text, _ in batch), strict=True)
-            for writer, texts in zip(writers, parts, strict=True):
-                for ids in tokenizer.encode_batch([text for text in texts if text]):
-                    writer.write(np.insert(ids, 0, tokenizer.eot_id))
-            bar.update(sum(size for _, size in batch))
-            bar.set_postfix(tokens=f"{sum(w.n_tokens for w in writers):,}", refresh=False)
-    return {"train": writers[0].n_tokens, "val": writers[1].n_tokens}
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of about `_BATCH_CHARACTERS` characters."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[0])
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _part(text: str) -> tuple[int, int] | None:
+    """The numbers of I/N; None: it is not of that form."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    part = (int(match[1]), int(match[2])) if match else (0, 0)
+    return part if 1 <= part[0] <= part[1] else None
 
 
 def _check(args: PrepareArgs) -> None:
@@ -241,17 +85,73 @@ def _check(args: PrepareArgs) -> None:
         faults.append("Name either text files and folders, or one --hf-dataset.")
     if not args.name or os.sep in args.name:
         faults.append(f"--name {args.name!r} must be a part of a file name.")
-    if "://" in args.out:
-        faults.append(
-            f"--out {args.out}: shards are written to a local folder; copy it to the bucket afterwards."
-        )
-    out = Path(args.out).expanduser()
-    if out.exists() and not args.overwrite:
-        faults.append(f"{out} exists; name another --out, or replace it with --overwrite.")
-    elif out.exists() and (not out.is_dir() or any(p.suffix != ".bin" for p in out.iterdir())):
-        faults.append(f"{out} holds more than shards; --overwrite replaces only a folder of .bin files.")
+    if _part(args.part) is None:
+        faults.append(f"--part {args.part} must be I/N, such as 1/4, 2/4, 3/4 and 4/4.")
     if faults:
         raise DataError(faults)
+    check_storage(args.out)
+
+
+def _continued(found: Progress | None, plan: dict[str, object], place: Place) -> Progress | None:
+    """The progress that was found, if it is of the same plan.
+
+    Raises:
+      DataError: it is of another; names what differs.
+    """
+    if found is None:
+        return None
+    if other := [name for name, value in plan.items() if found.plan.get(name) != value]:
+        shown = ", ".join(
+            f"{name} (was {found.plan.get(name)})" if name != "inputs" else "input files" for name in other
+        )
+        raise DataError(
+            f"{place.folder} was begun with other options: {shown}. Give the same to go on, or another --out; "
+            "--overwrite starts anew."
+        )
+    return found
+
+
+def _n_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def _size(n_bytes: float) -> str:
+    return tqdm.format_sizeof(n_bytes, "B", 1000)
+
+
+def _announce(
+    chunks: Sequence[Chunk], recipe: Recipe, progress: Progress, place: Place, workers: int
+) -> None:
+    """Says what is to be done, and what it takes.
+
+    Raises:
+      DataError: the disk is too small.
+    """
+    assert progress.n_bytes is not None
+    sampled = estimate(chunks, recipe)
+    n_tokens = progress.n_bytes * sampled.tokens_per_byte
+    left = n_tokens * (1 - progress.done_bytes / progress.n_bytes)
+    needed = 2 * (left + sum(map(len, progress.rest)))
+    free = ""
+    if not is_remote(place.out):
+        room = shutil.disk_usage(Path(place.folder).resolve().parent).free
+        free = f" of {_size(room)} that are free"
+        if 0.9 * needed > room:
+            raise DataError(
+                f"{place.out}: about {_size(needed)} are needed, and {_size(room)} are free; make room there, or name "
+                "another --out."
+            )
+    done = f", {progress.done_bytes / progress.n_bytes:.0%} of them done" if progress.chunks else ""
+    _say(
+        f"{progress.n_documents:,} documents, {_size(progress.n_bytes)} of text{done}; to make are about "
+        f"{left:,.0f} tokens, {_size(needed)} on disk{free}. With {workers} process(es) that takes about "
+        f"{tqdm.format_interval(left / sampled.tokens_per_second / workers)}."
+    )
 
 
 @command
@@ -259,35 +159,111 @@ def main(argv: Sequence[str]) -> int:
     """Makes the shards; returns the exit status."""
     args = tyro.cli(PrepareArgs, args=argv, prog="mlra-prepare")
     _check(args)
+    part = _part(args.part)
+    assert part is not None
+    out = args.out if is_remote(args.out) else str(Path(args.out).expanduser())
+    place = Place(out, args.name, part)
+    if faults := place.faults(args.overwrite):
+        raise DataError(faults)
     tokenizer = get_tokenizer(args.tokenizer)
     if tokenizer.n_vocab > MAX_ID + 1:
         raise DataError(
             f"--tokenizer {args.tokenizer} has {tokenizer.n_vocab:,} ids; shards hold 16-bit ids, "
             f"at most {MAX_ID + 1:,} of them."
         )
+    if place.finished():
+        print(f"{out}: part {args.part} is finished.")
+        return 0
 
-    documents: Iterable[Document]
-    if args.hf_dataset:
-        documents, n_documents, n_bytes = read_hf(args), None, None
-    else:
-        files = text_files(args.inputs)
-        n_documents, n_bytes = scan(files, args.text_field)
-        documents = itertools.chain.from_iterable(read_file(path, args.text_field) for path in files)
-    if args.holdout != "auto":
-        holdout = args.holdout
-    else:
-        holdout = "tails" if n_documents is not None and n_documents < 100 else "documents"
+    all_files = [] if args.hf_dataset else text_files(args.inputs)
+    files = all_files[part[0] - 1 :: part[1]]
+    if all_files and len(all_files) < part[1]:
+        raise DataError(f"--part {args.part}: there are {len(all_files)} files; use no more parts.")
+    source = ("hf_dataset", "hf_config", "hf_split") if args.hf_dataset else ()
+    options = ("name", "text_field", "holdout", "val_fraction", "shard_tokens", *source)
+    plan = {name: getattr(args, name) for name in options}
+    plan |= {"tokenizer": fingerprint(args.tokenizer), "inputs": digest(files)}
 
-    out = Path(args.out).expanduser()
-    with whole_folder(out) as partial:
-        n_tokens = write_shards(documents, partial, args, tokenizer, holdout, n_bytes)
-        if not n_tokens["train"] or (args.val_fraction and not n_tokens["val"]):
-            raise DataError(
-                f"Nothing is left for {'training' if n_tokens['val'] else 'validation'} with --holdout {holdout} and "
-                f"--val-fraction {args.val_fraction}; try --holdout tails, another fraction, or more text."
+    with place.held():
+        progress = None if args.overwrite else _continued(place.load(), plan, place)
+        n_workers = args.workers or _n_cores()
+        chunks: Iterable[Chunk]
+        if args.hf_dataset:
+            names = args.hf_dataset, args.hf_config, args.hf_split, args.text_field
+            chunks = hugging_face(*names, part, progress and progress.stream)
+            skip = progress.chunks if progress and progress.stream is None else 0
+            chunks = itertools.islice(chunks, skip, None)
+            ahead = list(itertools.islice(chunks, n_workers))
+            chunks, n_workers = itertools.chain(ahead, chunks), max(1, min(n_workers, len(ahead)))
+        else:
+            all_chunks = chunks_of(files)
+            n_workers = max(1, min(n_workers, len(all_chunks)))
+
+        with Workers(args.tokenizer, n_workers) as workers:
+            new = progress is None
+            if progress is None:
+                progress = Progress(plan, "documents" if args.holdout == "auto" else args.holdout)
+                if not args.hf_dataset:
+                    _scan(all_chunks, workers, progress, args.text_field)
+                    if args.holdout == "auto" and count(chunks_of(all_files), args.text_field, 100) < 100:
+                        progress.holdout = "tails"
+            recipe = Recipe(
+                name=args.name,
+                tokenizer=args.tokenizer,
+                text_field=args.text_field,
+                holdout=progress.holdout,
+                val_fraction=args.val_fraction,
+                shard_tokens=args.shard_tokens,
+                part=part,
             )
-    print(f"{out}: {n_tokens['train']:,} tokens for training, {n_tokens['val']:,} held out ({holdout}).")
+            if not args.hf_dataset:
+                _announce(all_chunks, recipe, progress, place, n_workers)
+                chunks = all_chunks[progress.chunks :]
+            else:
+                _say(f"The size of {args.hf_dataset} is not known; a token takes 2 bytes on disk.")
+            if new:
+                place.begin(progress)
+            with tqdm(
+                total=progress.n_bytes,
+                initial=progress.done_bytes,
+                unit="B",
+                unit_scale=True,
+                desc="tokenizing",
+            ) as bar:
+
+                def advance(n_bytes: int, n_tokens: int) -> None:
+                    bar.update(n_bytes)
+                    bar.set_postfix(tokens=f"{n_tokens:,}", refresh=False)
+
+                n_tokens = write_shards(chunks, recipe, progress, place, workers, advance)
+        missing = place.finish(n_tokens)
+    which = f", part {args.part}" if part[1] > 1 else ""
+    print(
+        f"{out}{which}: {n_tokens['train']:,} tokens for training, {n_tokens['val']:,} held out ({recipe.holdout})."
+    )
+    if part[1] > 1:
+        print(f"Still to be made: {', '.join(missing)}." if missing else f"All {part[1]} parts are finished.")
     return 0
+
+
+def _scan(chunks: Sequence[Chunk], workers: Workers, progress: Progress, text_field: str) -> None:
+    """Reads everything once, so that faults show before any work is done, and counts documents and their bytes.
+
+    Raises:
+      DataError: files that cannot be read, all listed, or no text at all.
+    """
+    faults: dict[str, str] = {}
+    progress.n_documents = progress.n_bytes = 0
+    look = functools.partial(scan, text_field=text_field)
+    for found in tqdm(workers.map(look, chunks), total=len(chunks), desc="reading", leave=False):
+        progress.n_documents += found.n_documents
+        progress.n_bytes += found.n_bytes
+        for path, fault in found.faults:
+            faults.setdefault(path, fault)  # the first of each file
+    if faults:
+        raise DataError(list(faults.values()))
+    if not progress.n_documents:
+        raise DataError("The files hold no text.")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from mlra_jax.errors import explain, is_refusal
 def main(argv: Sequence[str]) -> int:
     """Parses the configuration, joins the other processes if there are any, trains.
 
-    Exit status 0: trained, saved and stopped by SIGTERM, or found to repeat; 1: diverged, could not write, or does not
-    repeat; 2: refused.
+    Exit status 0: trained to the last step, or found to repeat; `checkpoint.stop_status` (75): saved and stopped by
+    SIGTERM before it; 1: diverged, could not write, lost a process, or does not repeat; 2: refused.
     """
     from mlra_jax.cli.configs import parse_train_args
     from mlra_jax.distributed import initialize, take_args
@@ -40,15 +40,15 @@ def main(argv: Sequence[str]) -> int:
 
     initialize(distributed)
     advice = f"the same command, on every host, continues {config.run_dir} from its last checkpoint"
-    with Watchdog(distributed.timeout, advice) as watchdog:
+    with Watchdog(distributed.timeout, advice, distributed.step_timeout) as watchdog:
         try:
             if check is not None:
                 found = check_determinism(config, check)
                 if jax.process_index() == 0:
                     print(found)
                 return 0 if found.repeats else 1
-            train(config)
-            return 0
+            result = train(config, watchdog.doing)
+            return config.checkpoint.stop_status if result.interrupted else 0
         except Exception as error:
             message = explain(error)
             refused = message is not None and is_refusal(error)

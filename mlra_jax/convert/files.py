@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from mlra_jax.convert.torch_files import open_torch
 from mlra_jax.errors import UserError
-from mlra_jax.lazy_arrays import LazyTensor, Tensor
+from mlra_jax.lazy_arrays import Index, LazyTensor, Tensor
 from mlra_jax.storage import whole_file
 from mlra_jax.textfiles import read_text
 
@@ -106,9 +106,9 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
     if not path.is_file():
         raise FileNotFoundError(f"No file {path}.")
 
-    def read(name: str) -> np.ndarray:
+    def read(name: str, index: Index | None = None) -> np.ndarray:
         with safe_open(path, framework="np") as file:  # reopened, so that only this tensor is mapped
-            return file.get_tensor(name)
+            return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tensors: dict[str, LazyTensor] = {}
     try:
@@ -120,7 +120,9 @@ def open_safetensors(path: str | os.PathLike[str]) -> dict[str, LazyTensor]:
                     raise UserError(
                         f"{path}: {name} is of type {dtype}; expected one of {', '.join(_DTYPES)}."
                     )
-                tensors[name] = LazyTensor(shape, _DTYPES[dtype], functools.partial(read, name))
+                tensors[name] = LazyTensor(
+                    shape, _DTYPES[dtype], functools.partial(read, name), functools.partial(read, name)
+                )
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file: {error}.") from error
     return tensors
@@ -148,7 +150,11 @@ def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
 
 def write_weights(
-    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, max_file_bytes: int
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    max_file_bytes: int,
+    progress: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Writes tensors to a folder as Hugging Face libraries expect them, one file after the other.
 
@@ -159,9 +165,20 @@ def write_weights(
       folder: an existing folder.
       tensors: see `write_safetensors`.
       max_file_bytes: size of the tensors in one file, which are in memory at once.
+      progress: called with the bytes of each tensor once it has been made.
     """
     folder = Path(folder)
     size = lambda t: math.prod(t.shape) * np.dtype(t.dtype).itemsize
+
+    def counted(tensor: Tensor) -> LazyTensor:
+        def read() -> np.ndarray:
+            values = np.asarray(tensor)
+            progress(values.nbytes)
+            return values
+
+        return LazyTensor(tuple(tensor.shape), np.dtype(tensor.dtype), read)
+
+    tensors = {name: counted(tensor) for name, tensor in tensors.items()}
     files: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():

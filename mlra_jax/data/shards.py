@@ -8,20 +8,19 @@ and, as UTF-8, its name, if they are known), then the tokens as little-endian ui
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import fsspec
 import numpy as np
 
 from mlra_jax.data.tokenizers import fingerprint
 from mlra_jax.errors import FaultsError
-from mlra_jax.storage import StorageError, check_storage, is_remote
+from mlra_jax.storage import StorageError, check_storage, is_remote, write_whole
 
 Split = Literal["train", "val"]
 
@@ -49,15 +48,18 @@ class DataError(FaultsError):
 class ShardWriter:
     """Writes a stream of tokens as shards of `shard_tokens` tokens; the last may be shorter.
 
-    Until a shard is complete and on disk, its file name ends in `.tmp`. Use as a context manager; an exception inside
-    removes the unfinished file.
+    A shard is held in memory (2 bytes a token) until it is full, and appears under its name when it is whole and on
+    disk, or in the bucket. Use as a context manager: at its end the last shard is written, unless an exception ends it.
 
     Args:
-      folder: Existing folder for the shards.
+      folder: Existing folder for the shards, or a bucket URL.
       name: NAME of the data set.
       split: `train` is numbered from 1, `val` from 0.
       shard_tokens: Tokens in a full shard.
       tokenizer: The tokenizer that made the tokens (see `get_tokenizer`), recorded in the shards; empty: none.
+      part: (i, n), from 1: of n writers the i-th, which writes each n-th number.
+      n_shards: Full shards that were written before.
+      rest: Tokens that follow them.
 
     Raises:
       ValueError: `shard_tokens` is out of range, or there is no such tokenizer.
@@ -70,79 +72,84 @@ class ShardWriter:
         split: Split,
         shard_tokens: int = 10**8,
         tokenizer: str = "",
+        *,
+        part: tuple[int, int] = (1, 1),
+        n_shards: int = 0,
+        rest: np.ndarray | None = None,
     ):
         if not 1 <= shard_tokens < 2**31:
             raise ValueError(f"{shard_tokens=} must be between 1 and 2^31 - 1.")
-        self.paths: list[Path] = []
-        """The finished shards."""
-        self.n_tokens = 0
-        """Tokens written so far."""
-        self._folder, self._name, self._split = Path(folder), name, split
-        self._shard_tokens = shard_tokens
+        self.n_shards = n_shards
+        """Shards written so far."""
+        self._folder, self._name, self._split = str(folder), name, split
+        self._shard_tokens, self._part = shard_tokens, part
         self._tokenizer = (bytes.fromhex(fingerprint(tokenizer)), Path(tokenizer).name) if tokenizer else None
-        self._file: IO[bytes] | None = None
-        self._in_file = self._crc = 0
+        self._held = [] if rest is None else [rest]
+        self._n_held = sum(map(len, self._held))
+        self.n_tokens = n_shards * shard_tokens + self._n_held
+        """Tokens taken so far."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """The finished shards, in a local folder."""
+        return [Path(self._folder) / self._shard_name(i) for i in range(self.n_shards)]
+
+    @property
+    def rest(self) -> np.ndarray:
+        """The tokens that are in no shard yet, uint16 [n]."""
+        self._held = [np.concatenate([np.empty(0, "<u2"), *self._held])]
+        return self._held[0]
 
     def write(self, tokens: np.ndarray) -> None:
         """Appends `tokens`, integers [n] in [0, 65535].
 
         Raises:
           DataError: an id does not fit the format's 16 bits.
+          OSError: a shard cannot be written.
         """
         if tokens.size and not 0 <= tokens.min() <= tokens.max() <= MAX_ID:
             raise DataError(
                 f"Shards hold 16-bit ids, 0 to {MAX_ID}; got ids from {tokens.min()} to {tokens.max()}. "
                 "Use a tokenizer with a smaller vocabulary."
             )
-        while tokens.size:
-            if self._file is None:
-                self._file = open(self._next_path().with_suffix(".bin.tmp"), "wb")  # noqa: SIM115 (open between calls)
-                self._file.write(bytes(HEADER_BYTES))  # the real one follows when the count is known
-            part, tokens = np.split(tokens, [self._shard_tokens - self._in_file])
-            data = part.astype("<u2").tobytes()
-            self._file.write(data)
-            self._crc = zlib.crc32(data, self._crc)
-            self._in_file += part.size
-            self.n_tokens += part.size
-            if self._in_file == self._shard_tokens:
-                self._finish()
+        self._held.append(tokens.astype("<u2"))
+        self._n_held += tokens.size
+        self.n_tokens += tokens.size
+        while self._n_held >= self._shard_tokens:
+            shard, rest = np.split(self.rest, [self._shard_tokens])
+            self._write_shard(shard)
+            self._held, self._n_held = [rest.copy()], rest.size
 
-    def _next_path(self) -> Path:
-        number = len(self.paths) + (self._split == "train")
-        return self._folder / f"{self._name}_{self._split}_{number:06d}.bin"
+    def close(self) -> None:
+        """Writes what is left as the last shard."""
+        if self._n_held:
+            self._write_shard(self.rest)
+            self._held, self._n_held = [], 0
 
-    def _finish(self) -> None:
-        if self._file is None:
-            return
+    def _shard_name(self, i: int) -> str:
+        number = (self._split == "train") + self._part[0] - 1 + i * self._part[1]
+        return f"{self._name}_{self._split}_{number:06d}.bin"
+
+    def _write_shard(self, tokens: np.ndarray) -> None:
+        content = tokens.tobytes()
         header = np.zeros(256, "<i4")
-        header[:4] = MAGIC, VERSION, self._in_file, 1
-        header[4:5].view("<u4")[:] = self._crc
+        header[:4] = MAGIC, VERSION, tokens.size, 1
+        header[4:5].view("<u4")[:] = zlib.crc32(content)
         data = bytearray(header.tobytes())
         if self._tokenizer is not None:
             digest, name = self._tokenizer
             data[_FINGERPRINT] = digest
             size = _TOKENIZER_NAME.stop - _TOKENIZER_NAME.start
             data[_TOKENIZER_NAME] = name.encode(errors="replace")[:size].ljust(size, b"\0")
-        self._file.seek(0)
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        path = self._next_path()
-        os.replace(self._file.name, path)
-        self.paths.append(path)
-        self._file, self._in_file, self._crc = None, 0, 0
+        write_whole(f"{self._folder}/{self._shard_name(self.n_shards)}", bytes(data) + content)
+        self.n_shards += 1
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
-            self._finish()
-        elif self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk takes no more at the end either
-                self._file.close()
-            os.unlink(self._file.name)
+            self.close()
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -319,7 +326,36 @@ def _list(path: str, absent: str) -> tuple[Any, dict[str, int]]:
         raise DataError(absent) from error
     except Exception as error:  # network, credentials: whatever the bucket's library raises
         raise DataError(f"Listing {path} failed with {type(error).__name__}: {error}.") from error
-    return fs, {f["name"]: f["size"] for f in files if f["type"] == "file"}
+    found = {f["name"]: f["size"] for f in files if f["type"] == "file"}
+    if missing := unfinished_parts(found):
+        raise DataError(
+            f"{path} is not finished: mlra-prepare has still to make {', '.join(missing)} of it; the same command that "
+            "began it goes on."
+        )
+    return fs, found
+
+
+_MARKER = re.compile(r"\.part-(\d+)-of-(\d+)\.(unfinished|finished)$")
+
+
+def marker(name: str, part: tuple[int, int], state: Literal["unfinished", "finished"]) -> str:
+    """The name of the file that says how far a part of a data set is."""
+    return f"{name}.part-{part[0]}-of-{part[1]}.{state}"
+
+
+def parts_of(names: Iterable[str]) -> dict[tuple[int, int], str]:
+    """The parts (i, n) that `marker` files among these names tell of: `finished`, or `unfinished`."""
+    found: dict[tuple[int, int], str] = {}
+    for match in filter(None, map(_MARKER.search, sorted(names))):  # "finished" sorts first
+        found.setdefault((int(match[1]), int(match[2])), match[3])
+    return found
+
+
+def unfinished_parts(names: Iterable[str]) -> list[str]:
+    """The parts of a data set in a folder with these files that are not finished, such as `part 2/4`."""
+    found = parts_of(names)
+    every = {(i, n) for _, n in found for i in range(1, n + 1)}
+    return [f"part {i}/{n}" for i, n in sorted(every) if found.get((i, n)) != "finished"]
 
 
 def _open(fs: Any, path: str, sizes: dict[str, int], verify: bool, tokenizer: str) -> Shards:

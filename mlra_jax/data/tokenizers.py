@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
         """The ids of `text`, without an end-of-text token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encodes each text as int32 [n], in parallel where the library supports it."""
+        """Encodes each text as int32 [n]."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; end of text becomes `<|endoftext|>`, or what the tokenizer file calls it."""
@@ -114,7 +114,7 @@ def fingerprint(name_or_path: str) -> str:
         encoder_json, _ = _read_gpt2(path)
         vocabulary = _read_encoder(encoder_json)
     elif path.is_file():
-        vocabulary = _json_vocabulary(_read_json(path))
+        vocabulary = json_vocabulary(_read_json(path))
     else:
         raise _unknown(name_or_path)
     in_order = sorted((i, token) for token, i in vocabulary.items())
@@ -286,13 +286,29 @@ class GPT2Tokenizer(_BytesOfTokens):
         return cls({token: rank for rank, token in enumerate(order)}, encoding.eot_token, order)
 
     def encode(self, text: str) -> list[int]:
-        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
-        return self._ids[list(itertools.chain(*ranks))].tolist()
+        return self._encode(text).tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        pieces = [_BLANKS.split(text) for text in texts]
-        ranks = iter(self._encoding.encode_ordinary_batch(list(itertools.chain(*pieces))))
-        return [self._ids[list(itertools.chain(*(next(ranks) for _ in own)))] for own in pieces]
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        ranks = [self._encoding.encode_ordinary(piece) for piece in _BLANKS.split(text)]
+        return self._ids[list(itertools.chain(*ranks))]
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pairs of tokens that merge, in order."""
+        ranks = {self._bytes_of[i]: rank for rank, i in enumerate(self._ids.tolist())}
+        pairs: list[tuple[bytes, bytes]] = []
+        for token, rank in ranks.items():
+            if len(token) == 1:
+                continue
+            parts = [token[i : i + 1] for i in range(len(token))]
+            while len(parts) > 2:  # by what merges earlier
+                joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+                first = joined.index(min(joined))
+                parts[first : first + 2] = [parts[first] + parts[first + 1]]
+            pairs.append((parts[0], parts[1]))
+        return pairs
 
     def token_bytes(self, token: int, after: int | None = None) -> bytes:
         if token == self.eot_id:
@@ -376,18 +392,63 @@ def _read_json(path: Path) -> dict[str, Any]:
         # These pad or truncate batches, or add tokens that are not in the text.
         description |= {"truncation": None, "padding": None, "post_processor": None}
         description["model"] = {k: v for k, v in description["model"].items() if k not in _RANDOM}
-        _json_vocabulary(description)
+        json_vocabulary(description)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not a tokenizers JSON file: {error!r}.") from error
     return description
 
 
-def _json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
+def json_vocabulary(description: dict[str, Any]) -> dict[str, int]:
     """The id of each token, added tokens included."""
     tokens = description["model"]["vocab"]  # of a Unigram model, pairs of token and score
     own = tokens if isinstance(tokens, dict) else {token: i for i, (token, _) in enumerate(tokens)}
     added = {token["content"]: token["id"] for token in description.get("added_tokens") or []}
     return {token: int(i) for token, i in (own | added).items()}
+
+
+def json_description(name_or_path: str) -> dict[str, Any]:
+    """A tokenizer as a JSON file of the `tokenizers` library describes it, with the same ids for any text.
+
+    Special tokens are added to no text. Those spelt in a text are recognised by the library unless it is told not to
+    (`encode_special_tokens`), as `JsonTokenizer` does.
+
+    Args:
+      name_or_path: see `get_tokenizer`.
+
+    Raises:
+      UserError: see `get_tokenizer`.
+    """
+    if name_or_path not in ("byte", "gpt2") and Path(name_or_path).expanduser().is_file():
+        return _read_json(Path(name_or_path).expanduser())
+    tokenizer = get_tokenizer(name_or_path)
+    spell = {byte: character for character, byte in _byte_of().items()}
+    spelt = lambda data: "".join(spell[bytes([byte])] for byte in data)
+    assert isinstance(tokenizer, ByteTokenizer | GPT2Tokenizer)
+    merges = [] if isinstance(tokenizer, ByteTokenizer) else tokenizer.merges()
+    ids = [i for i in range(tokenizer.n_vocab) if i != tokenizer.eot_id]
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    end = {"id": tokenizer.eot_id, "content": END_OF_TEXT, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)],
+        "normalizer": None,
+        # The library's own pattern is GPT-2's.
+        "pre_tokenizer": by_bytes | {"use_regex": bool(merges)},
+        "post_processor": None,
+        "decoder": by_bytes | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {spelt(tokenizer.token_bytes(i)): i for i in ids} | {END_OF_TEXT: tokenizer.eot_id},
+            "merges": [f"{spelt(a)} {spelt(b)}" for a, b in merges],
+        },
+    }
 
 
 def _decoder_steps(decoder: dict[str, Any] | None) -> list[str]:

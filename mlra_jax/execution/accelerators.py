@@ -10,6 +10,7 @@ import dataclasses
 import re
 
 import jax
+from jax.sharding import AbstractDevice
 
 from mlra_jax.errors import UserError
 
@@ -31,8 +32,8 @@ class Accelerator:
     figure of the data sheet."""
     capability: int = 0
     """Compute capability of a GPU: 80 for 8.0; 0: not an NVIDIA GPU."""
-    processors: int = 0
-    """Streaming multiprocessors of a GPU."""
+    processors: int = 1
+    """Streaming multiprocessors of a GPU, or cores of a TPU."""
 
     @property
     def ridge(self) -> float:
@@ -46,7 +47,7 @@ class Accelerator:
 
 
 def _of(
-    tflops: float, gib: float, gb_per_second: float, links: float, capability: int = 0, processors: int = 0
+    tflops: float, gib: float, gb_per_second: float, links: float, capability: int = 0, processors: int = 1
 ) -> Accelerator:
     return Accelerator(
         tflops * 1e12, int(gib * GIB), gb_per_second * 1e9, links * 1e9, capability, processors
@@ -76,9 +77,9 @@ _ACCELERATORS = (
     (r"L40", _of(181, 44.4, 864, 32, 89, 142)),
     (r"RTX 4090", _of(165, 23.5, 1008, 32, 89, 128)),
     (r"T4", _of(65, 14.6, 300, 16, 75, 40)),
-    (r"TPU v4$", _of(275, 32, 1228, 300)),
+    (r"TPU v4$", _of(275, 32, 1228, 300, processors=2)),
     (r"TPU (v5e|v5 lite)$", _of(197, 16, 819, 200)),
-    (r"TPU (v5p|v5)$", _of(459, 95, 2765, 600)),
+    (r"TPU (v5p|v5)$", _of(459, 95, 2765, 600, processors=2)),
     (r"TPU (v6e|v6 lite)$", _of(918, 32, 1640, 400)),
     (r"TPU ?7x$", _of(1153.5, 96, 3690, 600)),
 )
@@ -100,9 +101,9 @@ KINDS = {
     "l4": "NVIDIA L4",
     "t4": "Tesla T4",
     "v4": "TPU v4",
-    "v5e": "TPU v5e",
-    "v5p": "TPU v5p",
-    "v6e": "TPU v6e",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
     "tpu7x": "TPU7x",
 }
 """Short names, and what JAX calls the devices."""
@@ -120,6 +121,16 @@ def named_accelerator(name: str) -> Accelerator:
             f"No accelerator {name!r} is known; known are {', '.join(KINDS)}, or what JAX calls a device."
         )
     return chip
+
+
+def described_device(name: str) -> AbstractDevice:
+    """The accelerator with this name (see `named_accelerator`), for tracing programs where it is absent.
+
+    Raises:
+      UserError: it is not known.
+    """
+    chip, kind = named_accelerator(name), KINDS.get(name.lower(), name)
+    return AbstractDevice(kind, num_cores=chip.processors, platform="gpu" if chip.capability else "tpu")
 
 
 def device_memory(device: jax.Device) -> int | None:

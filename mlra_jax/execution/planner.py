@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.config import ConfigError, ExecutionConfig, Gather, ModelConfig, Remat, TrainConfig
 from mlra_jax.execution.accelerators import GIB, device_memory, find_accelerator
@@ -77,7 +77,7 @@ def _shown(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size > GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
-def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
+def device_bytes(tree: Any, mesh: Mesh | AbstractMesh, gathered: bool = False) -> int:
     """Bytes per device of `mesh` of the abstract arrays of `tree`; `gathered`: without splitting over fsdp."""
 
     def one(x: Any) -> int:
@@ -90,9 +90,9 @@ def device_bytes(tree: Any, mesh: Mesh, gathered: bool = False) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: Mesh) -> int:
+def _kept(model: ModelConfig, execution: ExecutionConfig, seq_len: int, mesh: AbstractMesh) -> int:
     """`Planner.kept`, read off the traced program of one layer."""
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh):
         new = lambda: nnx.to_pure_dict(nnx.state(Transformer(model, rngs=nnx.Rngs(0)), nnx.Param))
         weights = on_mesh(jax.eval_shape(lambda: cast_weights(model, new())), mesh)
         states = lambda weights: from_params(model, weights).scanned_layer()[1]
@@ -129,25 +129,30 @@ def _origin(jaxpr: Any, var: Any) -> tuple[Any, ...]:
 class Planner:
     """Estimates the train step of `config` on `mesh`; what does not depend on the plan is computed once.
 
+    All is traced for the kind of device that the mesh is of, which may be one that is only described: the estimate for
+    it is the same wherever it is made with the same versions of JAX and of optional libraries.
+
     Args:
       config: the run; its own mesh is ignored.
-      mesh: mesh of present or described devices.
+      mesh: mesh of present or described devices (`abstract_mesh`).
       capacity: memory of one device in bytes; None: what the device or the table of accelerators says, if known.
-      kind: JAX's name of the devices that those of the mesh stand for; None: their own.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, capacity: int | None = None, kind: str | None = None):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: TrainConfig, mesh: Mesh | AbstractMesh, capacity: int | None = None):
+        self.config, self.mesh = config, mesh.abstract_mesh
         self.n_data = mesh.shape["data"] * mesh.shape["fsdp"]
-        device = mesh.devices.flat[0]
-        kind = kind or device.device_kind
-        chip = find_accelerator(kind)
-        self._on_gpu = bool(chip and chip.capability) or device.platform in ("gpu", "cuda")
-        self.capacity = device_memory(device) if capacity is None else capacity
+        device = self.mesh.abstract_device
+        chip = find_accelerator(device.device_kind)
+        self._on_gpu = device.platform in ("gpu", "cuda")
+        if capacity is None and isinstance(mesh, Mesh):
+            capacity = device_memory(mesh.devices.flat[0])
+        elif capacity is None and chip is not None:
+            capacity = chip.memory
+        self.capacity = capacity
         # For comparing plans; an unknown device is taken to have an H100's proportions.
         self._chip = chip or find_accelerator("H100")
-        self._state = abstract_state(config, mesh)
-        with jax.set_mesh(mesh):
+        self._state = abstract_state(config, self.mesh)
+        with jax.sharding.use_abstract_mesh(self.mesh):
             self._weights = jax.eval_shape(lambda p: cast_weights(config.model, p), self._state.params)
 
     def _bytes(self, tree: Any, gathered: bool = False) -> int:
@@ -167,7 +172,7 @@ class Planner:
         execution = dataclasses.replace(config.execution, gather=gather)
         layers = self._weights["layers"]
         # With unrolled layers, each one's gradients are added to the sum as soon as they are computed.
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh):
             added_at_once = accumulation > 1 and unrolls_layers(execution, accumulation)
         cast = [w for w in jax.tree.leaves(layers) if w.dtype != model.param_dtype]
         gathered = 2 * jnp.dtype(model.compute_dtype).itemsize * self._layer_size()  # and their gradients
@@ -273,7 +278,9 @@ class Planner:
         return f"The train step does not fit: {least}. Try {', or '.join(changes)}."
 
 
-def resolve(config: TrainConfig, mesh: Mesh, capacity: int | None = None) -> tuple[TrainConfig, Plan]:
+def resolve(
+    config: TrainConfig, mesh: Mesh | AbstractMesh, capacity: int | None = None
+) -> tuple[TrainConfig, Plan]:
     """Chooses a run's micro-batch, remat and gather; returns the run with them, and the plan.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mlra_jax.config import TrainConfig
 from mlra_jax.execution.accelerators import GIB, find_accelerator
@@ -18,13 +18,13 @@ _LEAST = 2**20
 """Bytes per step below which a collective is left out."""
 
 
-def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list[str]:
-    """Describes the plan, its estimated memory, and the roofline."""
-    kind = mesh.devices.flat[0].device_kind
+def estimate(config: TrainConfig, topology: str, mesh: Mesh | AbstractMesh, plan: Plan) -> list[str]:
+    """Describes the plan, its estimated memory, the roofline, and how long the whole run takes by it."""
+    kind = mesh.abstract_mesh.abstract_device.device_kind
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     tokens = config.data.global_batch * config.data.seq_len
     lines = [
-        f"{config.name} on {topology}: {mesh.devices.size} x {kind}, {axes}; {config.data.global_batch} sequences of "
+        f"{config.name} on {topology}: {mesh.size} x {kind}, {axes}; {config.data.global_batch} sequences of "
         f"{config.data.seq_len} tokens a step.",
         f"Estimated: {plan}.",
     ]
@@ -34,14 +34,17 @@ def estimate(config: TrainConfig, topology: str, mesh: Mesh, plan: Plan) -> list
     costs = plan.costs
     best, worst = costs.at_best(chip), costs.in_sequence(chip)
     parts = ", ".join(f"{what} {s:.3f} s" for what, s in costs.parts(chip).items())
-    rate = lambda seconds: f"{tokens / seconds / mesh.devices.size:,.0f}"
+    rate = lambda seconds: f"{tokens / seconds / mesh.size:,.0f}"
     mfu = lambda seconds: f"{100 * costs.model_flops / seconds / chip.flops:.0f} %"
+    days = lambda seconds: f"{config.steps * seconds / 86400:.3g} days at {tokens / seconds:,.0f} tokens/s"
     sent = ", ".join(f"{axis} {size / 1e9:.1f}" for axis, size in costs.link_bytes.items()) or "none"
     return [
         *lines,
         f"Roofline (formulas at peak rates, nothing measured): {best:.2f} s a step if all overlaps, "
         f"{worst:.2f} s if nothing does ({parts}); {rate(best)} or {rate(worst)} tokens/s a device, MFU {mfu(best)} or "
         f"{mfu(worst)}.",
+        f"The whole run, {config.steps:,} steps or {config.steps * tokens / 1e9:.4g} G tokens: {days(best)} if all "
+        f"overlaps, {days(worst)} if nothing does; at 40 % MFU {days(costs.model_flops / chip.flops / 0.4)}.",
         f"Per device and step: {costs.model_flops / 1e12:.0f} TFLOP of the model, {costs.recomputed_flops / 1e12:.0f} "
         f"recomputed; {costs.memory_bytes / 1e9:.0f} GB of memory traffic; GB sent over {sent}.",
     ]

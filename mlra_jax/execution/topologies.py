@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation for absent hardware: TPU slices and GPUs that are only described.
+"""Ahead-of-time tracing and compilation for absent hardware: TPU slices and GPUs that are only described.
 
-The real compilers run on the CPU: that for TPUs needs `libtpu` (`pip install libtpu`), that for GPUs JAX's CUDA plugin.
-Nothing is run or allocated.
+To trace for a `Topology`, as the planner does, nothing more is needed. To compile for it, the real compilers run on the
+CPU: that for TPUs needs `libtpu` (`pip install libtpu`), that for GPUs JAX's CUDA plugin. Nothing is run or allocated.
 """
 
 from __future__ import annotations
@@ -13,17 +13,64 @@ import re
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from mlra_jax.config import MeshConfig, TrainConfig
 from mlra_jax.errors import UserError
-from mlra_jax.execution.accelerators import KINDS, find_accelerator
+from mlra_jax.execution.accelerators import KINDS, described_device, find_accelerator
 from mlra_jax.execution.planner import resolve
-from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
+from mlra_jax.sharding import TRAIN_RULES, abstract_mesh, check_train_layout, make_mesh
 from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
 """JAX's names of GPUs, by short name."""
+TPUS = {"v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "tpu7x": (3, 2)}
+"""Dimensions of a slice, and JAX's devices on a chip."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices that need not be present, by name; no plugin is needed to plan for them."""
+
+    generation: str
+    """A key of `GPUS` or `TPUS`."""
+    shape: tuple[int, ...]
+    """Chips of a TPU slice along its dimensions; or hosts, if there are several, and GPUs of one."""
+    slices: int | None
+    """Number of TPU slices, or a further factor of hosts; None: one, unnamed."""
+
+    @classmethod
+    def of(cls, name: str) -> Topology:
+        """Reads a name such as those in `described_devices`.
+
+        Raises:
+          UserError: it is none.
+        """
+        slices, _, one = name.rpartition("*")
+        generation, _, shape = one.partition(":")
+        sizes = tuple(map(int, shape.split("x"))) if re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) else ()
+        known = generation in GPUS or (generation in TPUS and len(sizes) == TPUS[generation][0])
+        if (slices and not re.fullmatch(r"[1-9]\d*", slices)) or not sizes or not known:
+            raise UserError(
+                f"{name!r} is not a topology; it has a name such as v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, "
+                "2*v5e:16x16 (two slices), h100:8, h100:4x8 (4 hosts of 8), h200:8, a100:8, l4:1."
+            )
+        return cls(generation, sizes, int(slices) if slices else None)
+
+    @property
+    def n_devices(self) -> int:
+        """Number of JAX devices."""
+        per_chip = 1 if self.generation in GPUS else TPUS[self.generation][1]
+        return (self.slices or 1) * math.prod(self.shape) * per_chip
+
+    def abstract_mesh(self, config: MeshConfig) -> AbstractMesh:
+        """The mesh that `config` describes over these devices.
+
+        Raises:
+          ConfigError: the sizes do not multiply to the number of devices, or do not fit the slices.
+        """
+        slices = 1 if self.generation in GPUS else self.slices or 1
+        return abstract_mesh(config.resolve(self.n_devices), described_device(self.generation), slices)
 
 
 def described_devices(name: str) -> list[jax.Device]:
@@ -36,17 +83,11 @@ def described_devices(name: str) -> list[jax.Device]:
     Raises:
       UserError: no such topology, or the plugin that knows it is not installed.
     """
-    slices, _, slice_name = name.rpartition("*")
-    generation, _, shape = slice_name.partition(":")
-    if (slices and not slices.isdigit()) or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise UserError(
-            f"{name!r} is not a topology; it has a name such as v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, "
-            "2*v5e:16x16 (two slices), h100:8, h100:4x8 (4 hosts of 8)."
-        )
-    if generation in GPUS:
-        sizes = [int(n) for n in shape.split("x")]
-        return gpu_devices(GPUS[generation], sizes[-1], hosts=int(slices or 1) * math.prod(sizes[:-1]))
-    several = {"num_slices": int(slices)} if slices else {}
+    t = Topology.of(name)
+    if t.generation in GPUS:
+        return gpu_devices(GPUS[t.generation], t.shape[-1], hosts=(t.slices or 1) * math.prod(t.shape[:-1]))
+    several = {"num_slices": t.slices} if t.slices else {}
+    slice_name = name.rpartition("*")[2]
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **several).devices
     except Exception as e:  # whatever the plugin raises

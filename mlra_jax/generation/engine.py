@@ -1,8 +1,9 @@
-"""Generation on the device: prompts fill the cache in padded chunks, then a compiled step makes a token for each row.
+"""Generation on the device: a batch of rows, of which any may be filled with a prompt while the others go on.
 
-The step runs one call at a time (`Rows.step`, to show each token as it comes) or many times inside one compiled
+*Prefill* runs prompts into rows of the cache in padded chunks, a *step* makes a token for each row that is not done.
+It runs one call at a time (`Rows.step`, to show each token as it comes) or many times inside one compiled
 `lax.while_loop` (`Rows.run`). The cache is donated from call to call, so only one exists. All processes of a cluster
-see the same tokens, and so make the same decisions.
+see the same tokens, and so make the same decisions. Which prompt goes where, and when, is decided in `loop.py`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from mlra_jax.attention.kv_cache import Cache, repeat_rows
+from mlra_jax.attention.kv_cache import Cache, put_rows, take_rows
 from mlra_jax.config import ConfigError, ModelConfig
-from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, RowSampling, Sampling, sample
+from mlra_jax.generation.sampling import (
+    GREEDY,
+    NO_NUMBER,
+    RowSampling,
+    Sampling,
+    Seen,
+    log_probabilities,
+    sample,
+)
 from mlra_jax.model import Transformer
 from mlra_jax.ops.all_reduce import Workspace
 from mlra_jax.ops.device import current_device
@@ -31,24 +40,67 @@ from mlra_jax.sharding import AxisRules, on_mesh
 NO_TOKEN = -1
 """The token of a row that is done, in the output of a step."""
 
-SMALLEST_BUCKET = 16
-LARGEST_BUCKET = 4096
-"""Prompts run in chunks of at most this many tokens per row; shorter ones are padded to a power of two."""
-SMALL_CHUNK = 512
-"""Up to this many tokens, products are bound by reading the weights, so padding costs little."""
+CHUNK_SIZES = (16, 64, 256, 1024, 4096)
+"""Tokens per row of a chunk of the prompts; few, since each is compiled with each number of rows (`row_buckets`)."""
+SMALL_CHUNK = 256
+"""A chunk of fewer positions than this, over all rows of a device, takes as long: it reads the weights as well."""
 PREFILL_BYTES = 2**30
-"""Bytes of activations that one chunk of the prompts may take on a device, unless each row has only `SMALLEST_BUCKET`
-tokens. For the 2.9 B models these are 4096 tokens, many times what products need to be bound by arithmetic."""
+"""Bytes of activations that one chunk of the prompts may take on a device, unless each row has only the smallest of
+`CHUNK_SIZES`. For the 2.9 B models these are 4096 tokens, many times what products need to be bound by arithmetic."""
 STEPS_PER_RUN = 64
 """Most steps of one compiled loop."""
 LENGTH_UNIT = 256
 """Default cache lengths are multiples of this, so that a slightly longer prompt does not recompile."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to generate."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_new_tokens: int
+    """Most tokens of the completion, at least 1."""
+    sampling: Sampling = GREEDY
+    """How its tokens are chosen."""
+    seed: int = 0
+    """Sampling seed."""
+    sample: int = 0
+    """Its number among the samples of the prompt, which all draw other tokens."""
+    eos_id: int | None = None
+    """The token that ends it; None: none does."""
+    logprobs: int | None = None
+    """Also give the log-probability of each token, and of this many most probable ones; None: neither."""
+    may_stop: bool = False
+    """Whether the caller may cancel it for what it reads (a stop string): tokens come in short runs then."""
+
+
+class Chosen(NamedTuple):
+    """The tokens of a step, and on request their log-probabilities; of a run, with a leading axis of steps."""
+
+    id_B: Any
+    """int32; `NO_TOKEN` for a row that got none, `NO_NUMBER` for one whose logits leave no choice."""
+    logprob_B: Any = None
+    """Float32."""
+    top_id_BK: Any = None
+    """The most probable tokens."""
+    top_logprob_BK: Any = None
+    """Theirs."""
+
+    @classmethod
+    def none(cls, *shape: int, top: int | None) -> Chosen:
+        """No token anywhere, with room for the log-probabilities of `top` tokens, or of none at all."""
+        ids = jnp.full(shape, NO_TOKEN)
+        if top is None:
+            return cls(ids)
+        many = jnp.zeros((*shape, top), jnp.int32)
+        return cls(ids, jnp.zeros(shape), many, many.astype(jnp.float32))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """The input and output of a step. Everything but the cache is whole on every device."""
+    """The input and output of a step. Everything but the cache and `seen` is whole on every device."""
 
     cache: Cache
     token_B: Any
@@ -59,6 +111,8 @@ class State:
     """Id that ends each row, or `NO_TOKEN`: int32."""
     sampling: RowSampling
     """How each row's tokens are chosen."""
+    seen: Seen | None = None
+    """What penalties look at, if any row may have some."""
 
 
 def free_bytes(device: jax.Device) -> float:
@@ -83,57 +137,121 @@ def activation_bytes(config: ModelConfig) -> int:
     return 2 * 4 * config.d_model + max(3 * width * config.d_ff, attention)
 
 
-def largest_chunk(config: ModelConfig, rows_per_device: int) -> int:
-    """Most tokens per row in one chunk: a power of two, so that few sizes are compiled."""
-    # Twice: the input and the output of an operation exist at the same time.
-    tokens = PREFILL_BYTES // (2 * activation_bytes(config) * rows_per_device)
-    fitting = 1 << max(tokens, 1).bit_length() - 1
-    return min(max(fitting, SMALLEST_BUCKET), LARGEST_BUCKET)
+def row_buckets(rows: int) -> list[int]:
+    """How many of a device's rows may be filled at once: powers of four up to a quarter of them, and all.
 
-
-def chunk_sizes(longest: int, largest: int) -> list[int]:
-    """Padded sizes of the chunks in which prompts of at most `longest` tokens run: powers of two with little padding.
-
-    Up to `SMALL_CHUNK` tokens there is one chunk; beyond, at most an eighth of the last one is padding.
+    All are filled in place. Fewer are copied out of the cache and back, which takes at most a quarter of its memory.
     """
-    sizes = []
-    while longest > 0:
-        size = min(largest, max(SMALLEST_BUCKET, 1 << (longest - 1).bit_length()))
-        if size > SMALL_CHUNK and size - longest > size // 8:
-            size //= 2
-        sizes.append(size)
-        longest -= size
-    return sizes
+    return [4**k for k in range(16) if 4 * 4**k <= rows] + [rows]
+
+
+def chunk_shapes(config: ModelConfig, rows: int, max_len: int) -> list[tuple[int, int]]:
+    """The shapes in which prompts may run: rows of a device, and tokens of each.
+
+    Args:
+      config: the model's configuration.
+      rows: rows of the cache on each device.
+      max_len: tokens per row.
+    """
+    # Twice: the input and the output of an operation exist at the same time.
+    tokens = PREFILL_BYTES // (2 * activation_bytes(config))
+    smallest, *larger = CHUNK_SIZES
+    fits = lambda n, size: n * size <= tokens and size <= max_len
+    buckets = row_buckets(rows)
+    return [(n, smallest) for n in buckets] + [(n, size) for size in larger for n in buckets if fits(n, size)]
+
+
+def next_chunk(left: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The shape of the next chunk: the one with the most tokens of prompts for its time.
+
+    That is taken for proportional to its positions, at least `SMALL_CHUNK`, and a quarter of these for the call itself.
+
+    Args:
+      left: for each part of the batch, the tokens that its rows still have to run.
+      shapes: see `chunk_shapes`.
+    """
+
+    def worth(shape: tuple[int, int]) -> tuple[float, int]:
+        n, size = shape
+        tokens = sum(sum(sorted((min(x, size) for x in part), reverse=True)[:n]) for part in left)
+        return tokens / (max(n * size, SMALL_CHUNK) + SMALL_CHUNK / 4), tokens
+
+    return max(shapes, key=worth)
 
 
 def prefill(
-    model: Transformer, cache: Cache, logits_BV: jax.Array, tokens_BT: jax.Array, n_new_B: jax.Array
+    model: Transformer,
+    cache: Cache,
+    logits_BV: jax.Array,
+    tokens_PT: jax.Array,
+    n_new_P: jax.Array,
+    start_P: jax.Array,
+    row_P: jax.Array | None = None,
 ) -> tuple[Cache, jax.Array]:
-    """Runs one chunk of the prompts; `logits_BV`, in and out, are those after each row's last token so far."""
-    new_B1V, cache = model.decode(tokens_BT, cache, n_new_B, logits="last")
-    return cache, jnp.where(n_new_B[:, None] > 0, new_B1V[:, 0], logits_BV)
+    """Runs one chunk of some rows' prompts.
+
+    Args:
+      model: in the decode layout.
+      cache: of all rows.
+      logits_BV: those after the last token of each row's prompt so far.
+      tokens_PT: the chunk, padded.
+      n_new_P: tokens of each row, 0 for none.
+      start_P: tokens that each row has already.
+      row_P: which rows of their device these are (`take_rows`); None: all.
+
+    Returns:
+      The cache and the logits with the new ones; those of the other rows are as before.
+    """
+    if row_P is None:
+        cache = dataclasses.replace(cache, lengths=jnp.where(n_new_P > 0, start_P, cache.lengths))
+        new_B1V, cache = model.decode(tokens_PT, cache, n_new_P, logits="last")
+        return cache, jnp.where(n_new_P[:, None] > 0, new_B1V[:, 0], logits_BV)
+    new_P1V, part = model.decode(tokens_PT, cache.take(row_P, start_P), n_new_P, logits="last")
+    logits_BV = put_rows(model.rules, logits_BV, row_P, new_P1V[:, 0], "batch", "vocab")
+    return cache.put(row_P, part), logits_BV
+
+
+def copy(
+    rules: AxisRules,
+    cache: Cache,
+    logits_BV: jax.Array,
+    from_P: jax.Array,
+    to_P: jax.Array,
+    length_P: jax.Array,
+) -> tuple[Cache, jax.Array]:
+    """Copies the first `length_P` tokens of rows, and their logits, to other rows of the same device."""
+    logits_PV = take_rows(rules, logits_BV, from_P, "batch", "vocab")
+    logits_BV = put_rows(rules, logits_BV, to_P, logits_PV, "batch", "vocab")
+    return cache.put(to_P, cache.take(from_P, length_P)), logits_BV
 
 
 def begin(
     rules: AxisRules,
     n_vocab: int,
-    n: int,
-    cache: Cache,
+    top: int | None,
+    state: State,
     logits_BV: jax.Array,
+    fresh_B: jax.Array,
     left_B: jax.Array,
     eos_B: jax.Array,
     sampling: RowSampling,
-) -> tuple[State, jax.Array]:
-    """Repeats each row of the cache `n` times and samples the first tokens: the state, and the tokens [B]."""
-    if n > 1:
-        cache, logits_BV = cache.repeat(n), repeat_rows(rules, n, logits_BV, "batch", "vocab")
-    state = State(cache, jnp.full_like(left_B, NO_TOKEN), left_B, eos_B, sampling)
-    state = _with_next(rules, n_vocab, state, logits_BV)
-    return state, state.token_B
+    prompt_BV: jax.Array | None,
+) -> tuple[State, Chosen]:
+    """Samples the first token of the rows `fresh_B`, bool, whose prompts have been run; the others stay as they are."""
+    seen = None
+    if prompt_BV is not None:
+        fresh_B1 = rules.constrain(fresh_B, "batch")[:, None]
+        count_BV, before_BV = jnp.zeros_like(prompt_BV, jnp.int32), prompt_BV
+        if state.seen is not None:
+            count_BV, before_BV = state.seen.count_BV, state.seen.prompt_BV
+        seen = Seen(jnp.where(fresh_B1, prompt_BV, before_BV), jnp.where(fresh_B1, 0, count_BV))
+    left_B = jnp.where(fresh_B, left_B, state.left_B)
+    state = State(state.cache, state.token_B, left_B, eos_B, sampling, seen)
+    return _with_next(rules, n_vocab, top, state, logits_BV, fresh_B)
 
 
-def step(model: Transformer, n_vocab: int, state: State) -> tuple[State, jax.Array]:
-    """One more token for each row that is not done: the new state, and the tokens [B].
+def step(model: Transformer, n_vocab: int, state: State, top: int | None = None) -> tuple[State, Chosen]:
+    """One more token for each row that is not done: the new state, and the tokens.
 
     A row that is done gets `NO_TOKEN`; a row whose logits leave no choice gets `NO_NUMBER` and is done.
     """
@@ -144,8 +262,7 @@ def step(model: Transformer, n_vocab: int, state: State) -> tuple[State, jax.Arr
     logits_B1V, cache = model.decode(tokens_B1, state.cache, n_new_B, logits="last")
     state = dataclasses.replace(state, cache=cache)
     with jax.named_scope("sample"):
-        state = _with_next(rules, n_vocab, state, logits_B1V[:, 0], model.workspace)
-    return state, jnp.where(active_B, state.token_B, NO_TOKEN)
+        return _with_next(rules, n_vocab, top, state, logits_B1V[:, 0], active_B, model.workspace)
 
 
 def _steps_at_once() -> int:
@@ -156,19 +273,32 @@ def _steps_at_once() -> int:
     return 4 if current_device()[0] == "gpu" else 1
 
 
-def run(model: Transformer, n_vocab: int, state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
-    """Up to `n_steps` steps, fewer if all rows are done: the new state, and the tokens [STEPS_PER_RUN, B]."""
+def run(
+    model: Transformer,
+    n_vocab: int,
+    state: State,
+    n_steps: jax.Array,
+    n_idle: jax.Array,
+    top: int | None = None,
+) -> tuple[State, Chosen]:
+    """Up to `n_steps` steps, fewer if only `n_idle` rows or fewer still are not done.
 
-    def go_on(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-        return jnp.any(carry[1].left_B > 0)
+    Returns:
+      The new state, and the tokens, [STEPS_PER_RUN, B].
+    """
+    Carry = tuple[jax.Array, State, Chosen]
 
-    def one(_: int, carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+    def go_on(carry: Carry) -> jax.Array:
+        return jnp.sum(carry[1].left_B > 0) > n_idle
+
+    def one(_: int, carry: Carry) -> Carry:
         i, state, out = carry
-        state, token_B = step(model, n_vocab, state)
-        return i + 1, state, jax.lax.dynamic_update_index_in_dim(out, token_B, i, axis=0)
+        state, chosen = step(model, n_vocab, state, top)
+        write = functools.partial(jax.lax.dynamic_update_index_in_dim, index=i, axis=0)
+        return i + 1, state, jax.tree.map(write, out, chosen)
 
     several = functools.partial(jax.lax.fori_loop, 0, _steps_at_once(), one)
-    out = jnp.full((STEPS_PER_RUN, *state.token_B.shape), NO_TOKEN)
+    out = Chosen.none(STEPS_PER_RUN, len(state.token_B), top=top)
     left_B = jnp.minimum(state.left_B, n_steps)
     beyond_B = state.left_B - left_B
     state = dataclasses.replace(state, left_B=left_B)
@@ -183,16 +313,30 @@ def _ended(state: State) -> jax.Array:
 
 
 def _with_next(
-    rules: AxisRules, n_vocab: int, state: State, logits_BV: jax.Array, workspace: Workspace | None = None
-) -> State:
-    """The state with a token sampled for each row that is not done."""
-    position_B = state.cache.lengths
-    token_B = sample(rules, logits_BV, state.sampling, n_vocab, position_B=position_B, workspace=workspace)
+    rules: AxisRules,
+    n_vocab: int,
+    top: int | None,
+    state: State,
+    logits_BV: jax.Array,
+    active_B: jax.Array,
+    workspace: Workspace | None = None,
+) -> tuple[State, Chosen]:
+    """The state with a token sampled for each of the rows `active_B`, and these tokens."""
+    position_B, seen = state.cache.lengths, state.seen
+    token_B = sample(
+        rules, logits_BV, state.sampling, n_vocab, position_B=position_B, seen=seen, workspace=workspace
+    )
     token_B = rules.constrain(token_B, None)
-    active_B = state.left_B > 0
-    state = dataclasses.replace(state, token_B=jnp.where(active_B, token_B, state.token_B))
-    left_B = jnp.where(active_B & ~_ended(state), state.left_B - 1, 0)
-    return dataclasses.replace(state, left_B=left_B)
+    chosen = Chosen(jnp.where(active_B, token_B, NO_TOKEN))
+    if top is not None:
+        chosen = Chosen(chosen.id_B, *log_probabilities(rules, logits_BV, token_B, n_vocab, top))
+    if seen is not None:
+        made_B1 = rules.constrain(chosen.id_B, "batch")[:, None]
+        count_BV = seen.count_BV + (made_B1 == jnp.arange(seen.count_BV.shape[1]))
+        seen = dataclasses.replace(seen, count_BV=count_BV)
+    state = dataclasses.replace(state, token_B=jnp.where(active_B, token_B, state.token_B), seen=seen)
+    left_B = jnp.where(_ended(state), 0, state.left_B - 1)
+    return dataclasses.replace(state, left_B=jnp.where(active_B, left_B, state.left_B)), chosen
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
@@ -232,7 +376,7 @@ def compile_step(
         by_row = jax.ShapeDtypeStruct((batch,), jnp.int32)
         state = State(cache, by_row, by_row, by_row, rows)
 
-        def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
+        def one(leaves: list[jax.Array], state: State) -> tuple[State, Chosen]:
             return step(jax.tree.unflatten(treedef, leaves), config.vocab_size, state)
 
         lowered = jax.jit(one, donate_argnums=1).lower(*on_mesh((leaves, state), mesh))
@@ -269,6 +413,10 @@ class Engine:
         model.workspace = workspace
         return model
 
+    def clock(self) -> float:
+        """The time in seconds, from some beginning on, without what compiling took."""
+        return time.perf_counter() - self.compile_seconds
+
     def call(
         self, key: Hashable, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
     ) -> Any:
@@ -297,32 +445,37 @@ class Engine:
         layers = jax.tree.leaves(cache.layers)
         return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in layers)
 
-    def activation_bytes(self, rows: int, max_len: int) -> int:
-        """Bytes that running the prompts of this many rows, at most `max_len` tokens each, takes on a device."""
+    def chunk_shapes(self, rows: int, max_len: int) -> list[tuple[int, int]]:
+        """The shapes in which the prompts of this many rows may run; see `chunk_shapes`."""
         with jax.set_mesh(self.mesh):
-            rows = self.padded(rows) // self.rules.size("batch")
-        chunk = max(chunk_sizes(max_len, largest_chunk(self.config, rows)))
-        # Each row also has two sets of logits: this chunk's and the previous one's.
-        return rows * (2 * activation_bytes(self.config) * chunk + 2 * 4 * self.config.vocab_size)
+            return chunk_shapes(self.config, self.padded(rows) // self.rules.size("batch"), max_len)
 
-    def check_memory(self, batch: int, n: int, max_len: int) -> None:
+    def filling_bytes(self, rows: int, max_len: int) -> int:
+        """Bytes that running prompts into this many rows of `max_len` tokens takes on a device, besides the cache."""
+        shapes = self.chunk_shapes(rows, max_len)
+        local = max(n for n, _ in shapes)
+        tokens = max(n * size for n, size in shapes)
+        copied = max((n for n, _ in shapes if n < local), default=0)
+        cache = self.cache_bytes(rows, max_len) * copied // local
+        # Each row also has two sets of logits: this chunk's and the previous one's.
+        return cache + 2 * activation_bytes(self.config) * tokens + local * 2 * 4 * self.config.vocab_size
+
+    def check_memory(self, rows: int, max_len: int) -> None:
         """Checks that generation fits into the free memory of the devices, which hold the weights already.
 
         Args:
-          batch: number of prompts.
-          n: samples per prompt.
+          rows: rows of the batch.
           max_len: tokens per row.
 
         Raises:
           ConfigError: it does not fit; the message says what is needed and what is free.
         """
-        cache = self.cache_bytes(batch * n, max_len) + (self.cache_bytes(batch, max_len) if n > 1 else 0)
-        needed = cache + self.activation_bytes(batch, max_len)
+        cache, filling = self.cache_bytes(rows, max_len), self.filling_bytes(rows, max_len)
         for device in self.mesh.local_devices:
-            if needed > (free := free_bytes(device)):
+            if cache + filling > (free := free_bytes(device)):
                 raise ConfigError(
-                    f"The KV cache of {batch * n} row(s) of {max_len} tokens needs {cache / 2**30:.2f} GiB on each "
-                    f"device, and filling it {(needed - cache) / 2**30:.2f} GiB more; besides the weights, {device} "
+                    f"The KV cache of {rows} row(s) of {max_len} tokens needs {cache / 2**30:.2f} GiB on each "
+                    f"device, and filling it {filling / 2**30:.2f} GiB more; besides the weights, {device} "
                     f"has {free / 2**30:.2f} GiB free: generate fewer rows at a time, or shorter ones, or use a "
                     "larger mesh (tensor, data or context)."
                 )
@@ -333,128 +486,191 @@ class Engine:
             parts = self.rules.size("batch")
         return round_up(rows, parts)
 
-    def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: Sequence[int],
-        *,
-        n: int = 1,
-        sampling: Sampling | Sequence[Sampling] = GREEDY,
-        seed: int | Sequence[int] = 0,
-        eos_id: int | Sequence[int | None] | None = None,
-        max_len: int | None = None,
-        batch: int = 0,
-    ) -> Rows:
-        """Fills a cache with the prompts and samples the first token of each row.
 
-        Args:
-          prompts: token ids, at least one each.
-          max_new_tokens: for each prompt, at least 1.
-          n: samples per prompt: rows n*p to n*p + n - 1 belong to prompt p.
-          sampling: how tokens are chosen, for all prompts or for each.
-          seed: sampling seed, for all prompts or for each.
-          eos_id: id after which a row is done, for all prompts or for each; None: no id.
-          max_len: tokens that the cache holds per row; None: what is needed, rounded up to `LENGTH_UNIT`.
-          batch: fewer prompts than this are padded to it, so that a smaller last batch does not recompile.
-
-        Raises:
-          ValueError: a prompt is empty, or does not fit together with its new tokens.
-        """
-        needed = max(len(p) + new for p, new in zip(prompts, max_new_tokens, strict=True))
-        if min(map(len, prompts)) < 1 or min(max_new_tokens) < 1:
-            raise ValueError("Every prompt must have at least one token, and get at least one.")
-        max_len = round_up(needed, LENGTH_UNIT) if max_len is None else max_len
-        if needed > max_len:
-            raise ValueError(f"A prompt and its new tokens are {needed} tokens; the cache holds {max_len}.")
-        each = lambda x: x if isinstance(x, Sequence) else [x] * len(prompts)
-        eos_ids = [NO_TOKEN if eos is None else eos for eos in each(eos_id)]
-        by_prompt = zip(max_new_tokens, eos_ids, each(sampling), each(seed), strict=True)
-        rows = [(*values, sample) for values in by_prompt for sample in range(n)]
-        batch = max(batch, len(prompts))
-        if self.padded(batch) != batch:
-            # Each padding prompt would become n rows: samples run as prompts of their own instead.
-            prompts, batch, n = [p for p in prompts for _ in range(n)], batch * n, 1
-        batch = self.padded(batch)
-        rows += [(0, *rows[-1][1:])] * (batch * n - len(rows))  # done from the start
-        left_B, eos_B, *of_sampling = zip(*rows, strict=True)
-        row_sampling = RowSampling.of(*of_sampling)
-        by_row = np.array(left_B, np.int32), np.array(eos_B, np.int32), row_sampling
-
-        with jax.set_mesh(self.mesh):
-            shape = (batch, max_len)
-            cache, logits_BV = self._fill(prompts, *shape)
-            first = functools.partial(begin, self.rules, self.n_vocab, n)
-            args = cache, logits_BV, *jax.tree.map(self.put, by_row)
-            # With n > 1 rows per prompt a new, larger cache is made, which cannot reuse the memory of the first.
-            donate = (0, 2, 3, 4) if n == 1 else (2, 3, 4)
-            key = ("begin", shape, n, jax.tree.structure(row_sampling))
-            state, token_B = self.call(key, first, *args, donate=donate)
-        return Rows(self, state, token_B, max_len)
-
-    def _fill(self, prompts: Sequence[Sequence[int]], batch: int, max_len: int) -> tuple[Cache, jax.Array]:
-        """A cache filled with the prompts, and the logits [B, V] after each."""
-        length_B = np.array([len(p) for p in prompts] + [0] * (batch - len(prompts)), np.int32)
-        create = functools.partial(self._create, batch, max_len)
-        cache, logits_BV = self.call(("create", batch, max_len), create)
-        chunk = lambda leaves, *args: prefill(self.model(leaves), *args)
-        done = 0
-        largest = largest_chunk(self.config, batch // self.rules.size("batch"))
-        for size in chunk_sizes(int(length_B.max()), largest):
-            tokens_BT = np.zeros((batch, size), np.int32)
-            for row, prompt in zip(tokens_BT, prompts, strict=False):
-                part = prompt[done : done + size]
-                row[: len(part)] = part
-            n_new_B = np.clip(length_B - done, 0, size).astype(np.int32)
-            args = cache, logits_BV, self.put(tokens_BT, "batch"), self.put(n_new_B, "batch")
-            key = ("prefill", batch, max_len, size)
-            cache, logits_BV = self.call(key, chunk, self.leaves, *args, donate=(1, 2))
-            done += size
-        return cache, logits_BV
+def _kind(sampling: Sampling) -> Hashable:
+    """What of it makes the program: its class and the fields that it sets."""
+    fields = dataclasses.fields(sampling)
+    return type(sampling), frozenset(f.name for f in fields if getattr(sampling, f.name) != f.default)
 
 
 class Rows:
-    """A batch that is being generated.
+    """A batch of rows on the device, each of them empty, generating, or done, which is as good as empty.
+
+    A row's prompt is run into the cache by `fill` (in one or several chunks) or `copy`; then `begin` samples its first
+    token, and `step` and `run` the others. No call waits for the device.
 
     Args:
-      engine: the engine that started it.
-      state: the current state; every call donates and replaces it.
-      first_B: the first token of each row.
-      max_len: the requested length of the cache, in tokens per row.
+      engine: the model.
+      batch: number of rows, rounded up so that all devices along `data` have as many (`part_rows`).
+      max_len: tokens that the cache holds per row.
+      known: ways of sampling that will occur. Any other one compiles steps anew if it uses other fields.
+      top: log-probabilities of how many tokens are computed besides those of the chosen one; None: of none at all.
     """
 
-    def __init__(self, engine: Engine, state: State, first_B: jax.Array, max_len: int):
-        self.first_B, self.state = first_B, state
-        self.cache_bytes_per_device = state.cache.bytes_per_device()
+    def __init__(
+        self,
+        engine: Engine,
+        batch: int,
+        max_len: int,
+        *,
+        known: Sequence[Sampling] = (),
+        top: int | None = None,
+    ):
+        self.batch, self.max_len, self.top = engine.padded(batch), max_len, top
         self._engine = engine
-        self._key = (len(first_B), max_len, jax.tree.structure(state.sampling))
+        self._known = {_kind(sampling): sampling for sampling in known}
+        self._own = [Request((), 0, next(iter(known), GREEDY))] * self.batch
+        with jax.set_mesh(engine.mesh):
+            self.n_parts = engine.rules.size("batch")
+            create = functools.partial(engine._create, self.batch, max_len)
+            cache, self.logits_BV = engine.call(("create", self.batch, max_len), create)
+            zeros = np.zeros(self.batch, np.int32)
+            none = np.full_like(zeros, NO_TOKEN)
+            sampling = self._row_sampling()
+            seen = None
+            if sampling.has_penalties:
+                shape = self.batch, engine.config.vocab_size
+                seen = Seen(
+                    *(engine.put(np.zeros(shape, dtype), "batch", None) for dtype in (bool, np.int32))
+                )
+            token_B, left_B, eos_B, sampling = jax.tree.map(engine.put, (none, zeros, none, sampling))
+            self.state = State(cache, token_B, left_B, eos_B, sampling, seen)
+        self.part_rows = self.batch // self.n_parts
+        """Rows on each device."""
+        self.cache_bytes_per_device = cache.bytes_per_device()
 
-    def step(self) -> jax.Array:
-        """One more token of each row, [B], `NO_TOKEN` where a row is done. Does not wait for the device."""
-        engine = self._engine  # `one` must not keep `self`, and so the cache, alive
+    @property
+    def _key(self) -> tuple[Hashable, ...]:
+        return self.batch, self.max_len, self.top, jax.tree.structure((self.state.sampling, self.state.seen))
 
-        def one(leaves: list[jax.Array], state: State) -> tuple[State, jax.Array]:
-            return step(engine.model(leaves), engine.n_vocab, state)
+    def _row_sampling(self) -> RowSampling:
+        samplings, seeds, samples = zip(*((r.sampling, r.seed, r.sample) for r in self._own), strict=True)
+        return RowSampling.of(samplings, seeds, samples, [*self._known.values()])
+
+    def _places(self, n: int, rows: Sequence[int]) -> tuple[list[int], np.ndarray]:
+        """Where each of `rows` is among `n` rows of each device, and which row of the device is in each place."""
+        next_place = [part * n for part in range(self.n_parts)]
+        row_P = np.full(n * self.n_parts, self.part_rows, np.int32)
+        places = []
+        for row in rows:
+            part, local = divmod(row, self.part_rows)
+            if n == self.part_rows:
+                next_place[part] = row
+            row_P[next_place[part]] = local
+            places.append(next_place[part])
+            next_place[part] += 1
+        return places, row_P
+
+    def fill(self, chunks: Mapping[int, tuple[int, Sequence[int]]], n: int, size: int) -> None:
+        """Runs a chunk of some rows' prompts.
+
+        Args:
+          chunks: for each of these rows, how many tokens it has already, and the next ones, at most `size`.
+          n: rows of each device that are run, at least as many as any device has in `chunks`; `part_rows`, or fewer.
+          size: padded tokens of each.
+        """
+        engine, whole = self._engine, n == self.part_rows
+        places, row_P = self._places(n, [*chunks])
+        tokens_PT = np.zeros((len(row_P), size), np.int32)
+        n_new_P, start_P = np.zeros((2, len(row_P)), np.int32)
+        for place, (start, tokens) in zip(places, chunks.values(), strict=True):
+            tokens_PT[place, : len(tokens)] = tokens
+            n_new_P[place], start_P[place] = len(tokens), start
+        arrays = (tokens_PT, n_new_P, start_P, *([] if whole else [row_P]))
+        chunk = lambda leaves, *args: prefill(engine.model(leaves), *args)
+        with jax.set_mesh(engine.mesh):
+            args = self.state.cache, self.logits_BV, *(engine.put(x, "batch") for x in arrays)
+            key = ("prefill", self.batch, self.max_len, n, size)
+            cache, self.logits_BV = engine.call(key, chunk, engine.leaves, *args, donate=(1, 2))
+        self.state = dataclasses.replace(self.state, cache=cache)
+
+    def copy(self, copies: Mapping[int, tuple[int, int]]) -> None:
+        """Copies the first tokens of rows to others, which then have these alone.
+
+        Args:
+          copies: for each row that gets some, the row that has them, of the same device, and their number.
+        """
+        engine = self._engine
+        most = max(sum(row // self.part_rows == part for row in copies) for part in range(self.n_parts))
+        buckets = [b for b in row_buckets(self.part_rows) if b < self.part_rows] or [1]
+        n = next((b for b in buckets if b >= most), buckets[-1])
+        todo: list[dict[int, tuple[int, int]]] = [{}]
+        for row, copied in copies.items():
+            part = row // self.part_rows
+            if sum(other // self.part_rows == part for other in todo[-1]) == n:
+                todo.append({})
+            todo[-1][row] = copied
+        one = functools.partial(copy, engine.rules)
+        for group in todo:
+            places, to_P = self._places(n, [*group])
+            from_P, length_P = np.zeros((2, len(to_P)), np.int32)
+            for place, (source, length) in zip(places, group.values(), strict=True):
+                from_P[place], length_P[place] = source % self.part_rows, length
+            with jax.set_mesh(engine.mesh):
+                args = (engine.put(x, "batch") for x in (from_P, to_P, length_P))
+                key = ("copy", self.batch, self.max_len, n)
+                found = engine.call(key, one, self.state.cache, self.logits_BV, *args, donate=(0, 1))
+            cache, self.logits_BV = found
+            self.state = dataclasses.replace(self.state, cache=cache)
+
+    def begin(self, requests: Mapping[int, Request]) -> Chosen:
+        """Samples the first token of these rows, whose prompts are in the cache; the others get `NO_TOKEN`."""
+        engine = self._engine
+        for row, request in requests.items():
+            self._own[row] = request
+            self._known.setdefault(_kind(request.sampling), request.sampling)
+            if request.logprobs is not None:
+                self.top = max(request.logprobs, self.top or 0)
+        sampling = self._row_sampling()
+        fresh_B = np.isin(np.arange(self.batch), [*requests])
+        left_B = np.array([r.max_new_tokens for r in self._own], np.int32)
+        eos_B = np.array([NO_TOKEN if r.eos_id is None else r.eos_id for r in self._own], np.int32)
+        with jax.set_mesh(engine.mesh):
+            args = jax.tree.map(engine.put, (fresh_B, left_B, eos_B, sampling))
+            prompt_BV = None
+            if sampling.has_penalties:
+                seen_BV = np.zeros((self.batch, engine.config.vocab_size), bool)
+                for row, request in requests.items():
+                    seen_BV[row, list(request.prompt)] = True
+                prompt_BV = engine.put(seen_BV, "batch", None)
+            first = functools.partial(begin, engine.rules, engine.n_vocab, self.top)
+            key = ("begin", *self._key, jax.tree.structure(sampling))
+            cache = self.state.cache
+            without = dataclasses.replace(self.state, cache=Cache((), cache.lengths))
+            state, chosen = engine.call(key, first, without, self.logits_BV, *args, prompt_BV)
+        self.state = dataclasses.replace(state, cache=cache)
+        return chosen
+
+    def step(self) -> Chosen:
+        """One more token of each row."""
+        engine, top = self._engine, self.top  # `one` must not keep `self`, and so the cache, alive
+
+        def one(leaves: list[jax.Array], state: State) -> tuple[State, Chosen]:
+            return step(engine.model(leaves), engine.n_vocab, state, top)
 
         with jax.set_mesh(engine.mesh):
             args = engine.leaves, self.state
-            self.state, token_B = engine.call(("step", *self._key), one, *args, donate=(1,))
-        return token_B
+            self.state, chosen = engine.call(("step", *self._key), one, *args, donate=(1,))
+        return chosen
 
-    def run(self, n_steps: int = STEPS_PER_RUN) -> jax.Array:
-        """Up to `n_steps` more tokens of each row, [STEPS_PER_RUN, B], padded with `NO_TOKEN`."""
-        engine = self._engine
+    def run(self, n_steps: int = STEPS_PER_RUN, n_idle: int = 0) -> Chosen:
+        """Up to `n_steps` more tokens of each row, fewer once at most `n_idle` rows still generate."""
+        engine, top = self._engine, self.top
 
-        def many(leaves: list[jax.Array], state: State, n_steps: jax.Array) -> tuple[State, jax.Array]:
-            return run(engine.model(leaves), engine.n_vocab, state, n_steps)
+        def many(
+            leaves: list[jax.Array], state: State, n_steps: jax.Array, n_idle: jax.Array
+        ) -> tuple[State, Chosen]:
+            return run(engine.model(leaves), engine.n_vocab, state, n_steps, n_idle, top)
 
         with jax.set_mesh(engine.mesh):
-            args = engine.leaves, self.state, engine.put(np.int32(min(n_steps, STEPS_PER_RUN)))
+            limits = (engine.put(np.int32(x)) for x in (min(n_steps, STEPS_PER_RUN), n_idle))
+            args = engine.leaves, self.state, *limits
             self.state, out = engine.call(("run", *self._key), many, *args, donate=(1,))
         return out
 
     def stop(self, rows: Sequence[int]) -> None:
         """Ends these rows."""
-        keep_B = np.ones(len(self.first_B), np.int32)
+        keep_B = np.ones(self.batch, np.int32)
         keep_B[list(rows)] = 0
         with jax.set_mesh(self._engine.mesh):
             left_B = self.state.left_B * self._engine.put(keep_B)

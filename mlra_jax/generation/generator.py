@@ -7,25 +7,19 @@ generator.generate("ROMEO:", max_new_tokens=200, temperature=0.8, top_p=0.95)
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import numbers
-import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, overload
 
-import jax
-import numpy as np
 import tyro
 
-from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
+from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Range, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
-from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, STEPS_PER_RUN, Engine, Rows, round_up
+from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Request, round_up
 from mlra_jax.generation.load import ONE_DEVICE, load_model
-from mlra_jax.generation.sampling import GREEDY, NO_NUMBER, NotFiniteError, Sampling
+from mlra_jax.generation.loop import Event, GenerationLoop
+from mlra_jax.generation.sampling import GREEDY, NotFiniteError, Sampling
 from mlra_jax.generation.text import FinishReason, RowText
-
-STEPS_BETWEEN_STOPS = 16
-"""Steps between searches of the text for stop strings: no row runs on for longer than this after one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +44,15 @@ class GenerationOptions(Validated):
     """What to do if prompt and completion exceed max_len: refuse; truncate-left drops the beginning of the prompt;
     shorten ends the completion early."""
     batch_size: Positive = 64
-    """Most rows (prompts times samples) that are generated at a time."""
+    """Most completions that are generated at a time; the next one begins when one has ended."""
+    logprobs: Annotated[int, Range(ge=0, le=20)] | None = None
+    """Also give the log-probability of each token, and of this many most probable ones. Not in the printed text: see
+    --json."""
 
     def conflicts(self) -> list[str]:
         faults = []
         if self.n > 1 and self.sampling.temperature == 0:
             faults.append(f"n={self.n} greedy samples would all be the same; give a temperature above 0.")
-        if self.batch_size < self.n:
-            faults.append(
-                f"batch_size={self.batch_size} must be at least n={self.n}: a prompt's samples are one batch."
-            )
         if "" in self.stop:
             faults.append("A stop string must not be empty.")
         return faults
@@ -99,7 +92,7 @@ def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[
       **changes: see `changed`; a list, except for `stop`, holds one value for each prompt.
 
     Raises:
-      ConfigError: a list has another length, a value is not legal, or `n`, `max_len` or `batch_size` differ.
+      ConfigError: a list has another length, a value is not legal, or `max_len` or `batch_size` differ.
       TypeError: there is no such option.
     """
     given = {"options": options, **changes}
@@ -113,7 +106,7 @@ def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[
         one = lambda i: changed(**given | {name: values[i] for name, values in lists.items()})
         found = [one(i) for i in range(n_prompts)]
         faults = [*dict.fromkeys(fault for options in found for fault in options.faults())]
-        for name in ("n", "max_len", "batch_size"):
+        for name in ("max_len", "batch_size"):
             if len(values := {getattr(options, name) for options in found}) > 1:
                 faults.append(f"{name} must be the same for all prompts, not {sorted(values)}.")
     if faults:
@@ -122,17 +115,21 @@ def options_by_prompt(options: Options, n_prompts: int, **changes: Any) -> list[
 
 
 @dataclasses.dataclass(frozen=True)
-class BatchStats:
-    """Statistics of the batch in which a completion was generated, shared by all its rows."""
+class CompletionStats:
+    """Time and memory that a completion took, and its batch until then. No time includes compilation."""
 
     rows: int
-    """Completions in the batch."""
+    """Rows of the batch: completions that are generated at a time."""
     seconds_to_first_token: float
-    """From tokenized prompts to the first token of every row on the host, excluding compilation."""
+    """From tokenized prompts to this completion's first token on the host, its wait for a row included."""
+    seconds: float
+    """From tokenized prompts to its last token on the host."""
     tokens_per_second: float | None
-    """Rate of the tokens after the first ones, over all rows; None: there were none."""
+    """Rate of its tokens after the first; None: there were none."""
+    occupancy: float | None
+    """Share of the rows that made a token, over all steps of the batch so far; None: there was no step."""
     compile_seconds: float
-    """Time spent compiling."""
+    """Time spent compiling so far."""
     cache_bytes_per_device: int
     """Bytes of the KV cache on the device that holds the most."""
     cache_tokens_per_row: int
@@ -161,8 +158,12 @@ class Completion:
     """Tokens of the prompt that the model was given."""
     prompt_tokens_dropped: int
     """Tokens dropped from the beginning of the prompt (`overflow` truncate-left)."""
-    stats: BatchStats
-    """Statistics of its batch."""
+    stats: CompletionStats
+    """What it took."""
+    logprobs: list[float] | None = None
+    """Natural logarithm of each token's probability under the model itself (temperature 1, no filter, no penalty)."""
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    """For each token's place, the most probable ids with theirs, the most probable first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,7 +286,7 @@ class Generator:
 
         Raises:
           ConfigError: an option or token id is not legal, prompt and completion do not fit max_len or the devices'
-            memory, or a list does not have one value for each prompt; n, max_len and batch_size cannot vary.
+            memory, or a list does not have one value for each prompt; max_len and batch_size cannot vary.
           NotFiniteError: logits are NaN or infinite; the message names the prompt and the position.
           TypeError: there is no such option.
           ValueError: several samples were asked for of a single prompt that is not in a list.
@@ -312,7 +313,7 @@ class Generator:
         every_token: bool = True,
         **changes: Any,
     ) -> Iterator[Delta | Completion]:
-        """Like `complete`, but yields text as it is generated, and the completions when their batch is done.
+        """Like `complete`, but yields text as it is generated, and a completion when it and all earlier ones are done.
 
         With `every_token` steps run one at a time, otherwise in compiled loops, and text comes in larger pieces.
         """
@@ -320,13 +321,13 @@ class Generator:
         by_prompt = options_by_prompt(options, len(several), **changes)
         fitted = fit_prompts(several, by_prompt, self.tokenizer)
         shared = by_prompt[0]
-        # All batches have one shape, so that it is compiled once.
-        batch = min(len(fitted), shared.batch_size // shared.n)
+        # Few sizes, since each is compiled.
+        completions = sum(own.n for own in by_prompt)
+        rows = min(1 << (completions - 1).bit_length(), shared.batch_size)
         longest = max(len(p.ids) + p.options.max_new_tokens for p in fitted)
         max_len = shared.max_len or round_up(longest, LENGTH_UNIT)
-        self.engine.check_memory(batch, shared.n, max_len)
-        batches = [fitted[i : i + batch] for i in range(0, len(fitted), batch)]
-        return itertools.chain.from_iterable(self._batch(b, batch, max_len, every_token) for b in batches)
+        self.engine.check_memory(rows, max_len)
+        return self._generate(fitted, rows, max_len, 1 if every_token else STEPS_PER_RUN)
 
     def _last(self, prompt: FittedPrompt) -> int | None:
         """The last token of a prompt's text; None: it is empty."""
@@ -336,102 +337,111 @@ class Generator:
         """The token that ends its completion; None: none does."""
         return None if prompt.options.ignore_eos else self.tokenizer.eot_id
 
-    def _batch(
-        self, prompts: list[FittedPrompt], batch: int, max_len: int, every_token: bool
+    def _generate(
+        self, prompts: list[FittedPrompt], rows: int, max_len: int, max_steps: int
     ) -> Iterator[Delta | Completion]:
-        engine, n = self.engine, prompts[0].options.n
-        clock = _Clock(engine)
-        rows = engine.start(
-            [p.ids for p in prompts],
-            [p.options.max_new_tokens for p in prompts],
-            n=n,
-            sampling=[p.options.sampling for p in prompts],
-            seed=[p.options.seed for p in prompts],
-            eos_id=[self._eos_id(p) for p in prompts],
-            max_len=max_len,
-            batch=batch,
+        """Generates all completions, `rows` at a time, and yields them in order."""
+        engine, every = self.engine, [p.options for p in prompts]
+        start, compiled = engine.clock(), engine.compile_seconds
+        loop = GenerationLoop(
+            engine,
+            rows,
+            max_len,
+            known=[own.sampling for own in every],
+            top_logprobs=max((own.logprobs for own in every if own.logprobs is not None), default=None),
         )
-        owners = [(prompt, sample) for prompt in prompts for sample in range(n)]
-        row_text = lambda p: RowText(
-            self.tokenizer, p.options.stop, self._eos_id(p), p.options.max_new_tokens, self._last(p)
-        )
-        texts = [row_text(prompt) for prompt, _ in owners]
-        longest = max(p.options.max_new_tokens for p in prompts)
-        looks_for_stops = any(p.options.stop for p in prompts)
-        received, pending = 0, rows.first_B
-        ahead: jax.Array | None = None
-        while True:
-            tokens = np.asarray(pending).reshape(-1, len(rows.first_B))
-            assert (tokens != NO_TOKEN).any()  # the device counts as the host does
-            received += len(tokens)
-            clock.read()
-            stopped = []
-            for row, (text, (prompt, sample)) in enumerate(zip(texts, owners, strict=True)):
-                if text.done:
+        running: dict[int, _Running] = {}
+        # The longest first: then rows end about together, and none is left alone at the end.
+        for prompt in sorted(prompts, key=lambda p: -p.options.max_new_tokens):
+            own = prompt.options
+            for sample in range(own.n):
+                request = Request(
+                    prompt.ids,
+                    own.max_new_tokens,
+                    own.sampling,
+                    own.seed,
+                    sample,
+                    self._eos_id(prompt),
+                    own.logprobs,
+                    may_stop=bool(own.stop),
+                )
+                text = RowText(
+                    self.tokenizer, own.stop, request.eos_id, own.max_new_tokens, self._last(prompt)
+                )
+                running[loop.submit(request)] = _Running(prompt, sample, text)
+        place = lambda number: (running[number].prompt.index, running[number].sample)
+        order = sorted(running, key=place, reverse=True)
+        while running:
+            for event in loop.step(max_steps):
+                one = running.get(event.request)
+                if one is None or one.stats is not None:
                     continue
-                for token in tokens[:, row]:
-                    if token == NO_NUMBER and not text.done:
-                        raise NotFiniteError(
-                            f"Prompt {prompt.index}, sample {sample}: the logits for the token at position "
-                            f"{len(prompt.ids) + len(text.tokens)} are NaN or infinite; the weights of this checkpoint "
-                            "are no good, take one from before its training diverged."
-                        )
-                    if token != NO_TOKEN:
-                        text.push(int(token))
-                if text.finish_reason == "stop":
-                    stopped.append(row)
-                if new := text.take():
-                    yield Delta(prompt.index, sample, new)
-            if all(text.done for text in texts):
-                break
-            if stopped:
-                rows.stop(stopped)
-            if every_token:  # the next step runs while the host processes this one's tokens
-                pending = rows.step() if ahead is None else ahead
-                ahead = rows.step() if received + 1 < longest else None
-            else:
-                pending = rows.run(STEPS_BETWEEN_STOPS if looks_for_stops else STEPS_PER_RUN)
+                ended = one.add(event)
+                if ended and event.finish is None:
+                    loop.cancel(event.request)
+                if new := one.text.take():
+                    yield Delta(one.prompt.index, one.sample, new)
+                if ended:
+                    later, seconds = len(one.text.tokens) - 1, event.time - one.first_time
+                    one.stats = CompletionStats(
+                        rows=loop.rows.batch,
+                        seconds_to_first_token=one.first_time - start,
+                        seconds=event.time - start,
+                        tokens_per_second=later / seconds if later > 0 and seconds > 0 else None,
+                        occupancy=loop.stats.occupancy,
+                        compile_seconds=engine.compile_seconds - compiled,
+                        cache_bytes_per_device=loop.rows.cache_bytes_per_device,
+                        cache_tokens_per_row=loop.rows.state.cache.capacity,
+                        devices=engine.mesh.size,
+                    )
+            while order and (one := running[order[-1]]).stats is not None:
+                del running[order.pop()]
+                yield one.completion(one.stats)
 
-        stats = clock.stats(rows, texts)
-        for text, (prompt, sample) in zip(texts, owners, strict=True):
-            assert text.finish_reason is not None
-            yield Completion(
-                prompt_index=prompt.index,
-                sample=sample,
-                prompt=prompt.given,
-                text=text.text,
-                tokens=text.tokens,
-                finish_reason=text.finish_reason,
-                prompt_tokens=len(prompt.ids),
-                prompt_tokens_dropped=prompt.dropped,
-                stats=stats,
+
+@dataclasses.dataclass
+class _Running:
+    """A completion that is not finished, or waits for earlier ones."""
+
+    prompt: FittedPrompt
+    sample: int
+    text: RowText
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    first_time: float = 0.0
+    stats: CompletionStats | None = None
+
+    def add(self, event: Event) -> bool:
+        """Adds new tokens; returns whether the completion has ended."""
+        if not self.text.tokens:
+            self.first_time = event.time
+        for token in event.tokens:
+            self.text.push(token)
+        self.logprobs += event.logprobs or ()
+        self.top_logprobs += map(list, event.top_logprobs or ())
+        if event.finish == "error" and not self.text.done:
+            raise NotFiniteError(
+                f"Prompt {self.prompt.index}, sample {self.sample}: the logits for the token at position "
+                f"{len(self.prompt.ids) + len(self.text.tokens)} are NaN or infinite; the weights of this checkpoint "
+                "are no good, take one from before its training diverged."
             )
+        return self.text.done
 
-
-class _Clock:
-    """Times a batch, excluding compilation."""
-
-    def __init__(self, engine: Engine):
-        self._engine, self._compiled = engine, engine.compile_seconds
-        self._start = self._now()
-        self._reads: list[float] = []
-
-    def _now(self) -> float:
-        return time.perf_counter() - self._engine.compile_seconds
-
-    def read(self) -> None:
-        """Records that tokens have arrived on the host."""
-        self._reads = [*self._reads[:1], self._now()]
-
-    def stats(self, rows: Rows, texts: list[RowText]) -> BatchStats:
-        """The statistics, once all tokens have arrived."""
-        later_tokens = sum(max(0, len(text.tokens) - 1) for text in texts)
-        return BatchStats(
-            rows=len(texts),
-            seconds_to_first_token=self._reads[0] - self._start,
-            tokens_per_second=later_tokens / (self._reads[-1] - self._reads[0]) if later_tokens else None,
-            compile_seconds=self._engine.compile_seconds - self._compiled,
-            cache_bytes_per_device=rows.cache_bytes_per_device,
-            cache_tokens_per_row=rows.state.cache.capacity,
-            devices=self._engine.mesh.size,
+    def completion(self, stats: CompletionStats) -> Completion:
+        """The completion, once its text is done."""
+        text, prompt, n = self.text, self.prompt, len(self.text.tokens)
+        assert text.finish_reason is not None
+        asked = prompt.options.logprobs is not None
+        return Completion(
+            prompt_index=prompt.index,
+            sample=self.sample,
+            prompt=prompt.given,
+            text=text.text,
+            tokens=text.tokens,
+            finish_reason=text.finish_reason,
+            prompt_tokens=len(prompt.ids),
+            prompt_tokens_dropped=prompt.dropped,
+            stats=stats,
+            logprobs=self.logprobs[:n] if asked else None,
+            top_logprobs=self.top_logprobs[:n] if asked else None,
         )

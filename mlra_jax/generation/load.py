@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mlra_jax.checkpoints import load_config, load_params
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig, TrainConfig, require
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
+from mlra_jax.lazy_arrays import LazyStack, LazyTensor
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.model.layers import Layout
 from mlra_jax.sharding import (
@@ -92,12 +94,14 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
     same mesh axes along their longest axis that divides, so that no device reads more than its share. Norm gains stay
     float32.
     """
+    make = lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0), rules=rules), nnx.Param)
     with jax.set_mesh(mesh):
-        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules))
+        params = nnx.to_flat_state(jax.eval_shape(make))  # `nnx.eval_shape` knows explicit axes alone
+        specs = {path: rules.spec(*x.get_metadata("out_sharding")) for path, x in params}
         axes, parts = rules.mesh_axes("kv_head_shards"), rules.size("kv_head_shards")
 
     def leaf(path: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        name, spec = path[-1].key, x.sharding.spec
+        name, spec = path[-1], specs[path]
         # [layers, J, N, C, H]: J and N are regrouped into KV-head shards.
         by_branch = name in config.attention.module().branch_weights
         fitting = [i for i in range(3 if by_branch else 0, x.ndim) if x.shape[i] % parts == 0]
@@ -107,7 +111,41 @@ def abstract_params(config: ModelConfig, rules: AxisRules, mesh: Mesh) -> dict[s
         dtype = "float32" if name == "gain" else x.dtype
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(leaf, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return nnx.traversals.unflatten_mapping({path: leaf(path, x.get_value()) for path, x in params})
+
+
+def read_onto(params: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
+    """Lazy parameters as arrays on a mesh, of each of which a device reads only its own part.
+
+    At most one parameter at a time, of this process's devices, is in the host's memory.
+
+    Args:
+      params: nested dictionary of `LazyTensor`s and `LazyStack`s.
+      abstract: the same of `jax.ShapeDtypeStruct` with concrete shardings; values are converted to its types.
+    """
+
+    def read(x: LazyTensor | LazyStack, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        part = lambda index: x.part(index).astype(wanted.dtype, copy=False)
+        array = jax.make_array_from_callback(wanted.shape, wanted.sharding, part)
+        return jax.block_until_ready(array)  # before the host's copy of the next one is made
+
+    return jax.tree.map(read, params, abstract)
+
+
+def decoding_model(
+    config: ModelConfig, rules: AxisRules, mesh: Mesh, read: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Transformer:
+    """The decode-layout model on any mesh, from parameters that each device reads only its own part of.
+
+    Args:
+      config: the model's configuration; its `param_dtype` is the type in which weights are held.
+      rules: the decoding table, which names the axes of `mesh`.
+      mesh: with axes of either kind, explicit or Auto.
+      read: the stored parameters (the training layout), laid out as `abstract_params` asks.
+    """
+    params = read(abstract_params(config, rules, mesh))
+    with jax.set_mesh(mesh):
+        return to_decode(config, params, rules, donate=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +216,11 @@ def load_model(
     model_config = dataclasses.replace(model_config, param_dtype=param_dtype)
     rules = TRAIN_RULES if layout == "train" else decode_rules(split)
     device_mesh = make_mesh(sizes, devices)
-    params = load_params(checkpoint, abstract_params(model_config, rules, device_mesh), step)
-    with jax.set_mesh(device_mesh):
-        if layout == "train":
+    read = lambda abstract: load_params(checkpoint, abstract, step)
+    if layout == "decode":
+        model = decoding_model(model_config, rules, device_mesh, read)
+    else:
+        params = read(abstract_params(model_config, rules, device_mesh))
+        with jax.set_mesh(device_mesh):
             model = from_params(model_config, params, rules=rules)
-        else:
-            model = to_decode(model_config, params, rules, donate=True)
     return Loaded(config, found, device_mesh, model)

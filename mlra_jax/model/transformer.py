@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -265,6 +265,35 @@ class Transformer(WithLayout):
         x_BTD = self.rules.constrain(jnp.zeros(y_BTD.shape[1:], jnp.float32), "batch", "length", None)
         return norm.of_sum(x_BTD, y_BTD, workspace=workspace)
 
+    def decode_hidden(
+        self, tokens_BT: jax.Array, caches: Sequence[Any], start_B: jax.Array, n_new_B: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """The normalised last hidden states [B, T, D] of T new tokens of each row, in the decode layout.
+
+        Args:
+          tokens_BT: ids; the first `n_new_B[b]` of row b count, the rest is padding.
+          caches: of the layers: `LayerCache`, or another class with the methods that the model's attention calls.
+          start_B: tokens of each row in the caches.
+          n_new_B: new tokens of each row.
+
+        Returns:
+          Hidden states, meaningless where there is no token, and the layers' caches with the new tokens.
+        """
+        self.require_layout("decode")
+        workspace = None
+        if self.rules.size("mlp") > 1:
+            workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
+        with jax.named_scope("embed"):
+            x_BTD, h_BTD = self._embed(tokens_BT, workspace)
+        layers, norms = [], [*(layer.attention_norm for layer in self.layers), self.final_norm]
+        # A function of its own is traced and lowered once for all layers.
+        decode = jax.jit(lambda layer, *args: layer.decode(*args))
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+            args = x_BTD, h_BTD, norms[i + 1], layer_cache, start_B, n_new_B, workspace
+            x_BTD, h_BTD, layer_cache = decode(layer, *args)
+            layers.append(layer_cache)
+        return h_BTD, tuple(layers)
+
     def decode(
         self, tokens_BT: jax.Array, cache: Cache, n_new_B: jax.Array, *, logits: LogitsOf = "all"
     ) -> tuple[jax.Array, Cache]:
@@ -282,23 +311,12 @@ class Transformer(WithLayout):
         self.require_layout("decode")
         require(LogitsOf, logits=logits)
         start_B = cache.lengths
-        workspace = None
-        if self.rules.size("mlp") > 1:
-            workspace = fitting(self.workspace, tokens_BT.size // self.rules.size("batch"))
-        with jax.named_scope("embed"):
-            x_BTD, h_BTD = self._embed(tokens_BT, workspace)
-        layers, norms = [], [*(layer.attention_norm for layer in self.layers), self.final_norm]
-        # A function of its own is traced and lowered once for all layers.
-        decode = jax.jit(lambda layer, *args: layer.decode(*args))
-        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            args = x_BTD, h_BTD, norms[i + 1], layer_cache, start_B, n_new_B, workspace
-            x_BTD, h_BTD, layer_cache = decode(layer, *args)
-            layers.append(layer_cache)
+        h_BTD, layers = self.decode_hidden(tokens_BT, cache.layers, start_B, n_new_B)
         if logits == "last":
             h_BTD = jnp.take_along_axis(h_BTD, jnp.maximum(n_new_B - 1, 0)[:, None, None], axis=1)
         with jax.named_scope("logits"):
             logits_BTV = self.embedding.decode(h_BTD)
-        return logits_BTV, type(cache)(tuple(layers), start_B + n_new_B)
+        return logits_BTV, type(cache)(layers, start_B + n_new_B)
 
 
 def _abstract(

@@ -49,7 +49,7 @@ class Function(BackEnd):
 
 @dataclasses.dataclass(frozen=True)
 class Lazy(BackEnd):
-    """A back end whose module is imported on its first call.
+    """A back end whose module is imported on its first call, for a device that it is made for.
 
     It declines where the module cannot be imported: JAX lacks such a part on some platforms and in some versions.
     """
@@ -57,13 +57,16 @@ class Lazy(BackEnd):
     module: str
     name: str
     """The class in it, which is called without arguments."""
+    require: Callable[[], Any] = lambda: None
+    """Raises `device.WrongDeviceError` where another device is compiled for: it saves the import, up to a second."""
 
     def load(self) -> BackEnd:
         """The back end itself.
 
         Raises:
-          NotImplementedError: the module cannot be imported.
+          NotImplementedError: the device is not one that it is made for, or the module cannot be imported.
         """
+        self.require()
         try:
             return getattr(importlib.import_module(self.module), self.name)()
         except Exception as e:

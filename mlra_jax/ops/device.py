@@ -39,32 +39,54 @@ def inside_shard_map() -> bool:
     return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+class WrongDeviceError(NotImplementedError):
+    """A back end declines because it is made for other devices than the one that is compiled for."""
+
+
+def require_tpu() -> None:
+    """Raises `WrongDeviceError` unless a TPU is compiled for."""
+    if current_device()[0] != "tpu":
+        raise WrongDeviceError("It needs a TPU.")
+
+
+def require_hopper() -> Accelerator:
+    """The data sheet of the NVIDIA GPU of the Hopper generation that is compiled for.
+
+    Raises:
+      WrongDeviceError: it is none.
+    """
+    platform, kind = current_device()
+    chip = find_accelerator(kind)
+    if platform != "gpu" or chip is None or chip.capability != 90:
+        raise WrongDeviceError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
+    return chip
+
+
 def tpu_info() -> Any:
     """The `pltpu.TpuInfo` of the device that is compiled for.
 
     Raises:
-      NotImplementedError: it is no TPU.
+      WrongDeviceError: it is no TPU.
     """
     from jax.experimental.pallas import tpu as pltpu  # not every platform has it
 
     try:
         return pltpu.get_tpu_info()
     except ValueError as e:
-        raise NotImplementedError("It needs a TPU.") from e
+        raise WrongDeviceError("It needs a TPU.") from e
 
 
 def require_ampere() -> tuple[str, Accelerator]:
     """Kind and data sheet of the NVIDIA GPU that is compiled for.
 
     Raises:
-      NotImplementedError: it is none that we know, or older than Ampere.
+      WrongDeviceError: it is none, or older than Ampere.
+      NotImplementedError: it is none that we know.
     """
     platform, kind = current_device()
     chip = find_accelerator(kind) if platform == "gpu" else None
     if chip is None and platform == "gpu":
         raise NotImplementedError(f"It does not know {kind}; add it to mlra_jax.execution.accelerators.")
     if chip is None or chip.capability < 80:
-        raise NotImplementedError(
-            f"It needs an NVIDIA GPU of the Ampere generation or later; this is a {kind}."
-        )
+        raise WrongDeviceError(f"It needs an NVIDIA GPU of the Ampere generation or later; this is a {kind}.")
     return kind, chip

@@ -28,6 +28,20 @@ _chosen: contextvars.ContextVar[Mapping[str, Implementation] | None] = contextva
     "chosen", default=None
 )
 
+Observer = Callable[[str, str, Mapping[str, NotImplementedError]], None]
+"""Called with an op, the back end that takes a call, and those before it with their reasons to decline."""
+_observer: contextvars.ContextVar[Observer | None] = contextvars.ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Calls `observer` for each call of an op that is traced inside; nothing is traced for its sake."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
 
 @contextlib.contextmanager
 def choose(**implementations: Implementation) -> Iterator[None]:
@@ -91,18 +105,22 @@ def dispatch(
             raise ValueError(f"{op} has no implementation {one!r}; choose from {', '.join(back_ends)}.")
     if (reasons := _reasons.get()) is not None:
         reasons[op] = {name: b.reason_to_decline(*args, **kwargs) for name, b in candidates.items()}
-    declined: list[NotImplementedError] = []
+    declined: dict[str, NotImplementedError] = {}
     for name, back_end in candidates.items():
         try:
-            return back_end(*args, **kwargs)
+            result = back_end(*args, **kwargs)
         except NotImplementedError as e:
             if len(candidates) == 1:
                 raise
             if (key := (f"{op}:{name}", str(e))) not in _logged:
                 _logged.add(key)
                 logger.info("%s: %s declines: %s", op, name, e)
-            declined.append(e)
-    raise ExceptionGroup(f"{op}: no implementation takes these arguments", declined)
+            declined[name] = e
+            continue
+        if (observer := _observer.get()) is not None:
+            observer(op, name, declined)
+        return result
+    raise ExceptionGroup(f"{op}: no implementation takes these arguments", list(declined.values()))
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, dict[str, str | None]]:

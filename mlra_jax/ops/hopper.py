@@ -50,10 +50,7 @@ class HopperKernel(Kernel[S, C]):
         Raises:
           NotImplementedError: Mosaic GPU kernels do not run there.
         """
-        platform, kind = device.current_device()
-        processors = 132 if self.interpret is not None else find_processors(kind)
-        if processors is None or (self.interpret is None and platform != "gpu"):
-            raise NotImplementedError(f"the Mosaic GPU kernel runs on Hopper GPUs; this is a {kind}.")
+        processors = 132 if self.interpret is not None else device.require_hopper().processors
         if jax.__version_info__ < (0, 11):
             raise NotImplementedError(
                 f"the Mosaic GPU kernel needs JAX 0.11 or later, which needs Python 3.12; this is {jax.__version__}."
@@ -77,7 +74,7 @@ def find_processors(kind: str) -> int | None:
     return chip.processors if chip is not None and chip.capability == 90 else None
 
 
-def require_bfloat16(arrays: Iterable[jax.Array], kernel: str = "the Mosaic GPU kernel takes") -> None:
+def require_bfloat16(arrays: Iterable[Any], kernel: str = "the Mosaic GPU kernel takes") -> None:
     """Declines arrays of other types.
 
     Raises:
@@ -113,17 +110,19 @@ def zeros(*shape: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
 
 
-def consumer_registers(warpgroups: int) -> int:
+def consumer_registers(warpgroups: int, producers: int = 1) -> int:
     """Registers of a thread of each computing warpgroup: of 512 that one lane of all warpgroups has together."""
-    return min(MAX_REGISTERS, (512 - PRODUCER_REGISTERS) // warpgroups // 8 * 8)
+    return min(MAX_REGISTERS, (512 - producers * PRODUCER_REGISTERS) // warpgroups // 8 * 8)
 
 
-def run_roles(producer: Callable[[], None], consumer: Callable[[int], None], consumers: int) -> None:
-    """Gives each warpgroup its role: number i below `consumers` runs `consumer(i)`, and the last one `producer`."""
+def run_roles(
+    producer: Callable[[], None], consumer: Callable[[int], None], consumers: int, first: int = 0
+) -> None:
+    """Gives warpgroups from number `first` on their roles: number i runs `consumer(i)`, and the last one `producer`."""
     wg = lax.axis_index("wg")
-    pl.when(wg == consumers)(producer)
+    pl.when(wg == first + consumers)(producer)
     for me in range(consumers):
-        pl.when(wg == me)(functools.partial(consumer, me))
+        pl.when(wg == first + me)(functools.partial(consumer, me))
 
 
 def wait_until_free(n: jax.Array, stages: int, free: Any) -> jax.Array:

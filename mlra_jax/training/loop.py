@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,12 +30,16 @@ from mlra_jax.data.pipeline import EvalBatches, TrainBatches
 from mlra_jax.distributed import StopSignal, agree
 from mlra_jax.errors import ExplainedError
 from mlra_jax.execution.accelerators import device_memory
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.execution.flops import peak_flops, train_flops_per_token
 from mlra_jax.execution.planner import Plan, resolve
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
 from mlra_jax.storage import RUN_PROTOCOLS, check_storage, is_remote
 from mlra_jax.training.metrics import Metrics, Progress, check_sinks, open_sinks, shown
 from mlra_jax.training.step import TrainState, abstract_state, init_state, make_eval_step, make_train_step
+
+_PATIENCE = 6.0
+"""How many times longer than a step what compiles, evaluates or saves may take."""
 
 
 class DivergedError(ExplainedError, RuntimeError):
@@ -68,12 +72,18 @@ def laid_out(config: TrainConfig) -> tuple[TrainConfig, Mesh, Plan]:
     return config, mesh, plan
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(
+    config: TrainConfig, doing: Callable[[str, float], None] = lambda what, patience: None
+) -> TrainResult:
     """Trains the run that `config` describes, or continues it; every process of a cluster calls it.
 
     A run found in `config.run_dir` continues from its latest complete checkpoint, on any mesh; a checkpoint of
     parameters alone (converted ones, or those of `config.init_from`) is trained from step 0 with a new optimizer.
     SIGTERM on any process saves and returns. Hosts must share the storage of `run_dir`.
+
+    Args:
+      config: the run.
+      doing: called with what comes next, and how many times longer than a step it may take; see `Watchdog.doing`.
 
     Raises:
       ConfigError: the configuration is illegal, or does not fit the devices.
@@ -112,6 +122,7 @@ def train(config: TrainConfig) -> TrainResult:
             state = init_state(config, found.params if found else None)
 
         monitor = stack.enter_context(contextlib.closing(_Monitor(config, abstract, found, plan)))
+        stack.enter_context(monitor.back_ends)
         stop = stack.enter_context(StopSignal())
         profiler = stack.enter_context(contextlib.closing(_Profiler(config, start)))
         sharding = NamedSharding(mesh, TRAIN_RULES.spec(None, "batch", "length"))
@@ -126,8 +137,12 @@ def train(config: TrainConfig) -> TrainResult:
 
         eval_loss, step, interrupted = None, start, False
         while step < config.steps and not interrupted:
+            patience = 1.0 if step > start + 1 else _PATIENCE
             profiler.before(step)
-            state, metrics = train_step(state, next(batches))
+            doing(f"the data of step {step}", patience)
+            batch = next(batches)
+            doing(f"step {step}", patience)
+            state, metrics = train_step(state, batch)
             monitor.started(step, metrics)
             step += 1
             interrupted = stop.reached(step) and step < config.steps
@@ -137,8 +152,10 @@ def train(config: TrainConfig) -> TrainResult:
             save = last or interrupted or step % config.checkpoint.every == 0
             measure = not interrupted and (last or step % config.log.eval_every == 0)
             if save or measure:
+                doing(f"the end of step {step - 1}", patience)
                 monitor.finish()  # raises if this step is bad, before it can get into a checkpoint
                 # In this order, so that a run killed in between does not count as finished without its evaluation.
+                doing(f"the evaluation or checkpoint after {step} steps", _PATIENCE)
                 if measure:
                     eval_loss = evaluate(state.params)
                     monitor.evaluated(step, eval_loss)
@@ -161,6 +178,7 @@ class _Monitor:
         writes = first and start < config.steps  # a finished run's files stay as they are
         self._metrics = Metrics(open_sinks(config, start) if writes else [])
         self._progress = Progress(config.steps, start, active=first)
+        self.back_ends = BackEnds(self._progress.say)
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self._tokens_per_step = config.data.global_batch * config.data.seq_len
 
@@ -194,6 +212,8 @@ class _Monitor:
 
     def started(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Processes the previous step's metrics while step `step` runs on the device."""
+        if step == self._start:
+            self._progress.say(str(self.back_ends))
         self._look()
         self._pending = step, metrics
 

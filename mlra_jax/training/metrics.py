@@ -1,4 +1,4 @@
-"""Metrics go to JSON lines, TensorBoard, Weights & Biases, and a progress bar.
+"""Metrics go to JSON lines, TensorBoard, Weights & Biases, Prometheus, and a progress bar.
 
 "Step k" means the same in every file of a run: the parameters after k updates. The line of step k holds the loss of
 batch k under those parameters and the metrics of the update made from it; evaluations and checkpoints of step k belong
@@ -151,17 +151,59 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+class Prometheus:
+    """The latest metrics as gauges `mlra_NAME{run="..."}`, `mlra_step` among them, at http://HOST:PORT/metrics.
+
+    Raises:
+      ConfigError: the port cannot be opened.
+    """
+
+    def __init__(self, run: str, port: int):
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        self._run, self._registry = run, CollectorRegistry()
+        self._gauges: dict[str, Any] = {}
+        try:
+            self._server, self._thread = start_http_server(port, registry=self._registry)
+        except OSError as error:
+            raise ConfigError(
+                f"log.prometheus_port={port}: {error.strerror}; choose another port."
+            ) from error
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from prometheus_client import Gauge
+
+        for name, value in {"step": step, **values}.items():
+            if name not in self._gauges:
+                made = Gauge(f"mlra_{name}", f"{name} of the run", ["run"], registry=self._registry)
+                self._gauges[name] = made.labels(run=self._run)
+            self._gauges[name].set(value)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 def check_sinks(config: TrainConfig) -> None:
     """Checks that the packages that a configuration asks for are installed.
 
     Raises:
-      ConfigError: `log.wandb_project` is set without `wandb`.
+      ConfigError: one is not; says which field needs it.
     """
-    if config.log.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"log.wandb_project={config.log.wandb_project!r} needs the `wandb` package: "
-            "pip install 'mlra-jax[wandb]', or leave it empty."
-        )
+    log = config.log
+    for field, module, extra in (
+        ("wandb_project", "wandb", "wandb"),
+        ("prometheus_port", "prometheus_client", "prometheus"),
+    ):
+        value = getattr(log, field)
+        if value and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"log.{field}={value!r} needs the `{module}` package: pip install 'mlra-jax[{extra}]', or leave it out."
+            )
 
 
 def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
@@ -172,6 +214,8 @@ def open_sinks(config: TrainConfig, start_step: int) -> list[Sink]:
         sinks.append(TensorBoard(run_dir / "tensorboard", start_step))
     if config.log.wandb_project:
         sinks.append(WeightsAndBiases(config))
+    if config.log.prometheus_port:
+        sinks.append(Prometheus(config.name, config.log.prometheus_port))
     return sinks
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from mlra_jax.config import ExecutionConfig, ModelConfig, TrainConfig
 from mlra_jax.data.pipeline import IGNORED, Batch
@@ -59,9 +59,9 @@ def init_state(config: TrainConfig, params: dict[str, Any] | None = None) -> Tra
     return jax.jit(lambda p: _init(config, p), donate_argnums=0)(params)
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+def abstract_state(config: TrainConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, types and layouts on `mesh` of the state that `init_state` returns; nothing is allocated."""
-    with jax.set_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return on_mesh(jax.eval_shape(lambda: _init(config)), mesh)
 
 

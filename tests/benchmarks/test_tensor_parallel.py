@@ -166,7 +166,7 @@ def test_contexts_that_do_not_fit_leave_the_shorter_ones_of_their_batch(monkeypa
         def __init__(self, *_):
             pass
 
-        def check_memory(self, batch, n, capacity):
+        def check_memory(self, batch, capacity):
             if capacity > 4096:
                 raise ConfigError(["it needs more"])
 

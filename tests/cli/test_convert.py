@@ -106,7 +106,7 @@ def progress(total, verb):
             os.kill(os.getpid(), signal.SIGKILL)
     yield update
 
-convert._progress = progress
+convert.byte_progress = progress
 convert.main(sys.argv[1:])
 """
 

@@ -3,9 +3,13 @@
 import importlib.util
 import itertools
 import json
+import re
+import signal
+import subprocess
 import sys
 import types
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +17,9 @@ from hypothesis import strategies as st
 
 from mlra_jax.cli import prepare
 from mlra_jax.config import DataConfig
-from mlra_jax.data import EvalBatches, TrainBatches
-from mlra_jax.data.shards import DataError, open_shards
+from mlra_jax.data import EvalBatches, TrainBatches, documents
+from mlra_jax.data.documents import text_files
+from mlra_jax.data.shards import DataError, ShardWriter, open_shards
 from mlra_jax.data.tokenizers import ByteTokenizer
 
 
@@ -157,6 +162,168 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(texts, tmp_path, capsy
     assert (out / "thesis.tex").exists()
 
 
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """A folder of files that are cut into a dozen chunks, and the shards that one process makes of them."""
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 123, 8))) for _ in range(100)]
+    for i in range(3):
+        rows = [{"text": " ".join(rng.choice(words, rng.integers(1, 20)))} for _ in range(40)]
+        (folder / f"{i}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        (folder / f"{i}.txt").write_text("ü\n" * 700)
+    run(folder, "--out", tmp_path / "one", *MANY, "--workers", 1)
+    shards = contents(tmp_path / "one")
+    assert len(shards) > 10
+    assert len(documents.chunks_of(text_files([str(folder)]))) > 12
+    return folder, shards
+
+
+MANY = ("--shard-tokens", 1000)
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_shards_do_not_depend_on_the_number_of_processes(many, tmp_path, workers, capsys):
+    folder, shards = many
+    run(folder, "--out", tmp_path / "out", *MANY, "--workers", workers)
+    assert contents(tmp_path / "out") == shards
+    said = capsys.readouterr().err
+    assert re.search(
+        r"123 documents, [\d.]+kB of text; to make are about [\d,]+ tokens, [\d.]+kB on disk of ", said
+    )
+    assert re.search(rf" that are free. With {workers} process\(es\) that takes about \d\d:\d\d\.", said)
+
+
+def test_a_preparation_killed_at_any_moment_goes_on_to_the_same_bytes_and_keeps_its_shards(
+    many, tmp_path, monkeypatch, capsys
+):
+    """Killed by SIGKILL, with two processes at work, as the third shard has been written but not been recorded."""
+    folder, shards = many
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    argv = [str(a) for a in (folder, "--out", out, *MANY)]
+    script = f"""
+import os, signal
+from mlra_jax.cli import prepare
+from mlra_jax.data import documents, shards
+def main():
+    documents.CHUNK_BYTES = 1000
+    write, count = shards.write_whole, iter(range(100))
+    def killed(path, content):
+        write(path, content)
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    shards.write_whole = killed
+    prepare.main({argv!r} + ["--workers", "2"])
+if __name__ == "__main__":
+    main()
+"""
+    (tmp_path / "killed.py").write_text(script)
+    ended = subprocess.run([sys.executable, tmp_path / "killed.py"], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert not out.exists()
+    assert sorted(n.suffix for n in partial.iterdir()) == [".bin"] * 3 + [".unfinished"]
+    with pytest.raises(
+        DataError, match=r"out.partial is not finished: .* has still to make part 1/1 of it; the same"
+    ):
+        open_shards(str(partial), "train")
+    kept = {p.name: (p.stat().st_ino, p.read_bytes()) for p in partial.glob("*_train_00000[12].bin")}
+
+    assert (
+        "out.partial was begun with other options: shard_tokens (was 1000), input files. Give the same"
+        in fault(capsys, folder / "0.txt", "--out", out, "--shard-tokens", 3000)
+    )
+
+    class Again(Exception):
+        pass
+
+    def interrupted(*args):
+        if args[0].n_shards >= 6:
+            raise Again
+        return write_shard(*args)
+
+    write_shard = ShardWriter._write_shard
+    with monkeypatch.context() as patch:  # in the middle once more, with the tokens that are in no shard yet
+        patch.setattr(ShardWriter, "_write_shard", interrupted)
+        with pytest.raises(Again):
+            run(*argv)
+    capsys.readouterr()
+    assert run(*argv, "--workers", 1) == 0
+    assert re.search(r"of text, \d+% of them done; to make are about", capsys.readouterr().err)
+    assert contents(out) == shards
+    assert {name: (out / name).stat().st_ino for name in kept} == {name: i for name, (i, _) in kept.items()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed.py", "many", "one", "out"]
+
+
+@pytest.fixture(params=["local", "bucket"])
+def target(request, tmp_path):
+    """Where shards go: (URL, function that returns its files by name)."""
+    if request.param == "local":
+        yield str(tmp_path / "target"), lambda: contents(tmp_path / "target")
+        return
+    fs = fsspec.filesystem("memory")
+    yield (
+        "memory://target",
+        lambda: {p.rpartition("/")[2]: fs.cat_file(p) for p in fs.ls("/target", detail=False)},
+    )
+    fs.rm("/target", recursive=True)
+
+
+def test_several_commands_make_parts_of_one_folder_which_is_read_when_all_are_finished(
+    many, target, tmp_path, capsys, monkeypatch
+):
+    folder, shards = many
+    out, files = target
+    argv = (folder, "--out", out, *MANY, "--workers", 1)
+    monkeypatch.setattr(ShardWriter, "_write_shard", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*argv, "--part", "1/2")
+    monkeypatch.undo()
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 1000)
+    assert run(*argv, "--part", "2/2") == 0
+    assert "Still to be made: part 1/2." in capsys.readouterr().out
+    with pytest.raises(
+        DataError, match=r"target is not finished: mlra-prepare has still to make part 1/2 of it"
+    ):
+        open_shards(out, "val")
+    assert "is made in 2 part(s); give --part I/2" in fault(capsys, *argv, "--part", "1/3")
+    second = files()
+    assert run(*argv, "--part", "2/2") == 0
+    assert "part 2/2 is finished" in capsys.readouterr().out
+    assert run(*argv, "--part", "1/2") == 0
+    assert "All 2 parts are finished." in capsys.readouterr().out
+    made = {name: data for name, data in files().items() if name.endswith(".bin")}
+    assert {int(name[-10:-4]) % 2 for name in made if "_train_" in name} == {0, 1}
+    assert all(made[name] == data for name, data in second.items() if name.endswith(".bin"))
+    tokens = lambda shards: np.concatenate([np.frombuffer(shard[1024:], "<u2") for shard in shards.values()])
+    np.testing.assert_array_equal(np.sort(tokens(made)), np.sort(tokens(shards)))
+    assert len(open_shards(out, "train", verify=True, tokenizer="byte").n_tokens) > 2
+    assert "another --out" in fault(capsys, folder, "--out", out, *MANY)
+
+
+def test_one_command_writes_straight_into_a_bucket_the_bytes_that_it_writes_into_a_folder(many, capsys):
+    folder, shards = many
+    fs = fsspec.filesystem("memory")
+    run(folder, "--out", "memory://prepared", *MANY, "--workers", 1)
+    try:
+        assert {p.rpartition("/")[2]: fs.cat_file(p) for p in fs.ls("/prepared", detail=False)} == shards
+        assert "exists; name another --out" in fault(capsys, folder, "--out", "memory://prepared")
+    finally:
+        fs.rm("/prepared", recursive=True)
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(many, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    said = fault(capsys, many[0], "--out", tmp_path / "out", "--workers", 1)
+    assert re.search(r"out: about [\d.]+kB are needed, and 1.00kB are free; make room there", said)
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_nothing_behind(texts, tmp_path, monkeypatch, error):
     def interrupted(*_):
@@ -217,7 +384,9 @@ def test_all_unreadable_files_are_named_at_once(texts, tmp_path, capsys):
         ),
         (["{tmp}/blank.txt", "--shard-tokens", "0"], "--shard-tokens=0 must be"),
         (["{tmp}/blank.txt", "--name", "a/b"], "--name 'a/b' must be a part of a file name."),
-        (["{tmp}/blank.txt", "--out", "gs://b/x"], "written to a local folder"),
+        (["{tmp}/blank.txt", "--out", "nonsense://b/x"], "fsspec knows no storage called nonsense://"),
+        (["{tmp}/blank.txt", "--part", "3/2"], "--part 3/2 must be I/N, such as 1/4"),
+        (["{tmp}/one.txt", "--part", "2/2"], "--part 2/2: there are 1 files; use no more parts."),
         (["{tmp}/blank.txt", "--tokenizer", "gpt9"], "Unknown tokenizer 'gpt9'"),
         (
             ["{tmp}/one.txt", "--holdout", "documents"],
@@ -260,3 +429,64 @@ def test_a_hugging_face_data_set_is_streamed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install datasets" in fault(capsys, *argv, "--out", tmp_path / "out2")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_hugging_face_data_set_goes_on_where_it_was_interrupted_and_is_made_in_parts(
+    tmp_path, monkeypatch, capsys
+):
+    class Rows:
+        """As `datasets.IterableDataset`: rows in files, and where an iteration stands."""
+
+        def __init__(self, files):
+            self.files, self.at, self.read = files, 0, []
+
+        num_shards = property(lambda self: len(self.files))
+        shard = lambda self, num_shards, index: Rows(self.files[index::num_shards])
+        state_dict = lambda self: {"at": self.at}
+
+        def load_state_dict(self, state):
+            self.at = state["at"]
+
+        def __iter__(self):
+            rows = [row for file in self.files for row in file]
+            while self.at < len(rows):
+                self.at += 1
+                self.read.append(rows[self.at - 1])
+                yield {"text": rows[self.at - 1]}
+
+    made = []
+
+    def load_dataset(*args, **kwargs):
+        made.append(Rows([[f"file {i}, row {j}" for j in range(20)] for i in range(2)]))
+        return made[-1]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(documents, "_BATCH_CHARACTERS", 30)
+    argv = ("--hf-dataset", "a/b", "--shard-tokens", 64, "--workers", 1, "--val-fraction", 0.3)
+    run(*argv, "--out", tmp_path / "whole")
+    whole = contents(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        write_shard = ShardWriter._write_shard
+        patch.setattr(
+            ShardWriter, "_write_shard", lambda *a: 1 / 0 if a[0].n_shards == 4 else write_shard(*a)
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(*argv, "--out", tmp_path / "out")
+    assert run(*argv, "--out", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == whole
+    assert made[-1].read[-1] == made[0].read[-1]
+    assert 0 < len(made[-1].read) < 30  # not those before
+
+    for i in (1, 2):
+        run(*argv, "--out", tmp_path / "parts", "--part", f"{i}/2")
+    tokens = lambda out: np.concatenate(
+        [
+            np.frombuffer(data[1024:], "<u2")
+            for name, data in contents(tmp_path / out).items()
+            if name.endswith("bin")
+        ]
+    )
+    np.testing.assert_array_equal(np.sort(tokens("parts")), np.sort(tokens("whole")))
+    assert "--part 1/3: a/b has 2 files; use no more parts." in fault(
+        capsys, *argv, "--out", tmp_path / "three", "--part", "1/3"
+    )

@@ -13,8 +13,9 @@ from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.checkpoints import Checkpoints
 from mlra_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from mlra_jax.data.tokenizers import ByteTokenizer
-from mlra_jax.generation.engine import NO_TOKEN, Engine, Rows
+from mlra_jax.generation.engine import STEPS_PER_RUN, Engine, Request
 from mlra_jax.generation.generator import Generator
+from mlra_jax.generation.loop import GenerationLoop
 from mlra_jax.model import Transformer, from_params, to_decode
 from mlra_jax.sharding import decode_rules, make_mesh
 from mlra_jax.training.step import TrainState, abstract_state
@@ -97,6 +98,18 @@ def rollout() -> Callable[[str, list[list[int]], int], list[list[int]]]:
 
 
 @pytest.fixture(scope="session")
+def logits_of() -> Callable[[list[int]], np.ndarray]:
+    """`logits_of(tokens)`: those of MLRA-4 after each token, [T, 257], from a full forward pass."""
+
+    def of(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((4, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(full_forward("mlra_4")(padded))[0, : len(tokens), :N_VOCAB]
+
+    return of
+
+
+@pytest.fixture(scope="session")
 def engine() -> Callable[..., Engine]:
     """`engine(variant, (data, tensor, context), split_heads, split_tokens)`."""
     return make_engine
@@ -122,14 +135,28 @@ def config_of() -> Callable[[str], ModelConfig]:
 
 @pytest.fixture(scope="session")
 def tokens_of() -> Callable[..., list[list[int]]]:
-    """`tokens_of(rows, n)`: all tokens of the first n rows, generated in a compiled loop, or `stepwise`."""
+    """`tokens_of(engine, prompts, limits, ...)`: all tokens of each prompt, in a compiled loop, or `stepwise`.
 
-    def finish(rows: Rows, n: int, *, stepwise: bool = False) -> list[list[int]]:
-        parts: list[np.ndarray] = [np.asarray(rows.first_B)[None]]
-        while (np.asarray(rows.state.left_B) > 0).any():
-            parts.append(np.asarray(rows.step())[None] if stepwise else np.asarray(rows.run()))
-        columns = np.concatenate(parts).T[:n]
-        return [[int(token) for token in column if token != NO_TOKEN] for column in columns]
+    `rows` is 4 unless given; other keywords are fields of `Request`.
+    """
+
+    def finish(
+        engine: Engine | GenerationLoop,
+        prompts: list[list[int]],
+        limits: list[int],
+        *,
+        rows: int = 4,
+        max_len: int = 64,
+        stepwise: bool = False,
+        **fields: object,
+    ) -> list[list[int]]:
+        loop = engine if isinstance(engine, GenerationLoop) else GenerationLoop(engine, rows, max_len)
+        pairs = zip(prompts, limits, strict=True)
+        made = {loop.submit(Request(*pair, **fields)): [] for pair in pairs}
+        while loop.busy:
+            for event in loop.step(1 if stepwise else STEPS_PER_RUN):
+                made[event.request] += event.tokens
+        return list(made.values())
 
     return finish
 

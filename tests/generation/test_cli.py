@@ -58,8 +58,12 @@ def test_json_lines_hold_text_tokens_speed_and_cache(checkpoint, stand_in, gener
         assert record["tokens_per_second"] > 0
     assert stand_in["mesh"].tensor == 4
     assert stand_in["split_heads"] == "no"
-    assert re.search(r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* KV cache", captured.err)
+    assert re.search(
+        r"4 completion\(s\), 24 tokens: the first after .* tokens/s .* 4 row\(s\), 100% .* KV cache",
+        captured.err,
+    )
     assert "note: texts of up to 26 tokens; the model was trained on 16." in captured.err
+    assert re.search(r"\nBack ends: .*latent_decode_attention xla", captured.err)
 
 
 def test_prompts_come_from_arguments_files_and_standard_input(
@@ -89,11 +93,13 @@ def test_prompts_file_has_one_prompt_a_line_or_json_lines(tmp_path):
     text.write_bytes("first\r\n\n  second €\n".encode("utf-8-sig"))
     read = lambda file: [prompt for prompt, _ in decode.read_prompts(str(file))]
     assert read(text) == ["first", "  second €"]
-    lines.write_bytes('"two\\nlines"\r\n{"prompt": "object", "id": 3}\n'.encode("utf-8-sig"))
-    assert read(lines) == ["two\nlines", "object"]
-    lines.write_text('"fine"\n[1]\n')
-    with pytest.raises(ConfigError, match="line 2 is neither a string nor an object"):
-        decode.read_prompts(str(lines))
+    records = ['"two\\nlines"', '{"prompt": "object", "id": 3}', "[1, 2]", '{"prompt": [3]}']
+    lines.write_bytes("\r\n".join(records).encode("utf-8-sig"))
+    assert read(lines) == ["two\nlines", "object", [1, 2], [3]]
+    for wrong in ("[1.5]", "[true]", "3", '{"prompt": {}}', "null"):
+        lines.write_text(f'"fine"\n{wrong}\n')
+        with pytest.raises(ConfigError, match="line 2 is neither a string nor a list of token ids"):
+            decode.read_prompts(str(lines))
     lines.write_text('"fine"\n\n{\n')
     with pytest.raises(ConfigError, match="line 3 is not JSON"):
         decode.read_prompts(str(lines))
@@ -217,8 +223,9 @@ def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generato
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12"]
-    argv += [arg for prompt in PROMPTS for arg in ("--prompt", prompt)]
+    prompts = [*PROMPTS, PROMPTS[1] + " that"]  # more than rows
+    argv = ["--mesh.data", "2", "--mesh.tensor", "2", "--json", "--max-new-tokens", "12", "--batch-size", "2"]
+    argv += [arg for prompt in prompts for arg in ("--prompt", prompt)]
     argv += ["--distributed.coordinator", f"localhost:{port}", "--distributed.processes", "2"]
     processes = [start_decode(*argv, "--distributed.process_id", str(i), devices=2) for i in range(2)]
     try:
@@ -228,8 +235,8 @@ def test_two_processes_decode_as_one_and_the_first_prints(start_decode, generato
             process.kill()
     assert second == ""
     records = [json.loads(line) for line in first.splitlines()]
-    assert [r["text"] for r in records] == generator.generate(PROMPTS, max_new_tokens=12)
-    assert {r["devices"] for r in records} == {4}
+    assert [r["text"] for r in records] == generator.generate(prompts, max_new_tokens=12)
+    assert {(r["devices"], r["rows"]) for r in records} == {(4, 2)}
 
 
 def test_standard_input_is_refused_with_several_processes(checkpoint, monkeypatch, capsys):

@@ -11,7 +11,8 @@ from mlra_jax.attention.kv_cache import Cache, values_per_token
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError, MeshConfig, ModelConfig
 from mlra_jax.generation import engine as engine_module
-from mlra_jax.generation.engine import LENGTH_UNIT, NO_TOKEN, Engine, chunk_sizes, largest_chunk
+from mlra_jax.generation.engine import NO_TOKEN, Engine, Request, Rows, chunk_shapes, next_chunk
+from mlra_jax.generation.loop import GenerationLoop
 from mlra_jax.generation.sampling import GREEDY, Sampling
 from mlra_jax.model import from_params, transformer
 from mlra_jax.ops.all_reduce import Workspace
@@ -40,11 +41,10 @@ LAYOUTS = [
 def test_greedy_tokens_are_those_of_full_forward_passes(
     sizes, split_heads, engine, rollout, prompts, tokens_of
 ):
-    rows = engine("mlra_4", sizes, split_heads).start(prompts, [N_NEW] * 4)
     expected = rollout("mlra_4", prompts, N_NEW)
     assert len({tuple(row) for row in expected}) == 4
     assert min(len(set(row)) for row in expected) > 6  # a model that repeats itself would prove little
-    assert tokens_of(rows, 4) == expected
+    assert tokens_of(engine("mlra_4", sizes, split_heads), prompts, [N_NEW] * 4) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,7 @@ def test_sums_that_are_left_to_the_norm_give_the_same_tokens(
     monkeypatch.setattr(Workspace, "create", create)
     monkeypatch.setattr(transformer, "fitting", lambda workspace, rows: asked.append(rows) or workspace)
     e = engine.__wrapped__(variant, sizes, split_heads, split_tokens)
-    rows = e.start(prompts, [N_NEW] * 4)
-    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    assert tokens_of(e, prompts, [N_NEW] * 4) == rollout(variant, prompts, N_NEW)
     assert asked[-1] == 4 // sizes[0]
 
 
@@ -82,8 +81,9 @@ def test_the_devices_of_tensor_may_split_the_tokens_of_the_cache(
     variant, sizes, split_heads, engine, rollout, prompts, tokens_of
 ):
     e = engine(variant, sizes, split_heads, True)
-    rows = e.start(prompts, [N_NEW] * 4)
-    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    loop = GenerationLoop(e, 4, 64)
+    assert tokens_of(loop, prompts, [N_NEW] * 4) == rollout(variant, prompts, N_NEW)
+    rows = loop.rows
     values = e.config.n_layers * 4 * rows.state.cache.capacity * values_per_token(e.config)
     held = sum(a.addressable_data(0).size for a in jax.tree.leaves(rows.state.cache.layers))
     assert held * sizes[1] * sizes[2] == values
@@ -111,16 +111,16 @@ def test_it_is_said_why_devices_exchange_by_psum(engine):
     "variant", ["mla", *(pytest.param(v, marks=pytest.mark.slow) for v in ("gla_2", "gqa"))]
 )
 def test_fewer_cached_heads_than_devices_are_held_by_several(variant, engine, rollout, prompts, tokens_of):
-    rows = engine(variant, (1, 4, 1)).start(prompts, [N_NEW] * 4)
-    assert tokens_of(rows, 4) == rollout(variant, prompts, N_NEW)
+    made = tokens_of(engine(variant, (1, 4, 1)), prompts, [N_NEW] * 4)
+    assert made == rollout(variant, prompts, N_NEW)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLING])
 def test_each_row_of_a_ragged_batch_equals_its_own_single_run(sampling, engine, prompts, tokens_of):
     e, limits = engine("mlra_4", (1, 4, 1)), [5, 3, 12, 1]
-    together = tokens_of(e.start(prompts, limits, sampling=sampling, seed=3), 4)
+    together = tokens_of(e, prompts, limits, sampling=sampling, seed=3)
     alone = [
-        tokens_of(e.start([prompt], [limit], sampling=sampling, seed=3, max_len=64), 1)[0]
+        tokens_of(e, [prompt], [limit], rows=1, sampling=sampling, seed=3)[0]
         for prompt, limit in zip(prompts, limits, strict=True)
     ]
     assert together == alone
@@ -129,50 +129,35 @@ def test_each_row_of_a_ragged_batch_equals_its_own_single_run(sampling, engine, 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 1)])
 def test_step_by_step_equals_the_compiled_loop(sizes, engine, prompts, tokens_of):
-    start = lambda: engine("mlra_4", sizes).start(prompts, [4, 12, 2, 9], sampling=SAMPLING, seed=1)
-    assert tokens_of(start(), 4, stepwise=True) == tokens_of(start(), 4)
+    args = engine("mlra_4", sizes), prompts, [4, 12, 2, 9]
+    made = [tokens_of(*args, sampling=SAMPLING, seed=1, stepwise=stepwise) for stepwise in (True, False)]
+    assert made[0] == made[1]
 
 
 def test_drawn_tokens_do_not_depend_on_the_mesh(engine, prompts, tokens_of):
     drawn = [
-        tokens_of(engine("mlra_4", sizes).start(prompts, [N_NEW] * 4, sampling=SAMPLING, seed=1), 4)
+        tokens_of(engine("mlra_4", sizes), prompts, [N_NEW] * 4, sampling=SAMPLING, seed=1)
         for sizes in [(2, 2, 2), (1, 4, 1)]
     ]
     assert drawn[0] == drawn[1]
 
 
-def test_samples_are_the_same_whether_the_prompt_is_run_once_or_for_each_of_them(engine, prompts, tokens_of):
-    # On a mesh of data=2 one prompt is run for each sample; of four, the rows of the cache are copied.
-    e = engine("mlra_4", (2, 2, 2))
-    sample = lambda prompts, n: tokens_of(
-        e.start(prompts, [6] * len(prompts), n=n, sampling=SAMPLING, seed=9), n * len(prompts)
-    )
-    copied = sample(prompts, 2)
-    for i, prompt in enumerate(prompts):
-        repeated = sample([prompt], 4)
-        assert copied[2 * i : 2 * i + 2] == repeated[:2]
-        assert len({tuple(row) for row in repeated}) == 4
-
-
 def test_seed_and_limits_change_without_compiling(engine, prompts, tokens_of):
     e = engine("mlra_4", (1, 4, 1))
-    first = tokens_of(e.start(prompts, [4, 12, 2, 9], sampling=SAMPLING, seed=1), 4)
+    first = tokens_of(e, prompts, [4, 12, 2, 9], sampling=SAMPLING, seed=1)
     compiled = len(e.programs)
-    second = tokens_of(e.start(prompts, [20] * 4, sampling=SAMPLING, seed=2), 4)
+    second = tokens_of(e, prompts, [20] * 4, sampling=SAMPLING, seed=2)
     assert len(e.programs) == compiled
     assert [len(row) for row in second] == [20] * 4
     assert first != [row[: len(other)] for row, other in zip(second, first, strict=True)]
 
 
-def test_rows_end_at_the_end_of_text_id_and_stop_when_told(engine, rollout, prompts, tokens_of):
-    e, expected = engine("mlra_4", (1, 4, 1)), rollout("mlra_4", prompts, N_NEW)
-    eos = expected[1][4]
-    ended = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
-    assert tokens_of(e.start(prompts, [N_NEW] * 4, eos_id=eos), 4) == ended
-
-    rows = e.start(prompts, [N_NEW] * 4)
-    rows.stop([0, 3])
-    assert [len(row) for row in tokens_of(rows, 4)] == [1, N_NEW, N_NEW, 1]
+def begun(e, prompts, eos_id=None):
+    """Rows that have their first token, and these tokens."""
+    rows = Rows(e, len(prompts), 64)
+    rows.fill({i: (0, prompt) for i, prompt in enumerate(prompts)}, rows.part_rows, 64)
+    first = rows.begin({i: Request(p, N_NEW, eos_id=eos_id) for i, p in enumerate(prompts)})
+    return rows, np.asarray(first.id_B).tolist()
 
 
 @pytest.mark.parametrize("at_once", [1, 4])
@@ -184,11 +169,11 @@ def test_runs_of_any_length_give_as_many_tokens_however_often_the_host_is_asked(
     monkeypatch.setattr(engine_module, "_steps_at_once", lambda: at_once)
     eos = expected[1][4]
     ended = [row[: row.index(eos) + 1] if eos in row else row for row in expected]
-    rows = e.start(prompts, [N_NEW] * 4, eos_id=eos)
-    made = [[int(token)] for token in np.asarray(rows.first_B)]
+    rows, first = begun(e, prompts, eos)
+    made = [[token] for token in first]
     so_far = 1
     for n in (3, 5, 1, 64):
-        for row, column in zip(made, np.asarray(rows.run(n)).T, strict=True):
+        for row, column in zip(made, np.asarray(rows.run(n).id_B).T, strict=True):
             row += [int(token) for token in column if token != NO_TOKEN]
         so_far += n
         assert made == [row[:so_far] for row in ended]
@@ -197,32 +182,36 @@ def test_runs_of_any_length_give_as_many_tokens_however_often_the_host_is_asked(
 
 
 def test_long_prompts_in_chunks_give_the_same_tokens(engine, rollout, prompts, tokens_of, monkeypatch):
-    monkeypatch.setattr(engine_module, "LARGEST_BUCKET", 16)
+    monkeypatch.setattr(engine_module, "CHUNK_SIZES", (16,))
     e = engine("mlra_4", (2, 2, 2))
-    assert tokens_of(e.start(prompts, [N_NEW] * 4), 4) == rollout("mlra_4", prompts, N_NEW)
-    sizes = [key[-1] for key in e.programs if key[0] == "prefill"]
-    assert 16 in sizes
+    assert tokens_of(e, prompts, [N_NEW] * 4) == rollout("mlra_4", prompts, N_NEW)
 
 
-def test_chunks_cover_the_prompt_in_few_sizes_with_little_padding():
-    for longest, largest in itertools.product(
-        (1, 16, 17, 500, 513, 1025, 2100, 3000, 32768), (16, 512, 4096)
-    ):
-        sizes = chunk_sizes(longest, largest)
-        assert sum(sizes) >= longest > sum(sizes[:-1])
-        assert set(sizes) <= {2**i for i in range(4, 13)}
-        assert max(sizes) <= largest
-        assert sum(sizes) - longest <= max(512, longest) // 8 or sum(sizes) <= 512
-    assert chunk_sizes(32768, 4096) == [4096] * 8
-
-
-def test_chunks_are_as_large_as_memory_allows():
+def test_chunks_run_prompts_of_any_length_in_few_shapes_with_little_padding():
     config = ModelConfig()  # of the 2.9 B models
-    assert largest_chunk(config, 1) == 4096
-    for rows in (1, 2, 5, 64):
-        chunk = largest_chunk(config, rows)
-        assert chunk * rows * engine_module.activation_bytes(config) <= engine_module.PREFILL_BYTES
-    assert largest_chunk(config, 10**6) == engine_module.SMALLEST_BUCKET
+    for rows, max_len in itertools.product((1, 2, 8, 64), (64, 4096, 2**17)):
+        shapes = chunk_shapes(config, rows, max_len)
+        assert {n for n, _ in shapes} <= {1, 4, 16, rows}
+        assert {size for _, size in shapes} <= set(engine_module.CHUNK_SIZES)
+        bytes_of = lambda n, size: n * size * engine_module.activation_bytes(config)
+        assert all(bytes_of(*shape) <= engine_module.PREFILL_BYTES for shape in shapes if shape[1] > 16)
+        assert len(shapes) <= 14
+
+    def positions(lengths, rows):
+        left, done = list(lengths), 0
+        while any(left):
+            n, size = next_chunk([left], chunk_shapes(config, rows, 2**17))
+            for i in sorted(range(len(left)), key=lambda i: -min(left[i], size))[:n]:
+                left[i] -= min(left[i], size)
+            done += max(n * size, engine_module.SMALL_CHUNK)
+        return done
+
+    for n in (1, 16, 17, 255, 513, 1025, 2100, 3000, 32768):
+        assert positions([n], 1) <= max(256, n + 320)
+    assert positions([32768], 1) == 32768
+    lengths = np.random.default_rng(0).integers(16, 1024, 64)
+    assert positions(lengths, 64) < 1.25 * lengths.sum()
+    assert positions(lengths[:4], 64) < 1.5 * lengths[:4].sum()
 
 
 def test_a_model_in_the_training_layout_is_refused(engine, config_of, params_of):
@@ -231,24 +220,11 @@ def test_a_model_in_the_training_layout_is_refused(engine, config_of, params_of)
         Engine(model, engine("mlra_4").mesh, 257)
 
 
-@pytest.mark.parametrize("tokens", [(0, 1), (1, 0)])
-def test_empty_prompts_and_no_new_tokens_are_refused(tokens, engine):
-    prompt, new = tokens
-    with pytest.raises(ValueError, match="at least one"):
-        engine("mlra_4", (1, 4, 1)).start([[1] * prompt], [new])
-
-
-def test_what_does_not_fit_the_cache_is_refused(engine, tokens_of):
-    e = engine("mlra_4", (1, 4, 1))
-    with pytest.raises(ValueError, match="65 tokens; the cache holds 64"):
-        e.start([[1] * 60], [5], max_len=64)
-
-
 def test_a_row_may_fill_the_cache_to_its_end(engine, rollout, tokens_of):
     prompt = np.arange(52).tolist()
-    rows = engine("mlra_4", (1, 4, 1)).start([prompt], [N_NEW], max_len=64)
-    assert rows.state.cache.capacity == 64
-    assert tokens_of(rows, 1) == rollout("mlra_4", [prompt], N_NEW)
+    loop = GenerationLoop(engine("mlra_4", (1, 4, 1)), 1, 64)
+    assert loop.rows.state.cache.capacity == 64
+    assert tokens_of(loop, [prompt], [N_NEW]) == rollout("mlra_4", [prompt], N_NEW)
 
 
 # The cache
@@ -288,11 +264,11 @@ def values_held(cache):
 
 def test_the_shares_stay_as_they_are_during_generation(engine, prompts):
     e = engine("mlra_4", (1, 4, 1))
-    rows = e.start(prompts, [N_NEW] * 4)
+    rows, _ = begun(e, prompts)
     rows.step()
     rows.run()
-    assert set(values_held(rows.state.cache).values()) == {2 * 4 * LENGTH_UNIT * (64 / 4 + 8)}
-    assert e.cache_bytes(4, LENGTH_UNIT) == rows.cache_bytes_per_device == 4 * 2 * 4 * LENGTH_UNIT * 24
+    assert set(values_held(rows.state.cache).values()) == {2 * 4 * 64 * (64 / 4 + 8)}
+    assert e.cache_bytes(4, 64) == rows.cache_bytes_per_device == 4 * 2 * 4 * 64 * 24
 
 
 def test_the_2_9b_shape_caches_one_and_a_half_head_widths_per_token_on_each_of_four_devices():
@@ -306,21 +282,23 @@ def test_the_2_9b_shape_caches_one_and_a_half_head_widths_per_token_on_each_of_f
 
 def test_the_cache_is_donated_and_never_copied(engine, prompts):
     e = engine("mlra_4", (1, 4, 1))
-    rows = e.start(prompts, [N_NEW] * 4)
-    for advance in (rows.step, rows.run):
+    rows, _ = begun(e, prompts)
+    fill = lambda: rows.fill({2: (0, [1, 2])}, 1, 16)  # one of four rows
+    copy = lambda: rows.copy({1: (2, 2)})
+    for advance in (rows.step, rows.run, fill, copy):
         before = jax.tree.leaves(rows.state.cache.layers)
         advance()
         assert all(array.is_deleted() for array in before)
-    for name in ("prefill", "step", "run"):
-        (program, *_) = [p for key, p in e.programs.items() if key[:2] == (name, 4)]
+    for name in ("prefill", "copy", "step", "run"):
+        (program, *_) = [p for key, p in e.programs.items() if key[:3] == (name, 4, 64)]
         assert program.memory_analysis().alias_size_in_bytes >= rows.cache_bytes_per_device
 
 
 def test_a_cache_that_does_not_fit_the_memory_is_refused_before_it_is_allocated(engine, monkeypatch):
     e = engine("mlra_4", (1, 4, 1))
-    needed = e.cache_bytes(12, 1024) + e.cache_bytes(4, 1024) + e.activation_bytes(4, 1024)
+    needed = e.cache_bytes(12, 1024) + e.filling_bytes(12, 1024)
     monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed)
-    e.check_memory(4, 3, 1024)
+    e.check_memory(12, 1024)
     monkeypatch.setattr(engine_module, "free_bytes", lambda device: needed - 1)
     with pytest.raises(ConfigError, match=r"12 row\(s\) of 1024 tokens needs .* GiB on each device"):
-        e.check_memory(4, 3, 1024)
+        GenerationLoop(e, 12, 1024)

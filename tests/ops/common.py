@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mlra_jax.ops import hopper
+from mlra_jax.ops.columns import Columns, unpack
 from mlra_jax.ops.decode.arg_specs import ArgSpec, Call, abstract_call
 from mlra_jax.ops.rotary import apply_rope
 
@@ -47,9 +49,10 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
     """The call with normally distributed queries and cache, NaN for every token that no query sees.
 
     The pages of a paged cache are in random order; the entries of the table past a row's end are out of range.
-    `kv_len` [B, T] is what each query sees, any integers, in place of what the lengths of `spec` say.
+    All of a pool that is no column of the cache is NaN too. `kv_len` [B, T] is what each query sees, any integers, in
+    place of what the lengths of `spec` say.
     """
-    call = abstract_call(spec, dtype, scale=scale)
+    call = abstract_call(dataclasses.replace(spec, pool=None), dtype, scale=scale)
     *arrays, _, page_table = call.args
     rng = np.random.default_rng(seed)
     if kv_len is None:
@@ -73,11 +76,28 @@ def make_call(spec, seed=0, dtype=jnp.bfloat16, *, scale=None, kv_len=None):
             visible = seen_in_page.reshape(pages, *(1,) * (x.ndim - 3), *last_two)
             values = np.where(visible, values, np.nan)
         filled.append(jnp.asarray(values, x.dtype))
+    if spec.pool:
+        pool = np.full(spec.pool_shape, np.nan, np.float32)
+        by_token = pool.reshape(pages, page_size, -1)
+        latents, keys = filled[2:]
+        filled[2:] = spec.columns(None)
+        for columns, values in zip(filled[2:], (latents, keys[:, None]), strict=True):
+            for head, start in enumerate(columns.starts):
+                by_token[:, :, start : start + columns.width] = values[:, head % values.shape[1]]
+        filled[2:] = spec.columns(jnp.asarray(pool, dtype))
     filled.append(jnp.asarray(kv_len))
     if page_table is not None:
         past_the_end = np.arange(table.shape[1]) * page_size >= lengths[:, None]
         table[past_the_end] = rng.choice([-1, pages, 2**30], past_the_end.sum())
     return Call(call.op, (*filled, None if page_table is None else jnp.asarray(table)), call.static)
+
+
+def in_arrays(call):
+    """The same call with arrays of their own in the place of columns of a pool."""
+    if not isinstance(call.args[2], Columns):
+        return call
+    q_nope, q_rope, latents, keys, *rest = call.args
+    return dataclasses.replace(call, args=(q_nope, q_rope, unpack(latents), unpack(keys)[:, 0], *rest))
 
 
 def in_float32(call):
@@ -140,6 +160,42 @@ def waits_left_out(monkeypatch, kernel, jitted, left_out=lambda barrier: True):
             f.clear_cache()
 
 
+VIEWS = {"parameter", "bitcast", "custom-call", "get-tuple-element", "tuple"}
+"""Operations of a compiled program that do not move what they are given; kernels among them."""
+
+
+def assert_not_copied(compiled, elements, donated=(), itemsize=2, allowed=VIEWS):
+    """That a compiled program copies, gathers or transposes no array of so many elements: such as a cache, or a pool.
+
+    Args:
+      compiled: a compiled program.
+      elements: of the smallest array that must not be copied, on one device: a pool's rotary keys, not all of it.
+      donated: elements of arrays that must be changed in place, on one device.
+      itemsize: bytes of an element.
+      allowed: operations that may give an array of that size.
+
+    Returns:
+      Names and operations of what gives one; None where XLA cannot show the program.
+    """
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < itemsize * elements  # there is no room for a copy
+    assert memory.alias_size_in_bytes >= itemsize * sum(donated)
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as e:  # XLA cannot read back some programs for tpu7x
+        if "async-update" in str(e):
+            return None
+        raise
+    moved = []
+    for line in text.splitlines():
+        if found := re.match(r"\s*(?:ROOT )?%?(\S+) = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line):
+            name, sizes, operation = found.groups()
+            if np.prod([int(n) for n in sizes.split(",")], dtype=np.int64) >= elements:
+                moved.append((name, operation))
+    assert {operation for _, operation in moved} <= set(allowed), moved
+    return moved
+
+
 EDGES = {
     "nothing": ArgSpec((0, 0), max_len=70, rows=16),
     "tiny": ArgSpec((1, 2, 0, 17), rows=16),
@@ -157,6 +213,9 @@ EDGES = {
     "pages": ArgSpec((63, 64, 0, 300), rows=16, page_size=64),
     "long pages": ArgSpec((127, 257, 1), q_len=2, heads=2, rows=16, page_size=128),
     "one page": ArgSpec((100,), rows=16, width=64, page_size=128),
+    "small pages of a pool": ArgSpec((63, 16, 0, 300), rows=16, page_size=16, pool="packed"),
+    "pool of an engine": ArgSpec((33, 200), q_len=2, heads=2, rows=8, page_size=32, pool="engine"),
+    "contiguous pool": ArgSpec((130, 5), heads=2, rows=4, width=64, rope=32, max_len=192, pool="packed"),
     "grouped": ArgSpec((129, 0, 300), heads=2, rows=8, rope=0, value=128),
     "grouped, other value width": ArgSpec((64, 100), q_len=3, heads=3, rows=4, width=64, rope=0, value=128),
     "grouped, pages": ArgSpec((64, 200, 1), heads=2, rows=8, rope=0, value=64, page_size=64),

@@ -18,14 +18,14 @@ from mlra_jax.ops.decode import (
     xla,
 )
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
-from tests.ops.common import EDGES, kv_lens, make_call, share_queries
+from tests.ops.common import EDGES, in_arrays, kv_lens, make_call, share_queries
 
 EVERYWHERE = ("reference", "xla")
 
 
 def definition(call):
     """Output and log-sum-exp, one query row at a time, in float64; reads the tokens that the row sees alone."""
-    *arrays, kv_len, table = (None if x is None else np.asarray(x) for x in call.args)
+    *arrays, kv_len, table = (None if x is None else np.asarray(x) for x in in_arrays(call).args)
     arrays = [x.astype(np.float64) for x in arrays]
 
     def tokens(cache, row, n):
@@ -89,6 +89,8 @@ def cases(draw, page):
         page_size=draw(page),
         layout=draw(st.sampled_from(["token_major", "feature_major"])),
     )
+    if latent and case.layout == "token_major":
+        case = dataclasses.replace(case, pool=draw(st.sampled_from([None, "packed", "engine"])))
     return case, draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
 
 
@@ -122,6 +124,9 @@ def test_xla_in_blocks_equals_the_definition_in_both_layouts_whatever_the_page(m
     case = ArgSpec((300, 128, 0, 130), 2, 2, 2, width=4, rope=2, max_len=350, page_size=page, layout=layout)
     call = make_call(case, dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
+    if layout == "token_major":
+        call = make_call(dataclasses.replace(case, pool="packed"), dtype=jnp.float32)
+        check(run(call, "xla"), definition(call))
     any_kv_len = [[2**31 - 1, 300], [-(2**31), 128], [5, 0], [130, 1000]]
     call = make_call(dataclasses.replace(case, rope=0, value=3), dtype=jnp.float32, kv_len=any_kv_len)
     check(run(call, "xla"), definition(call))
@@ -229,7 +234,7 @@ def test_factored_attention_equals_attention_over_the_keys_and_values_that_the_f
     drawn, ranks, seed
 ):
     case, kv_len = drawn
-    case = dataclasses.replace(case, rope=0, value=case.value or 3)
+    case = dataclasses.replace(case, rope=0, value=case.value or 3, pool=None)
     factored, grouped = factored_call(case, seed, *ranks, kv_len=kv_len)
     check(run(factored, "reference"), definition(grouped), atol=1e-4)
 

@@ -1,5 +1,6 @@
 """How an implementation is picked, and how it declines."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mlra_jax.config import MeshConfig
+from mlra_jax.execution.accelerators import described_device
+from mlra_jax.execution.back_ends import BackEnds
 from mlra_jax.ops.attention import causal_attention
 from mlra_jax.ops.back_end import Function, Kernel
 from mlra_jax.ops.decode import IMPLEMENTATIONS as DECODE
@@ -20,7 +24,10 @@ from mlra_jax.ops.decode.arg_specs import ArgSpec, abstract_call
 from mlra_jax.ops.dispatch import choose, dispatch, explain
 from mlra_jax.ops.norm import add_rms_norm
 from mlra_jax.ops.skinny_gemm import has_kernel, skinny_gemm
+from mlra_jax.sharding import abstract_mesh
 from tests.ops.common import make_call
+
+HOPPER = abstract_mesh(MeshConfig(1, 1, 1, 1), described_device("h100"))
 
 
 def declines(x, *, limit):
@@ -124,14 +131,38 @@ def test_a_module_that_does_not_import_declines_and_is_explained(monkeypatch):
         importlib.import_module(f"mlra_jax.ops.{op}")
         monkeypatch.setitem(sys.modules, f"mlra_jax.ops.{op}.mosaic_gpu", None)
     call = abstract_call(ArgSpec((300, 7)))
-    said = explain(call, *call.args)["latent_decode_attention"]
-    assert f"mlra_jax.ops.decode.mosaic_gpu does not work with JAX {jax.__version__}" in said["mosaic_gpu"]
-    assert said["xla"] is None
-    assert not has_kernel(8, jnp.dtype("bfloat16"))
-    x = jnp.ones((1, 4))
-    add_rms_norm(x, x, x[0], eps=1e-6)
-    q = jnp.ones((1, 4, 1, 2))
-    causal_attention(q, q, q, scale=1.0)
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        said = explain(call, *call.args)["latent_decode_attention"]
+        assert (
+            f"mlra_jax.ops.decode.mosaic_gpu does not work with JAX {jax.__version__}" in said["mosaic_gpu"]
+        )
+        assert said["xla"] is None
+        assert not has_kernel(8, jnp.dtype("bfloat16"))
+        x = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+        jax.eval_shape(lambda x: add_rms_norm(x, x, x[0], eps=1e-6), x)
+        q = jax.ShapeDtypeStruct((1, 4, 1, 2), jnp.float32)
+        jax.eval_shape(lambda q: causal_attention(q, q, q, scale=1.0), q)
+
+
+def test_attention_without_the_kernel_for_its_device_is_warned_of_once_and_the_summary_names_all():
+    """For a Hopper GPU, before JAX 0.11 because of the version, later because of the type; for a CPU there is none."""
+    q = jax.ShapeDtypeStruct((1, 4, 1, 2), jnp.float32)
+    said = []
+    for mesh in (None, HOPPER, HOPPER):
+        context = jax.sharding.use_abstract_mesh(mesh) if mesh else contextlib.nullcontext()
+        before = sys.modules.get("mlra_jax.ops.attention.splash")
+        with context, BackEnds(said.append) as back_ends:
+            jax.eval_shape(lambda q: causal_attention(q, q, q, scale=1.0), q)
+            jax.eval_shape(lambda q: causal_attention(2 * q, q, q, scale=1.0), q)
+            x = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+            jax.eval_shape(lambda x: add_rms_norm(x, x, x[0], eps=1e-6), x)
+        assert str(back_ends) == "Back ends: causal_attention xla, add_rms_norm reference."
+        assert sys.modules.get("mlra_jax.ops.attention.splash") is before  # made for another device
+    assert len(said) == 2
+    assert said[0].startswith(
+        "warning: causal_attention runs as xla; mosaic_gpu, which is made for the NVIDIA H100 80GB HBM3, would be "
+        "faster, but: the Mosaic GPU kernel"
+    )
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from mlra_jax.cli.configs import load_config
 from mlra_jax.execution.topologies import gpu_devices
 from mlra_jax.generation.engine import compile_step
 from mlra_jax.ops import hopper
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_gpu import Config, MosaicGPU, kernel, merge
 from mlra_jax.ops.decode.mosaic_gpu.schedule import make_table
@@ -30,6 +31,7 @@ from tests.ops.common import (
     H100,
     assert_no_races,
     compiles,
+    in_arrays,
     in_float32,
     interpreter,
     kv_lens,
@@ -58,8 +60,8 @@ def whole_blocks(case):
         ({}, jnp.float32, "takes bfloat16; got float32"),
         ({"width": 96}, jnp.bfloat16, "got 96 [+] 64 and 96"),
         ({"rope": 16}, jnp.bfloat16, "got 128 [+] 16 and 128"),
-        ({"max_len": 100}, jnp.bfloat16, "a multiple of 64 tokens; got 100"),
-        ({"page_size": 32}, jnp.bfloat16, "a multiple of 64 tokens; got 32"),
+        ({"max_len": 100}, jnp.bfloat16, "contiguous caches of a multiple of 64; got 100"),
+        ({"page_size": 24}, jnp.bfloat16, "16, 32 or a multiple of 64 tokens, .*; got 24"),
         ({"rope": 0, "value": 512, "width": 512}, jnp.bfloat16, "bytes of shared memory"),
     ],
 )
@@ -68,6 +70,23 @@ def test_it_says_why_it_declines_a_call(compiled_for, change, dtype, message):
     compiled_for(H100)
     call = abstract_call(dataclasses.replace(SMALL, **change), dtype)
     assert re.search(message, explain(call, *call.args)[call.op.__name__]["mosaic_gpu"])
+
+
+@newer_jax
+@pytest.mark.parametrize(
+    ("starts", "width", "message"),
+    [
+        ((0, 128, 320), 64, r"equal distances and multiples of 64; got \[0, 128, 320\]"),
+        ((32, 160, 288), 64, r"multiples of 64; got \[32, 160, 288\]"),
+        ((0, 128, 256), 36, "pools of a multiple of 8 columns; got 420"),
+    ],
+)
+def test_it_says_which_columns_it_declines(compiled_for, starts, width, message):
+    compiled_for(H100)
+    call = abstract_call(ArgSpec((64,), heads=3, width=64, page_size=16, pool="packed"))
+    pool = jax.ShapeDtypeStruct((4, 16, 384 + width), jnp.bfloat16)
+    args = [*call.args[:2], Columns(pool, starts, 64), Columns(pool, (320,), 64), *call.args[4:]]
+    assert re.search(message, explain(call, *args)[call.op.__name__]["mosaic_gpu"])
 
 
 @pytest.mark.parametrize("device", [("cpu", "cpu"), ("NVIDIA A100-SXM4-40GB", "gpu"), ("Tesla T4", "gpu")])
@@ -132,7 +151,7 @@ def test_shares_cover_every_block_once_and_hold_no_more_than_equal_ones_would(le
 
 
 def as_exact_as_bfloat16(call, out, lse, atol=1e-4):
-    wide = in_float32(call)
+    wide = in_float32(in_arrays(call))
     exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     exact = np.asarray(exact)
     assert not np.isnan(np.asarray(out, np.float32)).any()
@@ -164,8 +183,13 @@ def interpreted(call, config, races=True):
         ("many rows", Config(2, 64, 2)),
         ("eight causal queries", Config(1, 64, 2, 2)),
         ("long pages", Config(2, 128, 2)),
+        ("small pages of a pool", Config(3, 64, 2)),
+        ("pool of an engine", Config(1, 128, 2)),
+        ("contiguous pool", Config(2, 64, 2)),
         ("grouped, other value width", Config(1, 64, 2)),
         ("grouped, pages", Config(2, 64, 2)),
+        ("several latents", Config(4, 64, 2, streams=2)),
+        ("ragged", Config(6, 64, 2, streams=2)),
     ],
     ids=str,
 )
@@ -209,6 +233,10 @@ DRAWN = [
     (ArgSpec((0,) * 3, rows=8, width=64, max_len=192), Config(5, 64, 2)),
     (ArgSpec((0,) * 2, q_len=3, rows=8, width=64, max_len=256, page_size=128), Config(2, 128, 2)),
     (ArgSpec((0,) * 2, q_len=2, heads=2, rows=4, width=64, rope=0, value=64, max_len=128), Config(1, 64, 2)),
+    (
+        ArgSpec((0,) * 2, q_len=2, rows=4, width=64, rope=32, max_len=128, page_size=16, pool="packed"),
+        Config(3, 64, 2),
+    ),
 ]
 """Sizes, each compiled once, for any kv_len."""
 
@@ -275,6 +303,7 @@ COMPILED = {
     "mlra_4": BENCHMARKS["mlra_4 1x128K"],
     "mlra_4, ragged batch": BENCHMARKS["mlra_4 16x4K"],
     "mlra_4, pages": dataclasses.replace(BENCHMARKS["mlra_4 16x4K"], page_size=64),
+    "mlra_4, pool": dataclasses.replace(BENCHMARKS["mlra_4 64x4K"], page_size=16, pool="packed"),
     "two queries": dataclasses.replace(BENCHMARKS["mlra_4 1x128K"], q_len=2),
     "gla_2": BENCHMARKS["gla_2 1x128K"],
     "gqa": BENCHMARKS["gqa 1x128K"],

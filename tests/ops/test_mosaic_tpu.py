@@ -19,14 +19,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_tpu import Config, MosaicTPU, kernel
-from tests.ops.common import EDGES, TOPOLOGIES, kv_lens, make_call
+from tests.ops.common import EDGES, TOPOLOGIES, in_arrays, in_float32, kv_lens, make_call
 
 ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
 
 
 def on_tpu(case):
-    """The case with the cache that the kernel takes: feature-major, in pages of a multiple of 128 tokens."""
+    """The case with the cache that the kernel takes: feature-major, in pages of a multiple of 128 tokens, or a pool."""
+    if case.pool:
+        return dataclasses.replace(case, pool="engine")
     up = lambda n: -(-n // 128) * 128
     page = None if case.page_size is None else up(case.page_size)
     return dataclasses.replace(case, layout="feature_major", max_len=up(case.capacity), page_size=page)
@@ -35,8 +37,8 @@ def on_tpu(case):
 def check(case, seed=0, interpret=True, info=ONE_CORE, config=None, kv_len=None):
     """The kernel, in an interpreter, against the reference in float32."""
     call = make_call(case, seed, kv_len=kv_len)
-    args = [x.astype(jnp.float32) if x is not None and x.dtype == jnp.bfloat16 else x for x in call.args]
-    exact, exact_lse = jax.jit(functools.partial(call, implementation="reference"))(*args)
+    wide = in_float32(in_arrays(call))
+    exact, exact_lse = jax.jit(functools.partial(wide, implementation="reference"))(*wide.args)
     back_end = MosaicTPU(config, interpret, info)
     out, lse = jax.jit(functools.partial(call, implementation=back_end))(*call.args)
     out = np.asarray(out, np.float32)
@@ -48,8 +50,10 @@ def check(case, seed=0, interpret=True, info=ONE_CORE, config=None, kv_len=None)
 @st.composite
 def sizes(draw):
     """Those of calls of either op, a cache of 1280 tokens."""
-    latent = draw(st.booleans())
+    latent, pool = draw(st.sampled_from([(True, None), (True, "engine"), (False, None)]))
     return {
+        "layout": "token_major" if pool else "feature_major",
+        "pool": pool,
         "lengths": (0,) * draw(st.integers(1, 4)),
         "q_len": draw(st.sampled_from([1, 1, 2, 8])),
         "heads": draw(st.integers(1, 3)),
@@ -57,7 +61,7 @@ def sizes(draw):
         "width": draw(st.sampled_from([64, 128])),
         "rope": draw(st.sampled_from([0, 32, 64])) if latent else 0,
         "value": None if latent else draw(st.sampled_from([64, 128])),
-        "page_size": draw(st.sampled_from([None, 128, 256, 640])),
+        "page_size": draw(st.sampled_from([16, 32, 64, 128] if pool else [None, 128, 256, 640])),
     }
 
 
@@ -66,7 +70,7 @@ def sizes(draw):
 @given(data=st.data(), sizes=sizes(), seed=st.integers(0, 99), tail=st.sampled_from([128, 256]))
 def test_kernel_gives_the_reference_with_any_kv_len_pages_and_nan_where_unseen(data, sizes, seed, tail):
     config = Config(block=512, step=256, tail=tail, shares=data.draw(st.integers(1, 2)))
-    case = ArgSpec(max_len=1280, layout="feature_major", **sizes)
+    case = ArgSpec(max_len=1280, **sizes)
     kv_len = data.draw(kv_lens(len(case.lengths), case.q_len, case.capacity))
     check(case, seed, info=TWO_CORES, config=config, kv_len=kv_len)
 
@@ -79,7 +83,18 @@ def test_kernel_gives_the_reference_at_the_limits_of_kv_len(kv_len):
     )
 
 
-@pytest.mark.parametrize("name", ["nothing", "wide", "odd rows", "many rows", "long pages"])
+EDGE_NAMES = [
+    "nothing",
+    "wide",
+    "odd rows",
+    "many rows",
+    "long pages",
+    "small pages of a pool",
+    "pool of an engine",
+]
+
+
+@pytest.mark.parametrize("name", EDGE_NAMES)
 def test_kernel_gives_the_reference_at_the_edges_with_the_sizes_it_chooses(name):
     check(on_tpu(EDGES[name]))
 
@@ -133,8 +148,23 @@ def test_reasons_to_decline_name_the_limit():
             jnp.bfloat16,
         ),
         ("got 1024", ArgSpec((128,), width=1024, layout="feature_major"), jnp.bfloat16),
+        (
+            r"pools \[P, S, ..., 2, 128\] .*; got \[1, 128, 192\]",
+            ArgSpec((128,), pool="packed"),
+            jnp.bfloat16,
+        ),
+        (
+            r"one slot of 128 columns .*; got 128 columns from each of \[0, 384\]",
+            ArgSpec((16,), heads=2, page_size=16, pool="engine"),
+            jnp.bfloat16,
+        ),
     ):
         call = abstract_call(case, dtype)
+        if case.heads == 2:  # with its second latent where no pair of slots begins
+            q_nope, q_rope, latents, *rest = call.args
+            call = dataclasses.replace(
+                call, args=(q_nope, q_rope, dataclasses.replace(latents, starts=(0, 384)), *rest)
+            )
         with pytest.raises(NotImplementedError, match=match):
             jax.eval_shape(functools.partial(call, implementation="mosaic_tpu"), *call.args)
 
@@ -148,9 +178,7 @@ def compile_for(topology, case, **keywords):
     mesh = Mesh(np.array(devices[:1]), ("x",), axis_types=(AxisType.Explicit,))
     call = abstract_call(case)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    args = [
-        None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere) for x in call.args
-    ]
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), call.args)
     with jax.set_mesh(mesh):
         run = functools.partial(call, implementation=MosaicTPU(**keywords))
         return jax.jit(run).lower(*args).compile()
@@ -161,6 +189,7 @@ COMPILED = {
     "four latents, eight queries": dataclasses.replace(BENCHMARKS["mlra_4 all heads 1x512K"], q_len=8),
     "mla pages": dataclasses.replace(BENCHMARKS["mla 16x16K"], page_size=512),
     "mha": ArgSpec((4096,) * 16, heads=24, rows=1, rope=0, value=128),
+    "four latents of a pool": ArgSpec((4096,) * 16, heads=4, page_size=16, pool="engine"),
 }
 
 
@@ -171,9 +200,10 @@ COMPILED = {
 def test_kernel_compiles_within_the_memory_that_jax_names_and_reads_the_cache_once(name, topology):
     case = on_tpu(COMPILED[name])
     compiled = compile_for(topology, case)
-    assert compiled.cost_analysis()["bytes accessed"] < 1.1 * case.cache_bytes
+    assert compiled.cost_analysis()["bytes accessed"] < 1.1 * case.shape.token_bytes * sum(case.lengths)
     moved = re.findall(r"= bf16\[([\d,]+)\]\S* (?:copy|transpose|reshape)\(", compiled.as_text())
-    caches = [x.size for x in abstract_call(case).args if x is not None and x.ndim in (3, 4)]
+    queries = 1 if case.value else 2
+    caches = [x.size for x in jax.tree.leaves(abstract_call(case).args[queries:-2])]
     assert all(np.prod([int(n) for n in shape.split(",")]) < min(caches) for shape in moved)
 
 

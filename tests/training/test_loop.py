@@ -123,22 +123,21 @@ def test_a_finished_run_started_again_does_nothing_and_leaves_its_files_as_they_
     assert "has all of its 8 steps; nothing to do" in capsys.readouterr().err
 
 
-def test_sigterm_saves_and_exits_with_0_and_the_same_command_goes_on_to_the_same_bits(
+def test_sigterm_saves_and_exits_with_75_and_the_same_command_goes_on_to_the_same_bits(
     uninterrupted, config, monkeypatch, capsys
 ):
     reference, finished = uninterrupted
+    command_line(monkeypatch, dataclasses.replace(reference, out=config.out))
     with monkeypatch.context() as patch:
         at_batch(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patch.setattr(
-            "mlra_jax.cli.configs.parse_train_args",
-            lambda argv: dataclasses.replace(reference, out=config.out),
-        )
-        assert main([]) == 0
+        assert main([]) == 75
     assert "Stopped by SIGTERM after step 3, saved" in capsys.readouterr().err
     assert find_step(config.out).name == "3"
-    result = train(dataclasses.replace(reference, out=config.out))
-    assert (result.step, result.interrupted) == (8, False)
-    assert_same_bits(result.state, finished.state)
+    assert main([]) == 0
+    assert_same_bits(saved_params(config, config.out), jax.device_get(finished.state.params))
+    output = capsys.readouterr().err
+    assert "Back ends: causal_attention xla" in output
+    assert "warning" not in output  # no kernel is made for a CPU
 
 
 def test_nan_stops_with_the_step_s_number_and_leaves_the_last_good_checkpoint(
@@ -474,10 +473,10 @@ def unfinished(out):
     return [p.name for p in out.glob("checkpoints/*.orbax-checkpoint-tmp*")]
 
 
-def finish(process):
-    """Output of a process that must end well."""
+def finish(process, status=0):
+    """Output of a process that must end with this status."""
     output, _ = process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0, output
+    assert process.returncode == status, output
     return output
 
 
@@ -539,7 +538,7 @@ def two_processes(start_two, tmp_path_factory):
     try:
         wait_for(processes[0], lambda: n_lines(out) >= 3)
         processes[1].send_signal(signal.SIGTERM)
-        stopped = [finish(p) for p in processes]
+        stopped = [finish(p, 75) for p in processes]
         step = int(find_step(out).name)
         processes = start_two(out, step + 2)
         resumed = [finish(p) for p in processes]

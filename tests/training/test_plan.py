@@ -6,19 +6,19 @@ import jax
 import pytest
 
 from mlra_jax.config import ConfigError, MeshConfig
-from mlra_jax.execution.accelerators import GIB
+from mlra_jax.execution.accelerators import GIB, described_device
 from mlra_jax.execution.planner import Planner, resolve
 from mlra_jax.model.transformer import REMAT_POLICIES
-from mlra_jax.sharding import make_mesh
+from mlra_jax.sharding import abstract_mesh, make_mesh
 
 LENGTH, HEADS, BRANCHES, LATENT, WIDTH, D_FF, LAYERS = 16, 4, 4, 8, 32, 64, 2  # of the tiny configuration
 FLOAT = 4
 
 
-def planner(config, mesh, capacity=None, micro_batch=0, remat="auto", kind=None, **data):
+def planner(config, mesh, capacity=None, micro_batch=0, remat="auto", **data):
     data = dataclasses.replace(config.data, micro_batch=micro_batch, **data)
     execution = dataclasses.replace(config.execution, remat=remat)
-    return Planner(dataclasses.replace(config, execution=execution, data=data), mesh, capacity, kind)
+    return Planner(dataclasses.replace(config, execution=execution, data=data), mesh, capacity)
 
 
 def test_each_policy_keeps_what_it_says_of_a_layer(config, mesh_of):
@@ -128,15 +128,15 @@ def test_weights_gathered_once_a_step_are_whole_and_move_once(config, mesh_of):
 
 
 def test_weights_are_gathered_once_a_step_on_gpus_that_have_room(config, mesh_of):
-    mesh = mesh_of(1, 4, 1, 1)
-    assert planner(config, mesh, GIB).choose().gather == "layer"  # not on a CPU
-    gpu = {"micro_batch": 1, "kind": "NVIDIA H100 80GB HBM3"}
-    choose = lambda capacity: planner(config, mesh, capacity, remat="full", **gpu).choose()
+    assert planner(config, mesh_of(1, 4, 1, 1), GIB).choose().gather == "layer"  # not on a CPU
+    described = lambda *sizes: abstract_mesh(MeshConfig(*sizes), described_device("h100"))
+    mesh = described(1, 4, 1, 1)
+    choose = lambda capacity: planner(config, mesh, capacity, remat="full", micro_batch=1).choose()
     chosen = choose(GIB)
     assert (chosen.gather, chosen.accumulation) == ("step", 2)
     assert "weights gathered once a step" in str(chosen)
     assert choose(chosen.total).gather == "layer"
-    assert planner(config, mesh_of(1, 2, 2, 1), GIB, **gpu).choose().gather == "layer"
+    assert planner(config, described(1, 2, 2, 1), GIB, micro_batch=1).choose().gather == "layer"
 
 
 def test_products_are_kept_where_there_is_room_for_them(config, mesh_of):

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from mlra_jax.ops import device
 from mlra_jax.ops.all_reduce import reference
 from mlra_jax.ops.all_reduce.workspace import Workspace
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
@@ -14,16 +15,16 @@ from mlra_jax.ops.dispatch import Implementation, dispatch
 
 _MODULE = "mlra_jax.ops.all_reduce.mosaic_gpu"
 ALL_REDUCE: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy(_MODULE, "AllReduce"),
+    "mosaic_gpu": Lazy(_MODULE, "AllReduce", device.require_hopper),
     "reference": Function(reference.all_reduce),
 }
 ALL_REDUCE_ADD_RMS_NORM: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy(_MODULE, "AllReduceAddRMSNorm"),
+    "mosaic_gpu": Lazy(_MODULE, "AllReduceAddRMSNorm", device.require_hopper),
     "reference": Function(reference.all_reduce_add_rms_norm),
 }
 """Back ends, in order of preference."""
 _FITTING: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy(_MODULE, "Fitting"),
+    "mosaic_gpu": Lazy(_MODULE, "Fitting", device.require_hopper),
     "reference": Function(reference.fitting),
 }
 

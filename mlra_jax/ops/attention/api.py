@@ -6,16 +6,17 @@ from collections.abc import Mapping
 
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops import device
 from mlra_jax.ops.attention import reference, xla
 from mlra_jax.ops.attention.qk_parts import Joins, Parts, heads_of
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.dispatch import Implementation, dispatch
 
 IMPLEMENTATIONS: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.attention.mosaic_gpu", "MosaicGPU"),
-    "tokamax": Joins(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax")),
-    "cudnn": Joins(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN")),
-    "splash": Joins(Lazy("mlra_jax.ops.attention.splash", "Splash")),
+    "mosaic_gpu": Lazy("mlra_jax.ops.attention.mosaic_gpu", "MosaicGPU", device.require_hopper),
+    "tokamax": Joins(Lazy("mlra_jax.ops.attention.tokamax", "Tokamax", device.require_ampere)),
+    "cudnn": Joins(Lazy("mlra_jax.ops.attention.cudnn", "CuDNN", device.require_ampere)),
+    "splash": Joins(Lazy("mlra_jax.ops.attention.splash", "Splash", device.require_tpu)),
     "xla": Joins(Function(xla.causal_attention)),
     "reference": Joins(Function(reference.causal_attention)),
 }

@@ -62,8 +62,8 @@ class Splash(Kernel[tuple[int, int], Config]):
 
     def check(self, args: Joined) -> tuple[int, int]:
         """Numbers of queries and keys."""
-        if not self.interpret and device.current_device()[0] != "tpu":
-            raise NotImplementedError("It needs a TPU.")
+        if not self.interpret:
+            device.require_tpu()
         t, s = args.q.shape[1], args.k.shape[1]
         if t % BLOCKS[-1] or s % BLOCKS[-1]:
             raise NotImplementedError(

@@ -3,6 +3,7 @@ factored ones (TPA)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mlra_jax.ops import device
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode import reference, xla
 from mlra_jax.ops.decode.reference import Arguments, FactoredArguments
 from mlra_jax.ops.dispatch import Implementation, dispatch
@@ -18,9 +21,9 @@ from mlra_jax.ops.dispatch import Implementation, dispatch
 Layout = Literal["token_major", "feature_major"]
 
 IMPLEMENTATIONS: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU"),
-    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton"),
-    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU"),
+    "mosaic_gpu": Lazy("mlra_jax.ops.decode.mosaic_gpu", "MosaicGPU", device.require_hopper),
+    "triton": Lazy("mlra_jax.ops.decode.triton", "Triton", device.require_ampere),
+    "mosaic_tpu": Lazy("mlra_jax.ops.decode.mosaic_tpu", "MosaicTPU", device.require_tpu),
     "xla": Function(xla.decode_attention),
     "reference": Function(reference.decode_attention),
 }
@@ -36,8 +39,8 @@ FACTORED_IMPLEMENTATIONS: Mapping[str, BackEnd] = {
 def latent_decode_attention(
     q_nope: Float[Array, "B T L M C"],
     q_rope: Float[Array, "B T G M E"],
-    kv_latent: Float[Array, "P L _ _"],
-    k_rope: Float[Array, "P _ _"],
+    kv_latent: Float[Array, "P L _ _"] | Columns,
+    k_rope: Float[Array, "P _ _"] | Columns,
     kv_len: Int[Array, "B T"],
     *,
     scale: float,
@@ -51,14 +54,16 @@ def latent_decode_attention(
     Scores are `scale * (q_nope . kv_latent + q_rope . k_rope)`; the output is the weighted sum of the latents
     (docs/architecture.md; paper, section 3, with W_UK moved to the query).
 
-    A cache is P pages of S tokens. Without a `page_table` it is contiguous: page b holds row b's tokens (P = B).
+    A cache is P pages of S tokens. Without a `page_table` it is contiguous: page b holds row b's tokens (P = B). Where
+    latents and rotary keys lie side by side in one buffer, such as a serving engine's pool, `Columns` of it stand for
+    either array.
 
     Args:
       q_nope: absorbed content queries, M rows for each of L local latent heads.
       q_rope: rotary queries of the same rows. G is L, or a divisor of L if heads share queries: head l reads entry
         l mod G. E is R, which may be 0; with `rotary` E may be larger, and the last R features are read.
       kv_latent: cached latents [P, L, S, C]. Positions that no query of the row sees may hold anything, even NaN.
-      k_rope: cached rotary keys [P, S, R], shared by all latent heads.
+      k_rope: cached rotary keys [P, S, R], shared by all latent heads; of several heads of `Columns` the first is read.
       kv_len: how many of the leading tokens each query sees, which expresses causal masks and ragged batches. Any
         integers in any order: with 0 or less a query sees nothing, with more than its row has room for (S tokens, or
         N * S with pages) it sees everything.
@@ -87,12 +92,14 @@ def latent_decode_attention(
             _check(x, f"{name} of rotary", (b, t, r // 2))
     shared = q_rope.shape[2]
     _check(q_rope, "q_rope", (b, t, shared if shared and heads % shared == 0 else heads, m, wide))
+    if isinstance(k_rope, Columns):
+        k_rope = dataclasses.replace(k_rope, starts=k_rope.starts[:1])
     _check_cache(
         kv_len, page_table, layout, (b, t), kv_latent=(kv_latent, (heads,), c), k_rope=(k_rope, (), r)
     )
     parts = [(q_nope, kv_latent)]
     if r:
-        parts.append((q_rope, k_rope[:, None]))
+        parts.append((q_rope, k_rope if isinstance(k_rope, Columns) else k_rope[:, None]))
     args = Arguments(parts, None, _int32(kv_len), scale, rotary if r else None, _int32(page_table), layout)
     return dispatch("latent_decode_attention", IMPLEMENTATIONS, implementation, args)
 
@@ -199,7 +206,7 @@ def _int32(x: Any) -> Any:
     return None if x is None else jnp.asarray(x, jnp.int32)
 
 
-def _check(x: jax.Array, name: str, expected: tuple[int, ...]) -> None:
+def _check(x: Any, name: str, expected: tuple[int, ...]) -> None:
     if x.shape != expected:
         raise ValueError(
             f"{name} must have the shape {expected} that the other arguments imply; got {x.shape}."
@@ -223,4 +230,7 @@ def _check_cache(
     feature_major = layout == "feature_major"
     page_size = first[-1] if feature_major else first[-2]
     for name, (x, heads, width) in arrays.items():
+        if isinstance(x, Columns):
+            x.check(name, layout)
+            heads = heads or (1,)
         _check(x, name, (pages, *heads, *((width, page_size) if feature_major else (page_size, width))))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.api import Layout, grouped_decode_attention, latent_decode_attention
 from mlra_jax.ops.decode.shape import Shape
 
@@ -38,6 +40,9 @@ class ArgSpec:
     page_size: int | None = None
     """Tokens of a page; None: a contiguous cache."""
     layout: Layout = "token_major"
+    pool: Literal["packed", "engine"] | None = None
+    """Latents and rotary keys are columns of one pool: side by side (`packed`), or as in serving engines, which hold
+    for each latent head two slots of a multiple of 128 values, [P, S, L, 2, 128]: its latent, and the rotary key."""
 
     @property
     def capacity(self) -> int:
@@ -62,6 +67,32 @@ class ArgSpec:
             page_size=self.page_size or self.capacity,
             pages=len(self.lengths) * pages,
             row_pages=None if self.page_size is None else pages,
+            pool_width=math.prod(self._pool_token) if self.pool else None,
+        )
+
+    @property
+    def pool_shape(self) -> tuple[int, ...]:
+        """Of the pool, [P, S, ...]."""
+        return self.shape.pages, self.shape.page_size, *self._pool_token
+
+    @property
+    def _pool_token(self) -> tuple[int, ...]:
+        packed = (self.heads * self.width + self.rope,)
+        return packed if self.pool == "packed" else (self.heads, 2, self._slot)
+
+    @property
+    def _slot(self) -> int:
+        return -(-max(self.width, self.rope) // 128) * 128
+
+    def columns(self, pool: Any) -> tuple[Columns, Columns]:
+        """Latents and rotary keys of a pool."""
+        first, step = (
+            (self.heads * self.width, self.width) if self.pool == "packed" else (self._slot, 2 * self._slot)
+        )
+        copies = 1 if self.pool == "packed" else self.heads
+        return (
+            Columns(pool, tuple(step * i for i in range(self.heads)), self.width),
+            Columns(pool, tuple(first + step * i for i in range(copies)), self.rope),
         )
 
     @property
@@ -111,8 +142,11 @@ def abstract_call(spec: ArgSpec, dtype: DTypeLike = jnp.bfloat16, *, scale: floa
     static = {"scale": (spec.width + spec.rope) ** -0.5 if scale is None else scale, "layout": spec.layout}
     arrays: tuple[jax.ShapeDtypeStruct, ...]
     if spec.value is None:
-        arrays = query(spec.width), query(spec.rope), cache(heads, width=spec.width), cache(width=spec.rope)
-        return Call(latent_decode_attention, (*arrays, kv_len, page_table), static)
+        cached: tuple[Any, Any] = cache(heads, width=spec.width), cache(width=spec.rope)
+        if spec.pool:
+            cached = spec.columns(jax.ShapeDtypeStruct(spec.pool_shape, dtype))
+        queries = query(spec.width), query(spec.rope)
+        return Call(latent_decode_attention, (*queries, *cached, kv_len, page_table), static)
     arrays = query(spec.width), cache(heads, width=spec.width), cache(heads, width=spec.value)
     return Call(grouped_decode_attention, (*arrays, kv_len, page_table), static)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops.columns import Columns, unpack
 from mlra_jax.ops.rotary import apply_rope
 
-Parts = Sequence[tuple[jax.Array, jax.Array]]
+Cached = jax.Array | Columns
+"""A cached array [P, L or 1, S, W], whose last two axes may be swapped, or columns of a buffer in its place."""
+
+Parts = Sequence[tuple[jax.Array, Cached]]
 """Queries [B, T, G, M, W or more] and keys [P, L or 1, S, W] of each part of the key; scores are the sum over parts."""
 
 Rotary = tuple[jax.Array, jax.Array]
@@ -41,11 +46,11 @@ class Arguments:
     layout: str = "token_major"
 
     @property
-    def cached(self) -> tuple[jax.Array, ...]:
+    def cached(self) -> tuple[Cached, ...]:
         """Keys of each part, and the values if they are not the first of these."""
         return (*(k for _, k in self.parts), *(() if self.v is None else (self.v,)))
 
-    def with_cached(self, cached: Sequence[jax.Array]) -> Arguments:
+    def with_cached(self, cached: Sequence[Any]) -> Arguments:
         """The same with other arrays in place of `cached`."""
         parts = [(q, k) for (q, _), k in zip(self.parts, cached, strict=False)]
         return dataclasses.replace(self, parts=parts, v=None if self.v is None else cached[-1])
@@ -90,7 +95,7 @@ class FactoredArguments:
     page_table: jax.Array | None = None
     layout: str = "token_major"
 
-    def with_cached(self, cached: Sequence[jax.Array]) -> FactoredArguments:
+    def with_cached(self, cached: Sequence[Any]) -> FactoredArguments:
         """The same with other factors."""
         return dataclasses.replace(self, cached=cached)
 
@@ -101,13 +106,19 @@ class FactoredArguments:
         return *self.q.shape[:-1], max(ranks)
 
 
-def token_major(k: jax.Array, layout: str) -> jax.Array:
-    """A cached array as [P, L, S, W], whatever its layout."""
+def token_major(k: Any, layout: str) -> Any:
+    """A cached array as [P, L, S, W], whatever its layout; columns are that already."""
     return k.swapaxes(-1, -2) if layout == "feature_major" else k
 
 
-def gather_pages(k_PLSW: jax.Array, page_table_BN: jax.Array | None) -> jax.Array:
+def gather_pages(k_PLSW: Cached, page_table_BN: jax.Array | None) -> jax.Array:
     """The tokens of each row in order, [B, L, N * S, W], from the pages that hold them."""
+    if isinstance(k_PLSW, Columns):
+        buffer = k_PLSW.array
+        if page_table_BN is not None:  # before it is cut into columns: the rest of the buffer is not touched
+            pages = jnp.take(buffer, page_table_BN, axis=0, mode="clip")
+            buffer = pages.reshape(len(page_table_BN), -1, *buffer.shape[2:])
+        return unpack(k_PLSW.of(buffer))
     if page_table_BN is None:
         return k_PLSW
     # What a table holds past a row's end may be no page at all; it is not seen.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.reference import Arguments
 
 
@@ -34,6 +35,8 @@ class Shape:
     """Heads that share the queries of a part (L / G); their other queries and their outputs are adjacent in memory."""
     rotary: bool = False
     """Whether the queries of the last part are still to be rotated."""
+    pool_width: int | None = None
+    """Columns of a token of the pool that holds all parts of the key; None: they are arrays of their own."""
 
     @property
     def rows(self) -> int:
@@ -50,6 +53,11 @@ class Shape:
         """Heads and width of each cached array: the parts of the key, then the values if they are not among them."""
         keys = [(1 if shared else self.heads, w) for shared, w in zip(self.shared, self.widths, strict=True)]
         return tuple(keys if self.latent else [*keys, (self.heads, self.v_width)])
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token in the bfloat16 cache, padding too."""
+        return 2 * (self.pool_width or sum(heads * width for heads, width in self.cached))
 
     @property
     def tuning_key(self) -> dict[str, Any]:
@@ -86,4 +94,5 @@ class Shape:
             row_pages=None if args.page_table is None else args.page_table.shape[1],
             branches=heads // min(q.shape[2] for q in queries),
             rotary=args.rotary is not None,
+            pool_width=keys[0].token_width if isinstance(keys[0], Columns) else None,
         )

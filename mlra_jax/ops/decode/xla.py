@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode import reference
 from mlra_jax.ops.decode.reference import Arguments, FactoredArguments
 
@@ -49,7 +50,8 @@ def over_blocks(
         # The last block is moved back to end with the cache; tokens that an earlier block has seen are left out.
         start = jnp.minimum(i * block, s - block)
         if page_table is None:
-            cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=s_axis)
+            slice_of = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, block, axis=axis)
+            cut = lambda x: x.of(slice_of(x.array, 1)) if isinstance(x, Columns) else slice_of(x, s_axis)
             of_block = args.with_cached([cut(x) for x in args.cached])
         else:
             table = jax.lax.dynamic_slice_in_dim(page_table, start // page, block // page, axis=1)

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from jaxtyping import Array, Float
 
+from mlra_jax.ops import device
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.dispatch import Implementation, dispatch
 from mlra_jax.ops.norm import reference
 
 IMPLEMENTATIONS: Mapping[str, BackEnd] = {
-    "mosaic_gpu": Lazy("mlra_jax.ops.norm.mosaic_gpu", "MosaicGPU"),
+    "mosaic_gpu": Lazy("mlra_jax.ops.norm.mosaic_gpu", "MosaicGPU", device.require_hopper),
     "reference": Function(reference.add_rms_norm),
 }
 """Back ends, in order of preference."""

@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mlra_jax.ops import device
 from mlra_jax.ops.back_end import BackEnd, Function, Lazy
 from mlra_jax.ops.dispatch import Implementation, dispatch
 from mlra_jax.ops.skinny_gemm import reference
 
-_KERNEL = Lazy("mlra_jax.ops.skinny_gemm.mosaic_gpu", "MosaicGPU")
+_KERNEL = Lazy("mlra_jax.ops.skinny_gemm.mosaic_gpu", "MosaicGPU", device.require_hopper)
 SKINNY_GEMM: Mapping[str, BackEnd] = {
     "mosaic_gpu": _KERNEL,
     "reference": Function(reference.skinny_gemm),

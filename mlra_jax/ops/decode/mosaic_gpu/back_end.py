@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.mosaic_gpu.config import Config
 from mlra_jax.ops.decode.mosaic_gpu.kernel import Static, attend
@@ -38,11 +39,24 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
                 "the Mosaic GPU kernel takes keys of 32 or a multiple of 64 features and values of 64, 128, 256 or "
                 f"512; got {' + '.join(map(str, shape.widths))} and {shape.v_width}."
             )
-        if shape.page_size % 64:
+        small = shape.row_pages is not None and shape.page_size in (16, 32)
+        if shape.page_size % 64 and not small:
             raise NotImplementedError(
-                "the Mosaic GPU kernel takes pages, or contiguous caches, of a multiple of 64 tokens; "
-                f"got {shape.page_size}."
+                "the Mosaic GPU kernel takes pages of 16, 32 or a multiple of 64 tokens, and contiguous caches of a "
+                f"multiple of 64; got {shape.page_size}."
             )
+        for x in args.cached:
+            if isinstance(x, Columns):
+                tile = min(64, x.width)
+                if not x.evenly_spaced or any(start % tile for start in x.starts):
+                    raise NotImplementedError(
+                        "the Mosaic GPU kernel takes columns that start at equal distances and multiples of "
+                        f"{tile}; got {list(x.starts)}."
+                    )
+                if x.token_width % 8:
+                    raise NotImplementedError(
+                        f"the Mosaic GPU kernel takes pools of a multiple of 8 columns; got {x.token_width}."
+                    )
         return shape
 
     def adapt(self, config: Config, measured: Mapping[str, Any], shape: Shape) -> Config | None:

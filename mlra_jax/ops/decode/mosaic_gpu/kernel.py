@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from mlra_jax.ops import hopper
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.mosaic_gpu.config import Config, value_groups
 from mlra_jax.ops.decode.mosaic_gpu.merge import merge
 from mlra_jax.ops.decode.mosaic_gpu.schedule import Schedule, blocks_of, limit, make_table
@@ -43,7 +44,7 @@ class Inputs(NamedTuple):
     page_table: Any  # int32 [B, N]; None: the cache is contiguous
     queries: Any  # of each part [B, G, rows, J or 1, W or more]: head j*G + g reads (g, j)
     rotations: Any  # [B, R, R], see `rotation_matrices`; None: the queries need none
-    keys: Any  # of each part [P, L or 1, S, W]
+    keys: Any  # of each part [P, L or 1, S, W], or columns of [P, S, all columns]
     values: Any  # [P, L, S, V]; None: the keys of the first part
 
 
@@ -55,7 +56,7 @@ class Outputs(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shared memory and barriers of a program."""
+    """Shared memory and barriers of a stream."""
 
     queries: Any  # of each part [row groups, 64, W]
     rotations: Any  # [row groups, R, R], or None
@@ -70,6 +71,12 @@ class Scratch(NamedTuple):
     weights_full: Any  # the weights and row factors are written
     weights_free: Any  # they have been used
     blanked: Any  # values past the last token are zeros
+
+
+class Streams(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    streams: Any  # of each stream a `Scratch`
 
 
 def rotation_matrices(cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Array:
@@ -93,9 +100,9 @@ def accumulate(acc: jax.Array, a: Any, b: Any, interpret: bool) -> jax.Array:
 
 
 class Program:
-    """What the warpgroups of a program share: its references, its place in the grid, and the blocks that it has."""
+    """What the warpgroups of a stream share: its references, its place in the grid, and the blocks that it has."""
 
-    def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch):
+    def __init__(self, static: Static, inputs: Inputs, outputs: Outputs, scratch: Scratch, stream: int):
         self.inputs, self.outputs, self.scratch = inputs, outputs, scratch
         self.shape, self.config, self.scale = static.shape, static.config, static.scale
         self.interpret, shape, config = static.interpret is not None, static.shape, static.config
@@ -104,7 +111,7 @@ class Program:
         self.whole = config.n_splits == 1
         self.seen_by_longest = limit(inputs.longest, shape)
         tiles = config.tiles(shape)
-        g, self.share = lax.axis_index("tile"), lax.axis_index("share")
+        g, self.share = lax.axis_index("tile"), lax.axis_index("share") * config.streams + stream
         # Later rows may see more: the longest programs come first.
         self.head, self.tile = lax.div(g, tiles), tiles - 1 - lax.rem(g, tiles)
         groups = shape.heads // shape.branches
@@ -141,27 +148,46 @@ class Program:
         lax.fori_loop(self.first, self.last + 1, one, jnp.int32(0))
 
 
+def tokens_of(cached: Any, *, page: Any, head: Any, tokens: Any) -> Any:
+    """Those of a head in a page, [tokens, width]."""
+    if not isinstance(cached, Columns):
+        return cached.at[page, head, tokens]
+    return cached.array.at[page, tokens, pl.ds(cached.start(head), cached.width)]
+
+
 def produce(program: Program) -> None:
     """The producer: copies each block of this program into the ring."""
     inputs, scratch, shape, config = program.inputs, program.scratch, program.shape, program.config
     plgpu.set_max_registers(hopper.PRODUCER_REGISTERS, action="decrease")
 
+    n_pages, run = config.pages(shape), min(config.block, shape.page_size)
+
+    def copy_run(stage: jax.Array, i: int, page: jax.Array, at: Any) -> None:
+        """The i-th run of a block: tokens of one page, from place `at` on."""
+
+        def copy(cached: Any, target: Any, head: Any) -> None:
+            source = tokens_of(cached, page=page, head=head, tokens=pl.ds(at, run))
+            target = target.at[stage] if n_pages == 1 else target.at[stage, pl.ds(i * run, run)]
+            plgpu.copy_gmem_to_smem(source, target, scratch.full.at[stage])
+
+        for keys, target, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
+            copy(keys, target, 0 if shared else program.head)
+        if inputs.values is not None:
+            copy(inputs.values, scratch.values, program.head)
+
     def sequence(b: jax.Array, j0: jax.Array, j1: jax.Array, n0: jax.Array) -> None:
         def one(j: jax.Array, _: None) -> None:
             stage = hopper.wait_until_free(n0 + j - j0, config.stages, scratch.free)
-            page, at = b, j * config.block
-            if inputs.page_table is not None:
-                index = lax.div(at, shape.page_size)
+            at = j * config.block
+            if inputs.page_table is None:
+                copy_run(stage, 0, b, at)
+                return
+            first, last = lax.div(at, shape.page_size), inputs.page_table.shape[1] - 1
+            for i in range(n_pages):
+                index = first if n_pages == 1 else jnp.minimum(first + i, last)
                 # What a table holds past a row's end may be no page at all.
                 page = jnp.clip(inputs.page_table[b, index], 0, shape.pages - 1)
-                at = at - index * shape.page_size
-            tokens = pl.ds(at, config.block)
-            for keys, target, shared in zip(inputs.keys, scratch.keys, shape.shared, strict=True):
-                source = keys.at[page, 0 if shared else program.head, tokens]
-                plgpu.copy_gmem_to_smem(source, target.at[stage], scratch.full.at[stage])
-            if inputs.values is not None:
-                source = inputs.values.at[page, program.head, tokens]
-                plgpu.copy_gmem_to_smem(source, scratch.values.at[stage], scratch.full.at[stage])
+                copy_run(stage, i, page, at - first * shape.page_size if n_pages == 1 else 0)
 
         lax.fori_loop(j0, j1, one, None)
 
@@ -190,7 +216,8 @@ class Consumer:
     def run(self) -> None:
         """Attends to all sequences of the program."""
         config, scratch = self.program.config, self.program.scratch
-        registers = hopper.consumer_registers(config.row_groups * self.value_groups)
+        consumers = config.streams * config.row_groups * self.value_groups
+        registers = hopper.consumer_registers(consumers, producers=config.streams)
         plgpu.set_max_registers(registers, action="increase")
         if not self.leads:
             plgpu.barrier_arrive(scratch.weights_free)
@@ -400,7 +427,7 @@ def _inputs(
         page_table=page_table,
         queries=tuple(by_group(q) for q, _ in parts),
         rotations=None if rotary is None else rotation_matrices(*rotary),
-        keys=tuple(k for _, k in parts),
+        keys=tuple(k.of(k.flat) if isinstance(k, Columns) else k for _, k in parts),
         values=v,
     )
 
@@ -431,9 +458,32 @@ def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.A
     shares_weights = value_groups(shape) > 1 or interpret is not None
     own_out = staged and shape.v_width != shape.widths[0]
 
-    def kernel(*refs: Any) -> None:
-        program = Program(static, *refs)
-        hopper.run_roles(lambda: produce(program), lambda me: Consumer(program, me).run(), consumers)
+    def kernel(inputs: Inputs, outputs: Outputs, scratch: Streams) -> None:
+        def run(stream: int, own: Scratch) -> None:
+            program = Program(static, inputs, outputs, own, stream)
+            first = stream * (consumers + 1)
+            hopper.run_roles(
+                lambda: produce(program), lambda me: Consumer(program, me).run(), consumers, first
+            )
+
+        for stream, own in enumerate(scratch.streams):
+            run(stream, own)
+
+    stream = Scratch(
+        queries=[smem(row_groups, ROWS, w) for w in shape.widths],
+        rotations=smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
+        keys=[smem(stages, block, w) for w in shape.widths],
+        values=None if shape.latent else smem(stages, block, shape.v_width),
+        out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
+        weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
+        row_factor=plgpu.SMEM((ROWS,), jnp.float32),
+        full=plgpu.Barrier(num_arrivals=len(shape.cached) * config.pages(shape), num_barriers=stages),
+        free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
+        queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
+        weights_full=plgpu.Barrier(num_arrivals=1),
+        weights_free=plgpu.Barrier(num_arrivals=max(1, value_groups(shape) - 1)),
+        blanked=plgpu.Barrier(num_arrivals=1),
+    )
 
     out, lse = hopper.run_kernel(
         kernel,
@@ -442,24 +492,10 @@ def attend(static: Static, parts: Parts, *arrays: Any) -> tuple[jax.Array, jax.A
             out=jax.ShapeDtypeStruct(out_shape, jnp.bfloat16 if whole else jnp.float32),
             lse=jax.ShapeDtypeStruct((results, heads, all_rows), jnp.float32),
         ),
-        Scratch(
-            queries=[smem(row_groups, ROWS, w) for w in shape.widths],
-            rotations=smem(row_groups, *shape.widths[-1:] * 2) if shape.rotary else None,
-            keys=[smem(stages, block, w) for w in shape.widths],
-            values=None if shape.latent else smem(stages, block, shape.v_width),
-            out=smem(row_groups, ROWS, shape.v_width) if own_out else None,
-            weights=[smem(ROWS, block)] * row_groups if shares_weights else None,
-            row_factor=plgpu.SMEM((ROWS,), jnp.float32),
-            full=plgpu.Barrier(num_arrivals=len(shape.cached), num_barriers=stages),
-            free=plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
-            queries_full=plgpu.Barrier(num_arrivals=len(parts) + shape.rotary, num_barriers=row_groups),
-            weights_full=plgpu.Barrier(num_arrivals=1),
-            weights_free=plgpu.Barrier(num_arrivals=max(1, value_groups(shape) - 1)),
-            blanked=plgpu.Barrier(num_arrivals=1),
-        ),
-        grid=(heads * config.tiles(shape), b if whole else config.n_splits),
+        Streams([stream] * config.streams),
+        grid=(heads * config.tiles(shape), config.shares(shape) // config.streams),
         grid_names=("tile", "share"),
-        num_threads=consumers + 1,
+        num_threads=config.streams * (consumers + 1),
         compiler_params=hopper.PARAMS,
         interpret=interpret,
         kernel_name="decode_attention",

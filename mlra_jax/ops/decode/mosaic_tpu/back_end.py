@@ -13,8 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mlra_jax.ops import device
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.back_end import DecodeKernel
-from mlra_jax.ops.decode.mosaic_tpu.config import LANES, Config, Program
+from mlra_jax.ops.decode.mosaic_tpu.config import LANES, Config, Pool, Program
 from mlra_jax.ops.decode.mosaic_tpu.kernel import kernel
 from mlra_jax.ops.decode.reference import Arguments
 from mlra_jax.ops.decode.shape import Shape
@@ -40,8 +41,11 @@ class MosaicTPU(DecodeKernel[Config]):
 
     def check(self, args: Arguments) -> Shape:
         """The sizes of a call."""
-        if args.layout != "feature_major":
-            raise NotImplementedError("It needs a feature_major cache.")
+        pooled = isinstance(args.cached[0], Columns)
+        if args.layout != "feature_major" and not pooled:
+            raise NotImplementedError(
+                "It needs a feature_major cache, or columns of a serving engine's pool."
+            )
         if any(x.dtype != jnp.bfloat16 for x in (*args.cached, *(q for q, _ in args.parts))):
             raise NotImplementedError("It needs queries and a cache in bfloat16.")
         if args.scale <= 0:
@@ -52,7 +56,9 @@ class MosaicTPU(DecodeKernel[Config]):
                 raise NotImplementedError(
                     f"It needs widths that are multiples of 16, at most 512; got {width}."
                 )
-        if shape.page_size % LANES:
+        if pooled:
+            _pool_of(args)
+        elif shape.page_size % LANES:
             raise NotImplementedError(
                 f"It needs pages of a multiple of {LANES} tokens; got {shape.page_size}."
             )
@@ -65,7 +71,8 @@ class MosaicTPU(DecodeKernel[Config]):
         info, args = self.target(), args.expanded()
         b, t, heads, m = args.score_shape
         cores = info.num_cores if config.shares == 1 and b % info.num_cores == 0 else config.shares
-        program = Program(shape, config, cores, args.scale, self.static)
+        pool = _pool_of(args)
+        program = Program(shape, config, cores, args.scale, self.static, pool)
         tiles, rows = program.tiles, program.rows
         kv_len_BT = jnp.clip(args.kv_len, 0, shape.capacity)
         q = jnp.concatenate([q for q, _ in args.parts], axis=-1).swapaxes(1, 2).reshape(b, heads, t * m, -1)
@@ -83,6 +90,10 @@ class MosaicTPU(DecodeKernel[Config]):
             q,
             *args.cached,
         )
+        if pool is not None:
+            buffer: Any = args.parts[0][1]
+            buffer = buffer.array.reshape(*buffer.shape[::2], pool.pairs, 2, pool.width)
+            inputs = *inputs[:5], buffer
         # Inside `shard_map`, what comes out differs between devices wherever something that goes in does.
         varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
         out, lse = _call(program, info, self.interpret or False, varying)(*inputs)
@@ -94,6 +105,11 @@ class MosaicTPU(DecodeKernel[Config]):
             .swapaxes(1, 2)
         )
         return by_query(out).astype(args.parts[0][0].dtype), by_query(lse)
+
+
+def _pool_of(args: Arguments) -> Pool | None:
+    keys = [x for x in args.cached if isinstance(x, Columns)]
+    return Pool.of(keys) if keys else None
 
 
 def _call(
@@ -117,18 +133,20 @@ def _call(
         (shares, shape.batch, *block), dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying)
     )
     tokens = shape.batch * shape.capacity
-    token_bytes = 2 * sum(heads * width for heads, width in shape.cached)
+    buffers: list[tuple[int, ...]] = [(heads, width, block) for heads, width in shape.cached]
+    if program.pool is not None:
+        buffers = [(block, program.pool.pairs, 2, program.pool.width)]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(program.cores, program.items),
         in_specs=[
             of_row(program.tiles, 1, rows),
             of_row(tiles, rows, key),
-            *[pl.BlockSpec(memory_space=pl.ANY)] * len(shape.cached),
+            *[pl.BlockSpec(memory_space=pl.ANY)] * len(buffers),
         ],
         out_specs=[of_row(tiles, rows, v, outputs=True), of_row(tiles, 1, rows, outputs=True)],
         scratch_shapes=[
-            *[pltpu.VMEM((2, heads, width, block), jnp.bfloat16) for heads, width in shape.cached],
+            *[pltpu.VMEM((2, *sizes), jnp.bfloat16) for sizes in buffers],
             pltpu.SemaphoreType.DMA((2,)),
             pltpu.SMEM((2,), jnp.int32),
             pltpu.VMEM((tiles, rows, LANES), jnp.float32),
@@ -149,7 +167,7 @@ def _call(
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * tiles * rows * (key + v),
             transcendentals=tokens * tiles * rows,
-            bytes_accessed=tokens * token_bytes + 2 * shape.batch * tiles * rows * (key + v),
+            bytes_accessed=tokens * shape.token_bytes + 2 * shape.batch * tiles * rows * (key + v),
         ),
         interpret=interpret,
         name="decode_attention",

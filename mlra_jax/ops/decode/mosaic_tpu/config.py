@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode.shape import Shape
 
 LANES = 128
@@ -52,19 +55,56 @@ class Config:
         long = shape.capacity >= 8192 * 4 * cores
         shares = cores if cores > 1 and (shape.batch % cores or long) else 1
         wanted = min(16384, max(8192, shape.capacity // shares // 16))
-        block = _power_of_two(min(wanted, shape.capacity, _most_tokens(shape, info)))
+        block = max(LANES, _power_of_two(min(wanted, shape.capacity, _most_tokens(shape, info))))
         # Two steps at least, so that one overlaps the other; long ones wait less often for a reduction over lanes.
         return cls(block=block, step=min(4096, max(block // 2, LANES)), tail=min(2048, block), shares=shares)
 
 
 def _most_tokens(shape: Shape, info: Any) -> int:
     """Tokens of a block in half of VMEM: two buffers; a step's scores, weights and values take a few times as much."""
-    bytes_per_token = sum(heads * width for heads, width in shape.cached) * 2
-    return info.vmem_capacity_bytes // 2 // (2 * bytes_per_token + 8 * row_tiles(shape)[1])
+    return info.vmem_capacity_bytes // 2 // (2 * shape.token_bytes + 8 * row_tiles(shape)[1])
 
 
 def _power_of_two(n: int) -> int:
     return 1 << (n.bit_length() - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Where in a pool [P, S, pairs, 2, width] of a serving engine a token's latents and rotary key lie."""
+
+    pairs: int
+    """Pairs of slots of a token. A pair is 32 bits of each lane: an even slot in the low ones, the odd one above."""
+    width: int
+    """Of a slot, a multiple of 128."""
+    parts: tuple[tuple[int, int], ...]
+    """Of each part of the key, the slot of the first head, and how many slots lie from a head to the next."""
+
+    @classmethod
+    def of(cls, keys: Sequence[Columns]) -> Pool:
+        """Of the parts of the key.
+
+        Raises:
+          NotImplementedError: the kernel does not read such columns.
+        """
+        *shape, two, width = keys[0].array.shape
+        if len(shape) < 2 or two != 2 or width % LANES:
+            raise NotImplementedError(
+                "It reads pools [P, S, ..., 2, 128] or of a larger multiple of 128, in which two bfloat16 slots share "
+                f"the 32 bits of a lane; got {list(keys[0].array.shape)}."
+            )
+        parts = []
+        for key in keys:
+            slots = [start / width for start in key.starts]
+            step = slots[1] - slots[0] if len(slots) > 1 else 0
+            whole = all(slot.is_integer() for slot in slots) and step % 2 == 0
+            if not whole or not key.evenly_spaced or key.width > width:
+                raise NotImplementedError(
+                    f"It reads one slot of {width} columns for each head, from its start on, at equal distances of an "
+                    f"even number of slots; got {key.width} columns from each of {list(key.starts)} on."
+                )
+            parts.append((int(slots[0]), int(step)))
+        return cls(math.prod(shape[2:]), width, tuple(parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +117,8 @@ class Program:
     scale: float
     static: bool
     """For the compiler's estimate: every row is full, which is known when compiling, and no block is copied."""
+    pool: Pool | None = None
+    """None: keys and values are feature-major arrays."""
 
     @property
     def tiles(self) -> int:

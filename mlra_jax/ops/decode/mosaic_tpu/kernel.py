@@ -36,10 +36,12 @@ class Refs(NamedTuple):
     table: Ref  # SMEM int32 [B * N]: pages
     seen: Ref  # VMEM int32 [1, tiles, 1, rows]: tokens that each query row sees
     queries: Ref  # VMEM bf16 [1, heads * tiles, rows, key width]
-    cached: Sequence[Ref]  # HBM bf16 [P, heads, width, page_size] of each cached array
+    cached: Sequence[Ref]  # HBM bf16 [P, heads, width, page_size] of each cached array, or a pool, see `Pool`
     out: Ref  # VMEM [1, 1, heads * tiles, rows, V]
     lse: Ref  # VMEM float32 [1, 1, heads * tiles, 1, rows]
-    buffers: Sequence[Ref]  # VMEM bf16 [2, heads, width, block] of each cached array
+    buffers: Sequence[
+        Ref
+    ]  # VMEM bf16 [2, heads, width, block] of each, [2, block, pairs, 2, width] of a pool
     copied: Ref  # semaphores of the two buffers
     state: Ref  # SMEM int32 [2]: the next unit's buffer, and whether its copies have begun
     top: Ref  # VMEM float32 [heads * tiles, rows, 128]: the largest score, the same in each lane
@@ -98,6 +100,11 @@ class Row:
             def chunk(i: jax.Array) -> None:
                 at = start + i * size
                 page = refs.table[self.row * program.row_pages + at // shape.page_size]
+                if program.pool is not None:
+                    source, target = pl.ds(at % shape.page_size, size), pl.ds(i * size, size)
+                    [pool], [vmem] = refs.cached, refs.buffers
+                    do(pool.at[page, source], vmem.at[buffer, target], refs.copied.at[buffer])
+                    return
                 source = pl.ds(pl.multiple_of(at % shape.page_size, LANES), size)
                 target = pl.ds(pl.multiple_of(i * size, LANES), size)
                 for array, vmem in zip(refs.cached, refs.buffers, strict=True):
@@ -118,7 +125,7 @@ class Row:
 
 def kernel(program: Program, *all_refs: Ref) -> None:
     """Attends to one row of the batch, or to a share of its tokens; grid: cores, rows of each core."""
-    refs = Refs.of(len(program.shape.cached), all_refs)
+    refs = Refs.of(1 if program.pool else len(program.shape.cached), all_refs)
     core, item = pl.program_id(0), pl.program_id(1)
     row = Row(program, refs, core, item)
 
@@ -179,13 +186,10 @@ def _attend_tile(row: Row, h: Index, buffer: Index, tail_start: Index | None) ->
         seen = jnp.broadcast_to(refs.seen[0, h % program.tiles], (LANES, program.rows)).T[:, :1]
         limits = seen - tail_start, refs.longest[row.row] - tail_start
         tokens, step = config.tail, max(config.tail // 2, LANES)
-    head = h // program.tiles
-    arrays = [
-        vmem.at[buffer, head if heads > 1 else 0]
-        for vmem, (heads, _) in zip(refs.buffers, program.shape.cached, strict=True)
-    ]
+    kind = Features if program.pool is None else Slots
+    block = kind(program, refs, h // program.tiles, buffer, limits and limits[1])
     running = (refs.top.at[h], refs.total.at[h], refs.acc.at[h])
-    _attend(program, refs.queries[0, h], arrays, limits, tokens, step, *running)
+    _attend(program, refs.queries[0, h], block, limits and limits[0], tokens, step, *running)
 
 
 def _write(program: Program, refs: Refs, h: Index) -> None:
@@ -211,11 +215,77 @@ def _loop(n: int) -> Callable[[Callable[[Index], None]], None]:
     return (lambda body: body(0)) if n == 1 else pl.loop(0, n)
 
 
+# Whatever `jax_default_matmul_precision` says: bfloat16 has only one.
+_product = functools.partial(
+    jax.lax.dot_general, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32
+)
+_ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))
+_ROWS_BY_ROWS = (((1,), (1,)), ((), ()))
+
+
+class Features:
+    """A block of one head in feature-major buffers, [width, tokens] each."""
+
+    def __init__(self, program: Program, refs: Refs, head: Index, buffer: Index, limit: Index | None):
+        self.limit = limit  # how many tokens were copied; None: all
+        arrays = [
+            vmem.at[buffer, head if heads > 1 else 0]
+            for vmem, (heads, _) in zip(refs.buffers, program.shape.cached, strict=True)
+        ]
+        n = len(program.shape.widths)
+        self.keys, self.values_ref = arrays[:n], arrays[n % len(arrays)]
+
+    def scores(self, q: jax.Array, at: int, step: int) -> tuple[jax.Array, Callable[[], jax.Array]]:
+        """Products of the queries with `step` keys from `at` on, and the function that gives their values."""
+        k = jnp.concatenate([key[:, at : at + step] for key in self.keys], axis=0)
+        return _product(q, k, _ROWS_BY_COLUMNS), lambda: self.values(at, step)
+
+    def values(self, at: int, step: int) -> jax.Array:
+        """[step, V]."""
+        transposed = []
+        for i in range(at, at + step, _TRANSPOSED):
+            v = self.values_ref[:, i : min(i + _TRANSPOSED, at + step)]
+            if self.limit is not None:  # 0 * NaN is NaN: what was never written must not be multiplied
+                token = i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
+                v = jnp.where(token < self.limit, v.astype(jnp.float32), 0.0).astype(v.dtype)
+            transposed.append(v.T)
+        return jnp.concatenate(transposed, axis=0)
+
+
+class Slots:
+    """A block of one head in the buffer of a pool, [tokens, pairs, 2, width]."""
+
+    def __init__(self, program: Program, refs: Refs, head: Index, buffer: Index, limit: Index | None):
+        assert program.pool is not None
+        self.limit, self.pool, self.widths = limit, program.pool, program.shape.widths
+        [vmem] = refs.buffers
+        tokens = vmem.shape[1]
+        self.words = vmem.bitcast(jnp.uint32).at[buffer].reshape(tokens * self.pool.pairs, self.pool.width)
+        self.pairs = [first // 2 + (head * (step // 2) if step else 0) for first, step in self.pool.parts]
+
+    def scores(self, q: jax.Array, at: int, step: int) -> tuple[jax.Array, Callable[[], jax.Array]]:
+        """See `Features.scores`."""
+        n, loaded = self.pool.pairs, {}
+        parts = []
+        for pair, (first, stride), width in zip(self.pairs, self.pool.parts, self.widths, strict=True):
+            if (place := (first // 2, stride)) not in loaded:
+                rows = pl.ds(at * n + pair, step, stride=n) if n > 1 else pl.ds(at, step)
+                words = self.words[rows, :]
+                if self.limit is not None:  # as above
+                    token = at + jax.lax.broadcasted_iota(jnp.int32, words.shape, 0)
+                    words = jnp.where(token < self.limit, words, jnp.zeros_like(words))
+                loaded[place] = words
+            # The upper half of a float32 is a bfloat16.
+            upper = loaded[place] & jnp.uint32(0xFFFF0000) if first % 2 else loaded[place] << 16
+            parts.append(jax.lax.bitcast_convert_type(upper, jnp.float32).astype(q.dtype)[:, :width])
+        return _product(q, jnp.concatenate(parts, axis=1), _ROWS_BY_ROWS), lambda: parts[0]
+
+
 def _attend(
     program: Program,
     q: jax.Array,  # [rows, key width]
-    arrays: Sequence[Ref],  # of one head, [width, tokens] each
-    limits: tuple[jax.Array, Index] | None,
+    block: Features | Slots,
+    seen: jax.Array | None,
     tokens: int,
     step: int,
     top_ref: Ref,  # [rows, 128]: the largest score, the same in each lane
@@ -227,44 +297,28 @@ def _attend(
     The next step's scores are computed before this step's weighted sum: the compiler, which does not look across the
     end of a loop, then finds products, exponentials and transposes to run side by side.
 
-    `limits`: how many tokens of the block each row sees, [rows, 1], and how many were copied; None: all.
+    `seen`: how many tokens of the block each row sees, [rows, 1]; None: all.
     """
-    keys, values_ref = arrays[: len(program.shape.widths)], arrays[len(program.shape.widths) % len(arrays)]
     factor = program.scale * math.log2(math.e)
-    # Whatever `jax_default_matmul_precision` says: bfloat16 has only one.
-    precision = jax.lax.Precision.DEFAULT
-    product = functools.partial(jnp.dot, precision=precision, preferred_element_type=jnp.float32)
     lanes = lambda x: [x[:, i : i + LANES] for i in range(0, step, LANES)]
 
-    def scores(at: int) -> tuple[jax.Array, jax.Array]:
-        k = jnp.concatenate([key[:, at : at + step] for key in keys], axis=0)
-        s = product(q, k)
-        if limits is not None:
+    def scores(at: int) -> tuple[jax.Array, jax.Array, Callable[[], jax.Array]]:
+        s, values = block.scores(q, at, step)
+        if seen is not None:
             token = at + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            s = jnp.where(token < limits[0], s, -jnp.inf)
-        return s, functools.reduce(jnp.maximum, lanes(s)).max(axis=-1, keepdims=True)
-
-    def values(at: int) -> jax.Array:
-        """[step, V]."""
-        transposed = []
-        for i in range(at, at + step, _TRANSPOSED):
-            v = values_ref[:, i : min(i + _TRANSPOSED, at + step)]
-            if limits is not None:  # 0 * NaN is NaN: what was never written must not be multiplied
-                token = i + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
-                v = jnp.where(token < limits[1], v.astype(jnp.float32), 0.0).astype(v.dtype)
-            transposed.append(v.T)
-        return jnp.concatenate(transposed, axis=0)
+            s = jnp.where(token < seen, s, -jnp.inf)
+        return s, functools.reduce(jnp.maximum, lanes(s)).max(axis=-1, keepdims=True), values
 
     top, total, acc = top_ref[...], sum_ref[...], acc_ref[...]
     ahead = scores(0)
     for at in range(0, tokens, step):
-        s, top_of_step = ahead
+        s, top_of_step, values = ahead
         if at + step < tokens:
             ahead = scores(at + step)
         new_top = jnp.maximum(top, top_of_step)
         shrink = jnp.exp2((top - new_top) * factor)
         p = jnp.exp2((s - new_top[:, :1]) * factor)
         total = total * shrink + functools.reduce(jnp.add, lanes(p))
-        acc = acc * shrink[:, :1] + product(p.astype(q.dtype), values(at))
+        acc = acc * shrink[:, :1] + _product(p.astype(q.dtype), values(), _ROWS_BY_COLUMNS)
         top = new_top
     top_ref[...], sum_ref[...], acc_ref[...] = top, total, acc

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from mlra_jax.execution.accelerators import Accelerator
+from mlra_jax.ops.columns import decline_columns
 from mlra_jax.ops.decode.back_end import DecodeKernel
 from mlra_jax.ops.decode.reference import Arguments
 from mlra_jax.ops.decode.shape import Shape
@@ -33,6 +34,7 @@ class Triton(DecodeKernel[Config]):
         self.target()
         if args.layout != "token_major":
             raise NotImplementedError(f"It reads token_major caches, not {args.layout}.")
+        decline_columns(args.cached, "It reads")
         types = {x.dtype for x in (*(q for q, _ in args.parts), *args.cached)}
         if len(types) > 1 or types - {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)}:
             names = ", ".join(sorted(map(str, types)))
@@ -175,7 +177,7 @@ def _import_kernels() -> Any:
 
 def _launch(
     kernel: Any,
-    inputs: Sequence[jax.Array],
+    inputs: Sequence[Any],
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
     grid: tuple[int, int, int],
