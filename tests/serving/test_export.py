@@ -111,6 +111,8 @@ def test_the_folder_says_what_engines_read_and_returns_with_the_same_bytes(run, 
     assert (config.model, config.data.tokenizer, config.data.seq_len) == (run_config().model, "byte", 96)
     assert "exists; name another --out" in refusal(capsys, export.main, run, "--out", exported)
     assert "must be a local folder" in refusal(capsys, export.main, run, "--out", "gs://bucket/folder")
+    with pytest.raises(CheckpointError, match="mlra-convert makes one of the safetensors files"):
+        load_config(exported)
     assert "use mlra-convert from-export" in refusal(
         capsys, convert.main, "from-official", exported, "--out", tmp_path / "official"
     )
