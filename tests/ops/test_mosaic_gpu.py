@@ -79,7 +79,7 @@ def test_it_says_why_it_declines_a_call(compiled_for, change, dtype, message):
     [
         ((0, 128, 320), 64, r"equal distances and multiples of 64; got \[0, 128, 320\]"),
         ((32, 160, 288), 64, r"multiples of 64; got \[32, 160, 288\]"),
-        ((0, 128, 256), 36, "pools of a multiple of 8 columns; got 420"),
+        ((0, 128, 256), 32, "pools of a multiple of 64 columns; got 416"),
     ],
 )
 def test_it_says_which_columns_it_declines(compiled_for, starts, width, message):
