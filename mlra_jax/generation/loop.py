@@ -459,7 +459,7 @@ class GenerationLoop:
         for chosen in (flight.first, flight.later):
             if chosen is None:
                 continue
-            made = [None if x is None else np.asarray(x) for x in chosen]
+            made: list[Any] = [None if x is None else np.asarray(x) for x in chosen]
             now = self._engine.clock()
             if chosen.id_B.ndim == 1:
                 made = [None if x is None else x[None] for x in made]
