@@ -8,25 +8,39 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 import tyro
 
 from mlra_jax.cli import command
-from mlra_jax.config import OPTION, ConfigError, MeshConfig, NotNegative, Positive, TrainConfig, Validated
+from mlra_jax.config import (
+    OPTION,
+    ConfigError,
+    MeshConfig,
+    NotNegative,
+    Positive,
+    Range,
+    TrainConfig,
+    Validated,
+)
 from mlra_jax.data.tokenizers import get_tokenizer
 from mlra_jax.distributed import initialize, take_args
 from mlra_jax.errors import UserError
+from mlra_jax.evaluation import needle
 from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.execution.back_ends import BackEnds
+from mlra_jax.execution.compilation_cache import keep_compiled
+from mlra_jax.figures import check_figure, save_figure
 from mlra_jax.generation.generator import Generator
 from mlra_jax.markdown import padded
 from mlra_jax.sharding import check_decode_layout
 from mlra_jax.storage import write_whole
+
+Percent = Annotated[int, Range(ge=0, le=100)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +59,8 @@ class EvaluateArgs(Validated):
     """Shards, folders of shards (all their *.bin) or bucket URLs of either; `embedded`: the held-out split of the
     package's corpus."""
     tasks: str = ""
-    """Comma-separated tasks of lm-evaluation-harness; `paper`: the paper's seven. Needs the extra `eval`."""
+    """Comma-separated tasks of lm-evaluation-harness (needs the extra `eval`); `paper`: the paper's seven;
+    `mlra_needle`: whether the model finds a number in a long text, which needs nothing."""
     step: NotNegative | None = None
     """Step of the checkpoint; default: the latest."""
     mesh: MeshConfig = ALL_DEVICES
@@ -64,6 +79,16 @@ class EvaluateArgs(Validated):
     """Evaluate only this many documents of each task, for a trial."""
     task_folder: str = ""
     """Folder with YAML files of further tasks."""
+    needle_lengths: tuple[Positive, ...] = ()
+    """Lengths of the sequences of mlra_needle, in tokens; default: an eighth of --seq-len and its doublings."""
+    needle_depths: tuple[Percent, ...] = needle.DEPTHS
+    """Where mlra_needle hides the number, in percent of the text around it."""
+    needle_samples: Positive = 8
+    """Numbers to find at each length and depth."""
+    needle_digits: Annotated[int, Range(ge=1, le=100)] = needle.DIGITS
+    """Digits of a number."""
+    needle_figure: str = ""
+    """File for a heat map of what was found, in the format of its suffix; empty: none."""
     tokenizer: str = ""
     """`byte`, `gpt2`, or a path; default: the model's own."""
     json: str = ""
@@ -130,6 +155,15 @@ def task_table(results: dict[str, dict[str, float]], average: float | None) -> l
     return padded(("task", "metric", "value", "standard error"), rows, "llr")
 
 
+def needle_table(found: needle.Found) -> list[str]:
+    """One row per length, one column per depth, in percent."""
+    rows = [
+        (f"{n:,}", *(f"{100 * share:.0f}" for share in shares))
+        for n, shares in zip(found.lengths, found.share, strict=True)
+    ]
+    return padded(("tokens", *(f"at {depth} %" for depth in found.depths)), rows, "r")
+
+
 @command
 def main(argv: Sequence[str]) -> int:
     """Evaluates and prints; returns the exit status."""
@@ -148,9 +182,19 @@ def main(argv: Sequence[str]) -> int:
     out = Path(args.json).expanduser()
     if args.json and (out.is_dir() or not out.parent.is_dir()):
         raise ConfigError(f"--json {args.json} must be a file in a folder that exists.")
+    figure = check_figure("--needle-figure", args.needle_figure) if args.needle_figure else None
+    needles = None
+    if needle.TASK in names:
+        names.remove(needle.TASK)
+        lengths = args.needle_lengths or tuple(model.seq_len // d for d in (8, 4, 2, 1))
+        needles = plan_evaluation(
+            args.checkpoint, args.mesh, seq_len=max(lengths), batch_size=args.batch_size, step=args.step
+        )
+        needle_tokenizer = get_tokenizer(args.tokenizer or config.data.tokenizer)
+        needle.sequence(needle_tokenizer, min(lengths), 0, "0" * args.needle_digits)
     parts: list[Part] = []
     byte_lengths = None
-    if args.data or not names:
+    if args.data or not args.tasks:
         tokenizer_name = args.tokenizer or config.data.tokenizer
         data = dataclasses.replace(config.data, tokenizer=tokenizer_name, verify=args.verify)
         parts = open_parts(args.data, data, config.model.vocab_size, args.protocol)
@@ -162,9 +206,7 @@ def main(argv: Sequence[str]) -> int:
         tasks = harness.load_tasks(names, args.task_folder)
         if tasks.generates:
             check_decode_layout(config.model, MeshConfig(**model.mesh.shape))
-    cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    keep_compiled(config.compilation_cache if args.compilation_cache is None else args.compilation_cache)
 
     first = jax.process_index() == 0
     report: dict[str, Any] = _describe(args, model)
@@ -174,6 +216,25 @@ def main(argv: Sequence[str]) -> int:
             report["perplexity"] = {"shards": [r.as_dict() for r in results], "mean": mean(results)}
             if first:
                 print(*perplexity_table(results), sep="\n", flush=True)
+        if needles is not None:
+            found = needle.find_needles(
+                Scorer(needles),
+                needle_tokenizer,
+                lengths,
+                args.needle_depths,
+                samples=args.needle_samples,
+                digits=args.needle_digits,
+                progress=first,
+            )
+            report[needle.TASK] = {
+                "samples": args.needle_samples,
+                "digits": args.needle_digits,
+                **found.as_dict(),
+            }
+            if first:
+                print(*needle_table(found), sep="\n", flush=True)
+            if first and figure:
+                save_figure(needle.heat_map(found, config.name), figure)
         if tasks is not None:
             make_generator = lambda: Generator.from_checkpoint(
                 model.checkpoint, mesh=MeshConfig(**model.mesh.shape), tokenizer=args.tokenizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from mlra_jax.cli import command
 from mlra_jax.config import OPTION, Range, Validated
 from mlra_jax.errors import UserError
-from mlra_jax.storage import write_whole
+from mlra_jax.figures import check_figure, save_figure
 from mlra_jax.training.metrics import read_metrics
 
 
@@ -67,11 +66,6 @@ def draw_run(axes: Axes, run: str, x: str, smooth: float) -> None:
         axes.plot(xs, losses, "o--", color=color, markersize=4, linewidth=1, label=f"{name}: held out")
 
 
-def figure_formats() -> list[str]:
-    """The formats in which a figure can be written: suffixes without the dot."""
-    return sorted(Figure().canvas.get_supported_filetypes())
-
-
 @command
 def main(argv: Sequence[str]) -> int:
     """Draws the figure and prints its path."""
@@ -79,10 +73,7 @@ def main(argv: Sequence[str]) -> int:
     if not args.runs:
         raise UserError("Name at least one run's folder: mlra-plot RUN [RUN ...] --out losses.png")
     args.validate()
-    out = pathlib.Path(args.out).expanduser()
-    formats = figure_formats()
-    if out.suffix[1:].lower() not in formats or out.is_dir():
-        raise UserError(f"--out {args.out} must be a file that ends in .{', .'.join(formats)}.")
+    out = check_figure("--out", args.out)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in args.runs:
@@ -91,10 +82,7 @@ def main(argv: Sequence[str]) -> int:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=out.suffix[1:].lower())
-    write_whole(out, picture.getvalue())
+    save_figure(figure, out)
     print(out)
     return 0
 

@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
     monkeypatch.setattr(load, "load_params", lambda *_: pytest.fail("read parameters"))
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # importing it fails
     monkeypatch.delitem(sys.modules, "mlra_jax.evaluation.harness", raising=False)
-    data = ["--data", str(folder)]
+    data, needles = ["--data", str(folder)], ["--tasks", "mlra_needle"]
     cases = [
         ([*data, "--protocol", "paper"], "has 205 tokens; the paper protocol needs at least 577"),
         ([*data, "--batch-size", "0"], "--batch-size=0 must be at least 1"),
@@ -60,13 +60,19 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
         ([*data, "--mesh.data", "16"], "needs 16 devices; JAX sees 8"),
         (
             [*data, "--mesh.data", "1", "--mesh.context", "5"],
-            "data.seq_len=96 is not divisible by mesh axis context=5",
+            "data.seq_len=96 is not divisible by twice mesh axis context=5",
         ),
         ([*data, "--json", str(tmp_path / "no" / "file.json")], "must be a file in a folder that exists"),
         ([*data, "--tokenizer", "nonsense"], "not with nonsense, which cannot be read here"),
         ([*data, "--step", "4"], "No checkpoint of step 4"),
         (["--data", "absent"], "There is no file or folder absent"),
         (["--tasks", "paper"], "--tasks needs lm-evaluation-harness: pip install 'mlra_jax[eval]'"),
+        ([*needles, "--needle-lengths", "96", "60"], "A sequence of 60 tokens has no room for a needle"),
+        (
+            [*needles, "--needle-depths", "50", "101"],
+            "--needle-depths=101 must be at least 0 and at most 100",
+        ),
+        ([*needles, "--needle-figure", "map.doc"], "--needle-figure map.doc must be a file that ends in"),
         (["--limit", "0"], "--limit=0 must be at least 1"),
         (
             [*data, "--tokenizer", "gpt2"],
@@ -80,6 +86,38 @@ def test_what_does_not_fit_is_refused_before_parameters_are_read(
         captured = capsys.readouterr()
         assert words in captured.err
         assert not captured.out
+
+
+def test_needles_are_looked_for_without_the_harness(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    out, figure = tmp_path / "results.json", tmp_path / "needle.png"
+    options = [
+        "--tasks",
+        "mlra_needle",
+        "--mesh.data",
+        "1",
+        "--needle-lengths",
+        "96",
+        "--needle-depths",
+        "0",
+        "100",
+    ]
+    options += ["--needle-samples", "3", "--needle-figure", str(figure), "--json", str(out)]
+    assert cli.main(["--checkpoint", checkpoint, *options]) == 0
+    assert capsys.readouterr().out.splitlines()[::2] == [
+        "| tokens | at 0 % | at 100 % |",
+        "|     96 |      0 |        0 |",
+    ]
+    report = json.loads(out.read_text())
+    assert "perplexity" not in report
+    assert report["mlra_needle"] == {
+        "samples": 3,
+        "digits": 5,
+        "lengths": [96],
+        "depths": [0, 100],
+        "share": [[0, 0]],
+    }
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_the_tokenizer_there_is_a_note_and_no_bits_per_byte(
