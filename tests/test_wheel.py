@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("convert", "decode", "describe", "evaluate", "export", "plan", "plot", "prepare", "train")
+COMMANDS = ("convert", "decode", "describe", "evaluate", "export", "plan", "plot", "prepare", "serve", "train")
 
 
 @pytest.fixture(scope="module")
