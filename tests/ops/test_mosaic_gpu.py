@@ -319,13 +319,9 @@ def compile_all():
     with jax.set_mesh(mesh):
         for case in COMPILED.values():
             call = abstract_call(case)
-            put = lambda x: (
-                None
-                if x is None
-                else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-            )
+            put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
             run = functools.partial(call, implementation="mosaic_gpu")
-            jax.jit(run).lower(*map(put, call.args)).compile()
+            jax.jit(run).lower(*jax.tree.map(put, call.args)).compile()
 
 
 @compiles
