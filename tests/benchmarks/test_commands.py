@@ -11,7 +11,15 @@ import types
 import jax
 import pytest
 
-from benchmarks import determinism, input_pipeline, split_latents, tpu_static, train, train_attention
+from benchmarks import (
+    determinism,
+    input_pipeline,
+    prepare,
+    split_latents,
+    tpu_static,
+    train,
+    train_attention,
+)
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.convert import main as convert
@@ -131,6 +139,13 @@ def test_a_variant_of_the_gradient_is_measured_with_its_flags(variant, call, mon
     assert call(determinism, "--configs", "tiny", "--variant", variant, "--steps", "1") == 0
     assert json.loads(capsys.readouterr().out) == {"step_s": 1.0}
     assert measured == [("sums" in variant, "yes" if "deterministic" in variant else "no")]
+
+
+def test_preparing_is_timed_and_the_shards_of_all_numbers_of_processes_compared(call, capsys):
+    call(prepare, "--workers", 1, "--megabytes", 0.1, "--tokenizer", "byte")
+    assert re.search(
+        r"tokenizer byte\n\n.*\n.*\n\| 1 \| [\d,]+ \| [\d,]+ \| [\d,]+ \|", capsys.readouterr().out
+    )
 
 
 def test_the_input_pipeline_is_timed_over_shards_of_its_own(call, tmp_path):
