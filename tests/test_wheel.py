@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("convert", "decode", "describe", "evaluate", "export", "plan", "plot", "prepare", "serve", "train")
+COMMANDS = (
+    "convert",
+    "decode",
+    "describe",
+    "evaluate",
+    "export",
+    "plan",
+    "plot",
+    "prepare",
+    "serve",
+    "train",
+)
 
 
 @pytest.fixture(scope="module")
