@@ -159,6 +159,14 @@ decode = functools.partial(mlra.latent_decode_attention, scale=0.25)
 out, lse = jax.jit(decode)(q_nope, q_rope, kv_latent, k_rope, kv_len)
 """
 
+COLUMNS = """
+tokens = np.concatenate([*kv_latent.swapaxes(0, 1), k_rope], axis=2)  # side by side, [B, S, L * C + R]
+pool, pages = tokens.reshape(8, 16, -1), np.arange(8).reshape(B, 4)  # as pages of 16 tokens
+latents, keys = mlra.Columns(pool, (0, 8, 16, 24), width=C), mlra.Columns(pool, (32,), width=R)
+paged, _ = jax.jit(decode)(q_nope, q_rope, latents, keys, kv_len, page_table=pages)
+np.testing.assert_allclose(paged, out, atol=1e-5)
+"""
+
 GROUPED_OP = """
 q, k, v = random(B, T, 2, 4, 8), random(B, 2, S, 8), random(B, 2, S, 8)
 out, lse = jax.jit(functools.partial(mlra.grouped_decode_attention, scale=0.35))(q, k, v, kv_len)
@@ -224,6 +232,7 @@ SECTIONS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     "Devices": {"make_mesh AxisRules TRAIN_RULES decode_rules": MESH},
     "Operations": {
         "latent_decode_attention": LATENT_OP,
+        "Columns": COLUMNS,
         "grouped_decode_attention": GROUPED_OP,
         "factored_decode_attention": FACTORED_OP,
         "explain": EXPLAIN,

@@ -33,6 +33,7 @@ from mlra_jax.generation.load import load_model as load_model
 from mlra_jax.generation.sampling import Sampling as Sampling
 from mlra_jax.model.transformer import Transformer as Transformer
 from mlra_jax.model.weights import attention_weights as attention_weights
+from mlra_jax.ops.columns import Columns as Columns
 from mlra_jax.ops.decode import factored_decode_attention as factored_decode_attention
 from mlra_jax.ops.decode import grouped_decode_attention as grouped_decode_attention
 from mlra_jax.ops.decode import latent_decode_attention as latent_decode_attention

@@ -116,7 +116,11 @@ def find_step(checkpoint: epath.PathLike, step: int | None = None) -> epath.Path
         raise CheckpointError(f"No checkpoint at {checkpoint}: the folder does not exist.")
     found = {m.step: m.path for m in ocp.path.step.standard_name_format().find_all(root)}
     if not found:
-        raise CheckpointError(f"No complete checkpoint at {checkpoint}; expected step folders in {root}.")
+        weights = any(root.glob("*.safetensors"))
+        hint = " mlra-convert makes one of the safetensors files there." if weights else ""
+        raise CheckpointError(
+            f"No complete checkpoint at {checkpoint}; expected step folders in {root}.{hint}"
+        )
     wanted = max(found) if step is None else step
     if wanted not in found:
         raise CheckpointError(f"No checkpoint of step {step} at {checkpoint}; it has {sorted(found)}.")

@@ -580,7 +580,8 @@ class TrainConfig(Validated):
     seed: Seed = 5000
     """Seed of the initial parameters and of the data order."""
     compilation_cache: str = "~/.cache/mlra_jax/xla"
-    """Folder in which XLA's compiled programs are kept between runs; empty: none."""
+    """Folder, or bucket URL (for pods, whose disks are new each time), that keeps compiled programs between runs;
+    empty: none."""
 
     @property
     def run_dir(self) -> str:

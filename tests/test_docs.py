@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 import mlra_jax
-from mlra_jax.cli import convert, describe, export, plot, prepare
+from mlra_jax.cli import convert, describe, export, plot, prepare, serve
 from mlra_jax.cli.configs import parse_train_args
 from mlra_jax.cli.decode import DecodeArgs
 from mlra_jax.cli.evaluate import EvaluateArgs
@@ -31,6 +31,7 @@ PARSERS = {
     "from-export": convert.FromExportArgs,
     "split-latents": convert.SplitLatentsArgs,
     "export": export.ExportArgs,
+    "serve": serve.ServeArgs,
 }
 PLACEHOLDERS = {
     "CONFIG": "tiny",
@@ -96,7 +97,7 @@ def shown_commands():
     """(program, arguments) of each command of ours that a page shows in code."""
     program = (
         r"(?:python3? (train|decode|evaluate)\.py|"
-        r"mlra-(train|decode|evaluate|plan|prepare|plot|describe|convert|export))\b,? +(.+)"
+        r"mlra-(train|decode|evaluate|plan|prepare|plot|describe|convert|export|serve))\b,? +(.+)"
     )
     commands = set()
     for page in PAGES:
@@ -125,7 +126,10 @@ def arguments(rest):
 @pytest.mark.parametrize(("program", "rest"), shown_commands())
 def test_every_command_that_is_shown_parses(program, rest, monkeypatch):
     monkeypatch.chdir(ROOT)
-    distributed, args = take_args(arguments(rest))
+    words = arguments(rest)
+    if "--" in words:  # what follows are an engine's
+        words = words[: words.index("--")]
+    distributed, args = take_args(words)
     assert not distributed.faults()
     if program == "convert":
         program, args = args[0], args[1:]

@@ -1,8 +1,8 @@
 """The console commands, and what they share: how they start, and how errors and signals end them.
 
-`mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-evaluate`, `mlra-prepare`, `mlra-plot`, `mlra-convert`, `mlra-export`
-and `mlra-describe` are the `main` functions of the modules in this package. This module imports nothing heavy, so that
-Ctrl-C is handled before JAX is loaded.
+`mlra-train`, `mlra-plan`, `mlra-decode`, `mlra-evaluate`, `mlra-prepare`, `mlra-plot`, `mlra-convert`, `mlra-export`,
+`mlra-serve` and `mlra-describe` are the `main` functions of the modules in this package. This module imports nothing
+heavy, so that Ctrl-C is handled before JAX is loaded.
 """
 
 from __future__ import annotations

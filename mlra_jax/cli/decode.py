@@ -19,6 +19,7 @@ from mlra_jax.config import ConfigError, MeshConfig
 from mlra_jax.data.tokenizers import Tokenizer, get_tokenizer
 from mlra_jax.distributed import initialize, take_args
 from mlra_jax.execution.back_ends import BackEnds
+from mlra_jax.execution.compilation_cache import keep_compiled
 from mlra_jax.generation.generator import (
     DEFAULTS,
     Completion,
@@ -208,9 +209,7 @@ def main(argv: Sequence[str]) -> int:
     options = options_by_prompt(given, len(prompts))
     config = load_config(args.checkpoint, args.step)
     fit_prompts(prompts, options, get_tokenizer(args.tokenizer or config.data.tokenizer))
-    cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    keep_compiled(config.compilation_cache if args.compilation_cache is None else args.compilation_cache)
 
     generator = Generator.from_checkpoint(
         args.checkpoint,

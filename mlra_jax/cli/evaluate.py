@@ -33,6 +33,7 @@ from mlra_jax.evaluation.load import ALL_DEVICES, Evaluated, plan_evaluation
 from mlra_jax.evaluation.perplexity import Part, Perplexity, Protocol, evaluate, mean, open_parts
 from mlra_jax.evaluation.scoring import Scorer
 from mlra_jax.execution.back_ends import BackEnds
+from mlra_jax.execution.compilation_cache import keep_compiled
 from mlra_jax.figures import check_figure, save_figure
 from mlra_jax.generation.generator import Generator
 from mlra_jax.markdown import padded
@@ -205,9 +206,7 @@ def main(argv: Sequence[str]) -> int:
         tasks = harness.load_tasks(names, args.task_folder)
         if tasks.generates:
             check_decode_layout(config.model, MeshConfig(**model.mesh.shape))
-    cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
-    if cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(cache))
+    keep_compiled(config.compilation_cache if args.compilation_cache is None else args.compilation_cache)
 
     first = jax.process_index() == 0
     report: dict[str, Any] = _describe(args, model)

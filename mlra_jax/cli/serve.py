@@ -45,9 +45,9 @@ SPARE = 6
 class ServeArgs(Validated):
     """Serves a model over HTTP with OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
 
-    The engine is sglang-jax (pip install 'mlra_jax[serve]', Python 3.12 or later). On several hosts, run the same
-    command on each with --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I;
-    the first one answers. The engine's own options follow after `--`: mlra-serve runs/tiny -- --schedule-policy lpm
+    The engine is sglang-jax (docs/serving.md says how to install it). On several hosts, run the same command on each
+    with --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one
+    answers. The engine's own options follow after `--`: mlra-serve runs/tiny -- --schedule-policy lpm
     """
 
     at: ClassVar[str] = OPTION
@@ -250,6 +250,10 @@ def main(argv: Sequence[str]) -> int:
     platform, count = _devices(bool(of_hosts))
     mesh = _mesh(args, platform, count)
     check_decode_layout(config.model, mesh, splits_heads("auto", config.model, mesh.tensor, platform))
+    if platform in ("gpu", "cuda"):
+        # As for our own steps (`mlra_jax.generation.engine.compiler_options`); the engine passes no options on.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_dot_merger_threshold_mb=0".strip()
     api_key = args.api_key or os.environ.get("MLRA_API_KEY", "")
     if not api_key and not _is_local(args.host):
         print(

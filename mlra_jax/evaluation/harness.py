@@ -172,7 +172,7 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Completes each prompt with the decode engine; prompts that are too long are truncated on the left."""
         prompts, asked = zip(*(request.args for request in requests), strict=True)
-        batch_size = self._scorer.model.batch_size
+        batch_size = self._scorer.model.rows(len(prompts))
         options = [generation_options(kwargs, self.max_length, batch_size) for kwargs in asked]
         return self._generator().generate(prompts, options)
 

@@ -24,7 +24,7 @@ from mlra_jax.training.step import abstract_state, make_train_step
 
 GPUS = {name: KINDS[name] for name in ("h100", "h200", "a100", "l4")}
 """JAX's names of GPUs, by short name."""
-TPUS = {"v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "tpu7x": (3, 2)}
+TPUS = {"v4": (3, 1), "v5e": (2, 1), "v5p": (3, 1), "v6e": (2, 1), "tpu7x": (3, 2)}
 """Dimensions of a slice, and JAX's devices on a chip."""
 
 

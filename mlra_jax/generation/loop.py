@@ -250,7 +250,11 @@ class GenerationLoop:
 
         Returns:
           What came for each request, in order of time; nothing if there is nothing to do.
+
+        Raises:
+          ConfigError: `max_steps` is less than 1.
         """
+        require(Positive, max_steps=max_steps)
         events = self._drop_cancelled()
         flight, self._flight = self._flight or self._launch(max_steps), None
         if flight is None:

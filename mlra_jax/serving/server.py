@@ -21,6 +21,9 @@ from sgl_jax.srt.utils import kill_process_tree
 from mlra_jax.serving.gate import Counts, Gate, requests_of_client
 from mlra_jax.serving.sglang import NOT_FINITE_MESSAGE, register
 
+SEED_STEP = 0x3C6EF35F
+"""Between the seeds of a request's samples."""
+
 
 class Requests(TokenizerManager):
     """The engine's door for requests, with seeds, counts, and an end for every one of them."""
@@ -37,13 +40,13 @@ class Requests(TokenizerManager):
 
     def _send_one_request(self, obj: Any, tokenized_obj: Any, created_time: float | None = None) -> Any:
         params = tokenized_obj.sampling_params
-        # Copies for the samples of one prompt share the counter.
-        number = params.__dict__.setdefault("sample_numbers", itertools.count())
-        own = copy.copy(params)
-        del own.sample_numbers
-        seed = secrets.randbelow(2**31) if params.sampling_seed is None else params.sampling_seed
-        own.sampling_seed = (seed + next(number)) % 2**31
-        tokenized_obj.sampling_params = own
+        if params.max_new_tokens > 0:  # else it caches the prompt, of which samples come after
+            # The copies of a request for several samples share the counter.
+            number = next(params.__dict__.setdefault("sample_numbers", itertools.count()))
+            seed = secrets.randbelow(2**31) if params.sampling_seed is None else params.sampling_seed
+            tokenized_obj.sampling_params = own = copy.copy(params)
+            del own.sample_numbers
+            own.sampling_seed = (seed + SEED_STEP * number) % 2**31
         if (of_client := requests_of_client.get()) is not None:
             of_client.append(obj.rid)
         return super()._send_one_request(obj, tokenized_obj, created_time)

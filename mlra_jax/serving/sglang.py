@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_pytree_node_class
 from sgl_jax.srt.entrypoints import engine
-from sgl_jax.srt.layers.logits_processor import LogitsProcessor
+from sgl_jax.srt.layers.logits_processor import LogitsMetadata, LogitsProcessor
 from sgl_jax.srt.layers.sampler import Sampler
 from sgl_jax.srt.managers import schedule_batch, tp_worker
 from sgl_jax.srt.managers.detokenizer_manager import run_detokenizer_process
@@ -27,10 +27,12 @@ from sgl_jax.srt.managers.scheduler import run_scheduler_process
 from sgl_jax.srt.mem_cache.memory_pool import GB, MHATokenToKVPool
 from sgl_jax.srt.model_executor import model_runner
 from sgl_jax.srt.models.registry import ModelRegistry
+from sgl_jax.srt.sampling.sampling_batch_info import SamplingMetadata
 
 from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.generation.load import splits_heads
 from mlra_jax.generation.sampling import Sampling
+from mlra_jax.serving.gate import MAX_TOP_LOGPROBS
 from mlra_jax.serving.hf_config import MLRAConfig, register_config
 from mlra_jax.serving.huggingface import ARCHITECTURE, load
 from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
@@ -75,7 +77,14 @@ class MLRAForCausalLM(nnx.Module):
         attention = config.attention
         with jax.set_mesh(self.mesh):
             heads = HeadShards.of(config, rules).count // tensor
-        self.token_layout = TokenLayout.packed(attention.d_latent, attention.d_rope, heads)
+        sizes = attention.d_latent, attention.d_rope, heads
+        self.packs = self.mesh.devices.flat[0].platform != "tpu"
+        """Whether pages hold no padding. On TPUs they are the engine's own: its layout is what kernels read there, and
+        a row of another width would be padded to as much by the hardware."""
+        if self.packs:
+            self.token_layout = TokenLayout.packed(*sizes)
+        else:
+            self.token_layout = TokenLayout.of_kv_heads(*sizes, head_dim=self.config.head_dim)
 
     def __call__(self, forward_batch: Any, memory_pools: Any, logits_metadata: Any) -> tuple[Any, ...]:
         pool = memory_pools.token_to_kv_pool
@@ -147,13 +156,15 @@ class LatentPool(MHATokenToKVPool):
 
 
 class Runner(model_runner.ModelRunner):
-    """Makes a `LatentPool`, and counts what it holds for a token."""
+    """Makes a `LatentPool` where pages hold no padding, and counts what they hold for a token."""
 
     def _compute_cell_size(self) -> int:
         values = self.model.token_layout.width * self._kv_pool_layer_count()
         return values * np.dtype(self.kv_cache_dtype).itemsize
 
-    def _maybe_wrap_hybrid_kv_pool(self, token_to_kv_pool_class: type, **kwargs: Any) -> LatentPool:
+    def _maybe_wrap_hybrid_kv_pool(self, token_to_kv_pool_class: type, **kwargs: Any) -> MHATokenToKVPool:
+        if not self.model.packs:
+            return super()._maybe_wrap_hybrid_kv_pool(token_to_kv_pool_class, **kwargs)
         return LatentPool(
             self.model.token_layout,
             size=self.max_total_num_tokens,
@@ -243,6 +254,30 @@ def _copied(merge_cache_loc: Any) -> Any:
     return merge
 
 
+def _of_few_shapes(metadata: Any) -> Any:
+    """`from_model_worker_batch` of the engine's metadata, without what would compile a program for each batch.
+
+    The engine gives compiled functions, as constants, which request wants how many log-probabilities, and how long the
+    prompts are for which it wants some. Only the greatest number matters, and each request gets its own in the end.
+    """
+    make = metadata.from_model_worker_batch.__func__
+
+    @functools.wraps(make)
+    def make_uniform(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        made = make(cls, *args, **kwargs)
+        if not getattr(made, "extend_return_logprob", False):  # of prompts' tokens
+            wanted = any(number > 0 for number in made.top_logprobs_nums or ())
+            made.top_logprobs_nums = [MAX_TOP_LOGPROBS] if wanted else None
+            if all(ids is None for ids in made.token_ids_logprobs or ()):
+                made.token_ids_logprobs = None
+            for name in ("seq", "logprob_start", "logprob_pruned"):
+                if hasattr(made, field := f"extend_{name}_lens_cpu"):
+                    setattr(made, field, None)
+        return made
+
+    return classmethod(make_uniform)
+
+
 def register() -> None:
     """Makes the model known to the engine in this process. It may be called again."""
     register_config()
@@ -251,6 +286,8 @@ def register() -> None:
     model_runner.Sampler = OurSampler
     if not hasattr(schedule_batch.Req.check_finished, "__wrapped__"):
         schedule_batch.Req.check_finished = _end_if_not_finite(schedule_batch.Req.check_finished)
+        for metadata in (LogitsMetadata, SamplingMetadata):
+            metadata.from_model_worker_batch = _of_few_shapes(metadata)
         schedule_batch.ScheduleBatch._merge_cache_loc = _copied(schedule_batch.ScheduleBatch._merge_cache_loc)
     engine.run_scheduler_process = run_scheduler
     engine.run_detokenizer_process = run_detokenizer

@@ -17,13 +17,18 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
 
+from mlra_jax.attention.head_shards import HeadShards
+from mlra_jax.attention.latent import LatentAttentionConfig
+from mlra_jax.config import ModelConfig
 from mlra_jax.model import Transformer
 from mlra_jax.ops.append import normalize_and_append
 from mlra_jax.ops.columns import Columns
 from mlra_jax.ops.decode import latent_decode_attention
 from mlra_jax.ops.rotary import Frequencies, rotary_tables
-from mlra_jax.sharding import AxisRules
+from mlra_jax.sharding import AxisRules, on_mesh
 
 MAX_BLOCK = 128
 """Most queries of a block."""
@@ -259,3 +264,63 @@ def hidden_states(
 def logits(model: Transformer, hidden_TD: jax.Array) -> jax.Array:
     """Float32 logits [T, V] of hidden states."""
     return model.embedding.decode(hidden_TD[:, None])[:, 0]
+
+
+def compile_ahead(
+    config: ModelConfig,
+    rules: AxisRules,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    requests: int,
+    pages: int,
+    page_size: int,
+    max_len: int,
+    prefill: bool,
+    head_dim: int = 0,
+) -> jax.stages.Compiled:
+    """Compiles a step for a mesh whose devices may be absent; nothing is allocated.
+
+    Args:
+      config: the model's configuration.
+      rules: the decoding table.
+      mesh: with explicit axes.
+      tokens: T.
+      requests: B.
+      pages: P.
+      page_size: S.
+      max_len: tokens of a request.
+      prefill: whether requests have different numbers of new tokens; if not, each has T / B.
+      head_dim: of the KV heads of an engine's own pool (`TokenLayout.of_kv_heads`); 0: a packed one.
+
+    Returns:
+      The program; its arguments are the model's leaves, the buffers, and the batch.
+    """
+    attention = config.attention
+    assert isinstance(attention, LatentAttentionConfig)
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), rules=rules, layout="decode"))
+        parts = rules.size("kv_head_shards")
+        heads = HeadShards.of(config, rules).count // parts
+        sizes = attention.d_latent, attention.d_rope, heads
+        layout = TokenLayout.of_kv_heads(*sizes, head_dim) if head_dim else TokenLayout.packed(*sizes)
+        packing = 4 // jnp.dtype(config.compute_dtype).itemsize
+        of_token = (2 * heads * parts // packing, packing, head_dim) if head_dim else (parts * layout.width,)
+        names = ("batch", None, "kv_head_shards", *[None] * (len(of_token) - 1))
+
+        def buffer() -> jax.Array:
+            return rules.constrain(jnp.zeros((pages, page_size, *of_token), config.compute_dtype), *names)
+
+        buffers = [jax.eval_shape(buffer) for _ in model.layers]
+        leaves, treedef = jax.tree.flatten(model)
+        ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        table = ints(requests, -(-max_len // page_size))
+
+        def run(
+            leaves: Any, buffers: Any, ids_T: Any, position_T: Any, slot_T: Any, new_B: Any, table_BN: Any
+        ) -> Any:
+            batch = RaggedBatch.of_requests(position_T, slot_T, new_B if prefill else None, table_BN)
+            return hidden_states(jax.tree.unflatten(treedef, leaves), buffers, ids_T, batch, layout)
+
+        args = leaves, buffers, ints(tokens), ints(tokens), ints(tokens), ints(requests), table
+        return jax.jit(run, donate_argnums=1).lower(*on_mesh(args, mesh)).compile()

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlra_jax.attention.head_shards import HeadShards
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import ConfigError
 from mlra_jax.serving import huggingface
 from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
@@ -56,6 +57,7 @@ class MLRAForCausalLM(nnx.Module):
         """Runs a batch: the layers' pages with its tokens, and their last hidden states [T, D]."""
         model = self.mlra
         a, page_size, head_dim = model.config.attention, kv_caches[0].shape[1], kv_caches[0].shape[-1]
+        assert isinstance(a, LatentAttentionConfig)
         heads = HeadShards.of(model.config, RULES).count // RULES.size("kv_head_shards")
         layout = TokenLayout.of_kv_heads(a.d_latent, a.d_rope, heads, head_dim)
         batch = ragged_batch(attention_metadata, page_size)

@@ -31,6 +31,7 @@ from mlra_jax.distributed import StopSignal, agree
 from mlra_jax.errors import ExplainedError
 from mlra_jax.execution.accelerators import device_memory
 from mlra_jax.execution.back_ends import BackEnds
+from mlra_jax.execution.compilation_cache import keep_compiled
 from mlra_jax.execution.flops import peak_flops, train_flops_per_token
 from mlra_jax.execution.planner import Plan, resolve
 from mlra_jax.sharding import TRAIN_RULES, check_train_layout, make_mesh
@@ -72,9 +73,7 @@ def laid_out(config: TrainConfig) -> tuple[TrainConfig, Mesh, Plan]:
     return config, mesh, plan
 
 
-def train(
-    config: TrainConfig, doing: Callable[[str, float], None] = lambda what, patience: None
-) -> TrainResult:
+def train(config: TrainConfig, doing: Callable[[str, float], None] | None = None) -> TrainResult:
     """Trains the run that `config` describes, or continues it; every process of a cluster calls it.
 
     A run found in `config.run_dir` continues from its latest complete checkpoint, on any mesh; a checkpoint of
@@ -93,16 +92,16 @@ def train(
       CheckpointError: the run's folder, or `init_from`, holds a run of another model.
       DivergedError: loss, gradient or parameters became NaN or infinite; no checkpoint holds such a step.
     """
+    doing = doing or (lambda what, patience: None)
     # All checks come first, before anything is compiled or allocated.
     config.validate()
     check_sinks(config)
     check_storage(config.run_dir, RUN_PROTOCOLS)
+    keep_compiled(config.compilation_cache)
     if config.init_from and not has_checkpoint(config.run_dir):
         check_initial(config)
     config, mesh, plan = laid_out(config)
     n_data_shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))

@@ -271,6 +271,32 @@ def test_the_shares_stay_as_they_are_during_generation(engine, prompts):
     assert e.cache_bytes(4, 64) == rows.cache_bytes_per_device == 4 * 2 * 4 * 64 * 24
 
 
+def test_rows_of_the_cache_are_taken_put_and_repeated_on_their_own_device(config_of):
+    with jax.set_mesh(make_mesh(MeshConfig(2, 1, 1, 1), jax.devices()[:2])):
+        rules = decode_rules()
+        cache = Cache.create(config_of("mlra_4"), rules, batch=4, max_len=64)
+        number = lambda x: x + np.arange(4, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        number = jax.jit(number, out_shardings=None)
+        cache = jax.tree.map(lambda x: rules.constrain(number(x), "batch"), cache)
+        rows = lambda *local: rules.constrain(np.array(local, np.int32), "batch")
+        part = jax.jit(Cache.take)(cache, rows(1, 0), rows(7, 8))
+        put = jax.jit(Cache.put)(cache, rows(0, 2), part)  # the second device has no third row: dropped
+        for made, content, lengths in [
+            (part, [1, 2], [7, 8]),
+            (put, [1, 1, 2, 3], [7, 1, 2, 3]),
+            (
+                jax.jit(Cache.repeat, static_argnums=1)(cache, 2),
+                [0, 0, 1, 1, 2, 2, 3, 3],
+                [0, 0, 1, 1, 2, 2, 3, 3],
+            ),
+        ]:
+            assert np.asarray(made.lengths).tolist() == lengths
+            for array in jax.tree.leaves(made.layers):
+                assert np.asarray(array).reshape(len(content), -1)[:, [0, -1]].tolist() == [
+                    [i, i] for i in content
+                ]
+
+
 def test_the_2_9b_shape_caches_one_and_a_half_head_widths_per_token_on_each_of_four_devices():
     config = ModelConfig(n_layers=1)
     assert config.attention == LatentAttentionConfig(4, 4, 1024, 512, 128, 64)

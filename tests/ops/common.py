@@ -213,11 +213,15 @@ EDGES = {
     "pages": ArgSpec((63, 64, 0, 300), rows=16, page_size=64),
     "long pages": ArgSpec((127, 257, 1), q_len=2, heads=2, rows=16, page_size=128),
     "one page": ArgSpec((100,), rows=16, width=64, page_size=128),
-    "small pages of a pool": ArgSpec((63, 16, 0, 300), rows=16, page_size=16, pool="packed"),
-    "pool of an engine": ArgSpec((33, 200), q_len=2, heads=2, rows=8, page_size=32, pool="engine"),
-    "contiguous pool": ArgSpec((130, 5), heads=2, rows=4, width=64, rope=32, max_len=192, pool="packed"),
     "grouped": ArgSpec((129, 0, 300), heads=2, rows=8, rope=0, value=128),
     "grouped, other value width": ArgSpec((64, 100), q_len=3, heads=3, rows=4, width=64, rope=0, value=128),
     "grouped, pages": ArgSpec((64, 200, 1), heads=2, rows=8, rope=0, value=64, page_size=64),
 }
 """Small calls at the limits of blocks, pages, tiles and lengths, for tests."""
+
+POOLS = {
+    "small pages of a pool": ArgSpec((63, 16, 0, 300), rows=16, page_size=16, pool="packed"),
+    "pool of an engine": ArgSpec((33, 200), q_len=2, heads=2, rows=8, page_size=32, pool="engine"),
+    "contiguous pool": ArgSpec((130, 5), heads=2, rows=4, width=64, rope=32, max_len=192, pool="packed"),
+}
+"""The same, of caches that are columns of a pool."""

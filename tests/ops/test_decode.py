@@ -18,7 +18,7 @@ from mlra_jax.ops.decode import (
     xla,
 )
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
-from tests.ops.common import EDGES, in_arrays, kv_lens, make_call, share_queries
+from tests.ops.common import EDGES, POOLS, in_arrays, kv_lens, make_call, share_queries
 
 EVERYWHERE = ("reference", "xla")
 
@@ -110,10 +110,10 @@ def test_reference_equals_the_definition_with_permuted_pages_and_entries_that_ar
     check(run(call, "reference"), definition(call))
 
 
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", EDGES | POOLS)
 def test_xla_equals_the_definition_at_the_limits_of_blocks_and_pages(monkeypatch, name):
     monkeypatch.setattr(xla, "BLOCK_ELEMENTS", 1)  # blocks of 128, the smallest
-    call = make_call(EDGES[name], dtype=jnp.float32)
+    call = make_call((EDGES | POOLS)[name], dtype=jnp.float32)
     check(run(call, "xla"), definition(call))
 
 

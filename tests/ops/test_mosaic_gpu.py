@@ -29,6 +29,7 @@ from mlra_jax.sharding import MESH_AXES, decode_rules
 from tests.ops.common import (
     EDGES,
     H100,
+    POOLS,
     assert_no_races,
     compiles,
     in_arrays,
@@ -194,7 +195,7 @@ def interpreted(call, config, races=True):
     ids=str,
 )
 def test_interpreted_numbers_without_races(name, config):
-    call = make_call(whole_blocks(EDGES[name]))
+    call = make_call(whole_blocks((EDGES | POOLS)[name]))
     as_exact_as_bfloat16(call, *interpreted(call, config))
 
 
@@ -270,9 +271,9 @@ def test_the_interpreter_sees_a_wait_that_is_left_out(monkeypatch):
 
 @on_hopper
 @pytest.mark.parametrize("config", [None, Config(3, 64, 2), Config(1, 64, 2)], ids=str)
-@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("name", EDGES | POOLS)
 def test_numbers_on_the_gpu(name, config):
-    call = make_call(whole_blocks(EDGES[name]))
+    call = make_call(whole_blocks((EDGES | POOLS)[name]))
     run = jax.jit(functools.partial(call, implementation=MosaicGPU(config=config)))
     out, lse = run(*call.args)
     as_exact_as_bfloat16(call, out, lse)
@@ -318,13 +319,9 @@ def compile_all():
     with jax.set_mesh(mesh):
         for case in COMPILED.values():
             call = abstract_call(case)
-            put = lambda x: (
-                None
-                if x is None
-                else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
-            )
+            put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P()))
             run = functools.partial(call, implementation="mosaic_gpu")
-            jax.jit(run).lower(*map(put, call.args)).compile()
+            jax.jit(run).lower(*jax.tree.map(put, call.args)).compile()
 
 
 @compiles

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mlra_jax.ops.decode.arg_specs import BENCHMARKS, ArgSpec, abstract_call
 from mlra_jax.ops.decode.mosaic_tpu import Config, MosaicTPU, kernel
-from tests.ops.common import EDGES, TOPOLOGIES, in_arrays, in_float32, kv_lens, make_call
+from tests.ops.common import EDGES, POOLS, TOPOLOGIES, in_arrays, in_float32, kv_lens, make_call
 
 ONE_CORE = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5E, 1)
 TWO_CORES = pltpu.get_tpu_info_for_chip(pltpu.ChipVersion.TPU_V5P, 2)
@@ -96,7 +96,7 @@ EDGE_NAMES = [
 
 @pytest.mark.parametrize("name", EDGE_NAMES)
 def test_kernel_gives_the_reference_at_the_edges_with_the_sizes_it_chooses(name):
-    check(on_tpu(EDGES[name]))
+    check(on_tpu((EDGES | POOLS)[name]))
 
 
 def races_found():
@@ -165,8 +165,9 @@ def test_reasons_to_decline_name_the_limit():
             call = dataclasses.replace(
                 call, args=(q_nope, q_rope, dataclasses.replace(latents, starts=(0, 384)), *rest)
             )
+        implementation = "mosaic_tpu" if match == "TPU" else MosaicTPU(info=ONE_CORE)
         with pytest.raises(NotImplementedError, match=match):
-            jax.eval_shape(functools.partial(call, implementation="mosaic_tpu"), *call.args)
+            jax.eval_shape(functools.partial(call, implementation=implementation), *call.args)
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")

@@ -53,6 +53,7 @@ def reason(call):
             jnp.bfloat16,
             "Its widths are powers of two from 16 to 512; got [48, 128].",
         ),
+        ({"pool": "packed"}, jnp.bfloat16, "It reads whole arrays, not columns of a pool."),
         ({"page_size": 24}, jnp.bfloat16, "Its pages hold a multiple of 16 tokens; got 24."),
     ],
 )

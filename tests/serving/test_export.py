@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import safetensors
 from flax import nnx
 from jax.sharding import AxisType
 from safetensors.numpy import load_file, save_file
@@ -17,6 +18,7 @@ from mlra_jax.attention.tied import TiedAttentionConfig
 from mlra_jax.checkpoints import CheckpointError, lazy_params, load_config, save_params
 from mlra_jax.cli import convert, export
 from mlra_jax.config import ConfigError, DataConfig, ModelConfig, TrainConfig, from_dict
+from mlra_jax.convert import files
 from mlra_jax.data.tokenizers import JsonTokenizer, get_tokenizer, json_description
 from mlra_jax.generation.load import abstract_params
 from mlra_jax.lazy_arrays import LazyTensor
@@ -68,6 +70,24 @@ def exported(run):
     return out
 
 
+class InSlices:
+    """`safe_open` for those who read no tensor whole."""
+
+    def __init__(self, *args, **kwargs):
+        self.file = safetensors.safe_open(*args, **kwargs)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def __getattr__(self, name):
+        assert name != "get_tensor", "a whole tensor was read"
+        return getattr(self.file, name)
+
+
 def refusal(capsys, main, *argv):
     with pytest.raises(SystemExit) as error:
         main([str(a) for a in argv])
@@ -111,6 +131,8 @@ def test_the_folder_says_what_engines_read_and_returns_with_the_same_bytes(run, 
     assert (config.model, config.data.tokenizer, config.data.seq_len) == (run_config().model, "byte", 96)
     assert "exists; name another --out" in refusal(capsys, export.main, run, "--out", exported)
     assert "must be a local folder" in refusal(capsys, export.main, run, "--out", "gs://bucket/folder")
+    with pytest.raises(CheckpointError, match="mlra-convert makes one of the safetensors files"):
+        load_config(exported)
     assert "use mlra-convert from-export" in refusal(
         capsys, convert.main, "from-official", exported, "--out", tmp_path / "official"
     )
@@ -149,7 +171,7 @@ def test_each_device_reads_its_own_part_alone_in_the_decode_layout(exported, mon
         return values
 
     monkeypatch.setattr(LazyTensor, "part", part)
-    monkeypatch.setattr(LazyTensor, "__array__", lambda *_: pytest.fail("a whole tensor was read"))
+    monkeypatch.setattr(files, "safe_open", InSlices)
     model = huggingface.load(exported, RULES, mesh_of(4, kind))
     assert parts
     assert all(size * 4 == whole for size, whole, divides in parts if divides)
@@ -171,8 +193,8 @@ def test_each_device_reads_its_own_part_alone_in_the_decode_layout(exported, mon
 
 
 def test_a_description_alone_reads_the_checkpoint_that_it_names(run, exported, tmp_path):
-    files = huggingface.describe(load_config(run), checkpoint=str(run))
-    for name, content in files.items():
+    described = huggingface.describe(load_config(run), checkpoint=str(run))
+    for name, content in described.items():
         (tmp_path / name).write_text(content)
     models = [huggingface.load(folder, RULES, mesh_of(1)) for folder in (tmp_path, exported)]
     jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, models))
@@ -220,13 +242,13 @@ def test_a_tokenizers_file_and_its_chat_template_go_along(tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(added))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     config = run_config(tokenizer=str(tmp_path / "tokenizer.json"))
-    files = {name: json.loads(text) for name, text in huggingface.describe(config, max_len=50).items()}
-    assert files["tokenizer.json"] == description  # without what adds or cuts tokens
-    assert files["tokenizer_config.json"]["chat_template"] == "{{ messages }}"
-    assert not files["tokenizer_config.json"]["split_special_tokens"]
-    assert files["config.json"]["max_position_embeddings"] == 50
+    written = {name: json.loads(text) for name, text in huggingface.describe(config, max_len=50).items()}
+    assert written["tokenizer.json"] == description  # without what adds or cuts tokens
+    assert written["tokenizer_config.json"]["chat_template"] == "{{ messages }}"
+    assert not written["tokenizer_config.json"]["split_special_tokens"]
+    assert written["config.json"]["max_position_embeddings"] == 50
     assert (
-        files["config.json"]["mlra_jax"]["data"]["tokenizer"] == "tokenizer.json"
+        written["config.json"]["mlra_jax"]["data"]["tokenizer"] == "tokenizer.json"
     )  # and no path of this machine
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=200))
     with pytest.raises(ConfigError, match="has 257 ids, the model's vocabulary 200"):

@@ -91,8 +91,10 @@ def test_the_plugin_costs_nothing_without_the_back_end():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_tokens", [64, 1024])
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    ("topology", "n_tokens"),
+    [(t, 64) for t in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")] + [("v6e:2x2", 1024)],
+)
 def test_the_engines_step_compiles_for_tpu_with_our_kernel_and_copies_no_pages(topology, n_tokens):
     """As tpu-inference calls it: 64 requests of up to 8192 tokens, each with one new token, or prompts among them."""
     n_requests, page, n_pages, layers = 64, 128, 8192, 2
@@ -147,7 +149,7 @@ needs_vllm = pytest.mark.skipif(
 
 
 @needs_vllm
-@pytest.mark.parametrize("devices", ["--tensor 1", "--tensor 4", "--tensor 2 --data 2"])
+@pytest.mark.parametrize("devices", ["--tensor 1", "--tensor 4", "--tensor 4 --http", "--tensor 2 --data 2"])
 def test_greedy_tokens_are_those_of_the_generator(devices, repository, environment):
     """40 prompts that share prefixes, in chunks, batched, twice."""
     script = repository / "tests" / "serving" / "vllm_on_cpu.py"

@@ -1,6 +1,7 @@
 """vLLM's JAX back end on a CPU: whether its greedy tokens are those of `Generator`.
 
-    python tests/serving/vllm_on_cpu.py --tensor 4
+    python tests/serving/vllm_on_cpu.py --tensor 4             in this process
+    python tests/serving/vllm_on_cpu.py --tensor 4 --http      through `vllm serve`
 
 Run from the repository's root, in an environment with vLLM, tpu-inference and mlra_jax (docs/vllm.md). It makes a model
 with random weights, exports it, lets `Generator` and vLLM complete 40 prompts that share prefixes, and prints a line
@@ -10,11 +11,19 @@ for each; the exit status says whether all tokens are equal. tpu-inference means
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
+import json
 import os
+import socket
+import subprocess
 import sys
 import tempfile
+import time
 import types
-from typing import Any
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 PROMPTS, NEW = 40, 12
 PREFIXES = [
@@ -23,6 +32,20 @@ PREFIXES = [
     "To be",
     "",
 ]
+
+
+class Answer(NamedTuple):
+    """What an engine says to a prompt."""
+
+    prompt: list[int]
+    """Its ids."""
+    tokens: list[int]
+    """Of the completion."""
+    cached: int
+    """Tokens of the prompt that came from the prefix cache."""
+
+
+Complete = Callable[[Sequence[str]], list[Answer]]
 
 
 def prompts() -> list[str]:
@@ -96,6 +119,91 @@ def make_run(folder: str) -> None:
     save_params(folder, params, config)
 
 
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Of the engine."""
+    n_devices = args.tensor * args.data
+    return {
+        "dtype": "float32",
+        "tensor_parallel_size": args.tensor,
+        "data_parallel_size": args.data,
+        # On a TPU the devices are found without this.
+        "additional_config": {"sharding": {"sharding_strategy": {"device_indexes": list(range(n_devices))}}},
+        "block_size": 16,
+        "num_gpu_blocks_override": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,  # so that prompts of more tokens come in chunks
+    }
+
+
+@contextlib.contextmanager
+def in_process(model: str, args: argparse.Namespace) -> Iterator[Complete]:
+    """The engine in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    apply_shims()
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(model=model, **options(args))
+    sampling = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
+
+    def complete(texts: Sequence[str]) -> list[Answer]:
+        answers = llm.generate(list(texts), sampling, use_tqdm=False)
+        return [
+            Answer(a.prompt_token_ids, list(a.outputs[0].token_ids), a.num_cached_tokens or 0)
+            for a in answers
+        ]
+
+    yield complete
+
+
+@contextlib.contextmanager
+def over_http(model: str, args: argparse.Namespace) -> Iterator[Complete]:
+    """`vllm serve`, asked by eight clients at once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable,
+        __file__,
+        "vllm",
+        "serve",
+        model,
+        "--served-model-name",
+        "mlra",
+        "--port",
+        str(port),
+    ]
+    command.append("--enable-prompt-tokens-details")
+    for name, value in options(args).items():
+        command += [
+            f"--{name.replace('_', '-')}",
+            json.dumps(value) if isinstance(value, dict) else str(value),
+        ]
+    server = subprocess.Popen(command)
+    at = f"http://localhost:{port}"
+
+    def one(text: str) -> Answer:
+        asked = {"model": "mlra", "prompt": text, "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        body = json.dumps(asked | {"return_token_ids": True}).encode()
+        request = urllib.request.Request(f"{at}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as response:
+            answer = json.load(response)
+        details, [choice] = answer["usage"].get("prompt_tokens_details") or {}, answer["choices"]
+        return Answer(choice["prompt_token_ids"], choice["token_ids"], details.get("cached_tokens") or 0)
+
+    try:
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{at}/health"):
+                break
+            if server.poll() is not None:
+                raise RuntimeError("vllm serve has ended")
+            time.sleep(1)
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            yield lambda texts: list(clients.map(one, texts))
+    finally:
+        server.terminate()
+        server.wait()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,66 +213,54 @@ def main() -> int:
         "--data", type=int, default=1, help="groups of such devices, each with its own requests"
     )
     parser.add_argument("--rounds", type=int, default=2, help="times that all prompts are completed")
+    parser.add_argument(
+        "--http", action="store_true", help="through `vllm serve` rather than in this process"
+    )
     args = parser.parse_args()
-    n_devices = args.tensor * args.data
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={n_devices}",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, where the shims are
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={args.tensor * args.data}",
         "SKIP_JAX_PRECOMPILE": "1",  # compile shapes when they first come
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    apply_shims()
 
     from mlra_jax.cli import export
     from mlra_jax.generation.generator import Generator
 
+    # The first round fills the prefix cache, the others read from it.
+    equal, cached, total = 0, 0, args.rounds * PROMPTS
     with tempfile.TemporaryDirectory() as folder:
         run, model = f"{folder}/run", f"{folder}/model"
         make_run(run)
         export.main([run, "--out", model, "--max-file-gb", "0.002"])
-        completions = Generator.from_checkpoint(run).complete(
-            prompts(), max_new_tokens=NEW, temperature=0, ignore_eos=True
-        )
-        expected = [list(c.tokens) for c in completions]
-        tokenizer = Generator.from_checkpoint(run).tokenizer
-
-        from vllm import LLM, SamplingParams
-
-        llm = LLM(
-            model=model,
-            dtype="float32",
-            tensor_parallel_size=args.tensor,
-            data_parallel_size=args.data,
-            # On a TPU the devices are found without this.
-            additional_config={"sharding": {"sharding_strategy": {"device_indexes": list(range(n_devices))}}},
-            block_size=16,
-            num_gpu_blocks_override=256,
-            max_num_seqs=8,
-            max_num_batched_tokens=64,  # so that prompts of more tokens come in chunks
-        )
-        sampling = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
-        # The first round fills the prefix cache, the second reads from it.
-        equal = cached = 0
-        for _ in range(args.rounds):
-            for text, wanted, answer in zip(
-                prompts(), expected, llm.generate(prompts(), sampling, use_tqdm=False), strict=True
-            ):
-                same_prompt = answer.prompt_token_ids == tokenizer.encode(text)
-                found = list(answer.outputs[0].token_ids)
-                same = same_prompt and found == wanted
-                equal, cached = equal + same, cached + (answer.num_cached_tokens or 0)
-                verdict = "equal" if same else f"DIFFERENT: {found}, Generator {wanted}"
-                print(
-                    f"prompt of {len(answer.prompt_token_ids)} tokens, {answer.num_cached_tokens} cached: {verdict}"
-                )
+        generator = Generator.from_checkpoint(run)
+        asked = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        expected = [
+            (generator.tokenizer.encode(text), list(c.tokens))
+            for text, c in zip(prompts(), generator.complete(prompts(), **asked), strict=True)
+        ]
+        with (over_http if args.http else in_process)(model, args) as complete:
+            for _ in range(args.rounds):
+                for wanted, answer in zip(expected, complete(prompts()), strict=True):
+                    same = (answer.prompt, answer.tokens) == wanted
+                    equal, cached = equal + same, cached + answer.cached
+                    verdict = "equal" if same else f"DIFFERENT: {answer}, Generator {wanted}"
+                    print(f"prompt of {len(answer.prompt)} tokens, {answer.cached} cached: {verdict}")
+    how = f"tensor {args.tensor}, data {args.data}, {'vllm serve' if args.http else 'in process'}"
     print(
-        f"tensor {args.tensor}, data {args.data}: {equal} of {args.rounds * PROMPTS} completions equal to Generator's,"
+        f"{how}: {equal} of {total} completions equal to Generator's; {cached} tokens of prompts from the cache"
     )
-    print(f"{cached} tokens of prompts from the prefix cache")
-    return equal != args.rounds * PROMPTS
+    return equal != total
 
 
-if __name__ == "__main__":
+if __name__ == "__mp_main__":  # a process of `vllm serve`
+    apply_shims()
+elif __name__ == "__main__" and sys.argv[1:2] == ["vllm"]:  # the command `vllm`
+    apply_shims()
+    from vllm.entrypoints.cli.main import main as vllm
+
+    del sys.argv[1]
+    vllm()
+elif __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,6 @@
 """A model small enough to train in a second, and processes that train it."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from mlra_jax.config import (
 )
 from mlra_jax.sharding import TRAIN_RULES, make_mesh
 from tests.definitions import SMALL
+from tests.training.forked import Process
 
 CONFIG = TrainConfig(
     name="tiny",
@@ -76,7 +75,7 @@ def place() -> Callable[..., dict[str, jax.Array]]:
 
 
 @pytest.fixture(scope="session")
-def start_training(repository, environment, compiled, tmp_path_factory) -> Callable[..., subprocess.Popen]:
+def start_training(repository, environment, compiled, tmp_path_factory) -> Callable[..., Process]:
     """Starts `python train.py` on the tiny configuration in a new process; options as on the command line."""
     folder = tmp_path_factory.mktemp("processes")
     config_file = folder / "tiny.py"
@@ -84,15 +83,16 @@ def start_training(repository, environment, compiled, tmp_path_factory) -> Calla
         f"from mlra_jax.config import from_dict\nget_config = lambda: from_dict({to_dict(CONFIG)!r})\n"
     )
 
-    def start(out: Path, *options: str, devices: int = 8, log: Path | None = None) -> subprocess.Popen:
-        command = [sys.executable, "train.py", str(config_file), "--out", str(out)]
-        return subprocess.Popen(
-            [*command, "--compilation_cache", str(compiled), *options],
-            cwd=repository,
-            env=environment(devices),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(out: Path, *options: str, devices: int = 8) -> Process:
+        argv = [
+            "train.py",
+            str(config_file),
+            "--out",
+            str(out),
+            "--compilation_cache",
+            str(compiled),
+            *options,
+        ]
+        return Process(argv, str(repository), environment(devices))
 
     return start

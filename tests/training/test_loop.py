@@ -254,8 +254,10 @@ def test_a_home_folder_that_no_shell_expanded_holds_the_whole_run_and_the_compil
 
 def test_a_bucket_without_its_library_is_refused_before_training(config, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
-    with pytest.raises(StorageError, match=r"pip install 'mlra_jax\[gcs\]'"):
-        train(dataclasses.replace(config, out="gs://bucket/run"))
+    for field in ("out", "compilation_cache"):
+        with pytest.raises(StorageError, match=r"Using gs://bucket/x .* pip install 'mlra_jax\[gcs\]'"):
+            train(dataclasses.replace(config, **{field: "gs://bucket/x"}))
+    assert jax.config.values["jax_compilation_cache_dir"] != "gs://bucket/x"
 
 
 def test_mfu_is_the_share_of_the_peak_of_all_devices(uninterrupted, config, monkeypatch, capsys):
@@ -486,7 +488,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_interrup
     seed = random.randrange(2**32)
     print(f"{seed=}")
     rng, out = random.Random(seed), tmp_path / "killed"
-    config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "whole"), steps=40)
+    config = dataclasses.replace(uninterrupted[0], out=str(tmp_path / "whole"), steps=20)
     finished = train(config)
     mesh = ["--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2"]
     options = [*mesh, "--checkpoint.every", "1", "--steps", str(config.steps)]

@@ -1,8 +1,10 @@
 import dataclasses
 import json
+import socket
 import struct
 import sys
 import types
+import urllib.request
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event
@@ -146,3 +148,37 @@ PROGRESS = {"loss": 2.5, "tokens_per_second": 12345.0, "mfu": 0.4321, "seconds_l
 def test_a_line_of_progress_shows_what_is_known(absent, line, capsys):
     Progress(8, 0, active=True).report(7, {k: v for k, v in PROGRESS.items() if k not in absent})
     assert capsys.readouterr().err == line + "\n"
+
+
+def test_prometheus_reads_the_latest_metrics_of_the_run(config):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        log = dataclasses.replace(config.log, prometheus_port=port)
+        with pytest.raises(
+            ConfigError, match=rf"log.prometheus_port={port}: Address already in use; choose another"
+        ):
+            open_sinks(dataclasses.replace(config, log=log), 0)
+    *_, prometheus = open_sinks(dataclasses.replace(config, log=log), 0)
+    prometheus.write(9, {"loss": 3.5})
+    prometheus.write(10, {"loss": 2.5, "eval_loss": 2.75})
+    try:
+        text = urllib.request.urlopen(f"http://localhost:{port}/metrics", timeout=10).read().decode()
+    finally:
+        prometheus.close()
+    values = dict(line.split(" ") for line in text.splitlines() if not line.startswith("#"))
+    assert values == {
+        'mlra_step{run="tiny"}': "10.0",
+        'mlra_loss{run="tiny"}': "2.5",
+        'mlra_eval_loss{run="tiny"}': "2.75",
+    }
+
+
+def test_prometheus_without_its_library_is_refused_with_what_to_install(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"prometheus_port=9000 needs .*pip install 'mlra-jax\[prometheus\]'"
+    ):
+        check_sinks(dataclasses.replace(config, log=dataclasses.replace(config.log, prometheus_port=9000)))
