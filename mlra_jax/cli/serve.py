@@ -1,4 +1,4 @@
-"""`mlra-serve CHECKPOINT_OR_DIR`: an HTTP server with OpenAI's API, run by sglang-jax."""
+"""`mlra-serve CHECKPOINT_OR_DIR`: an HTTP server with OpenAI's API, on sglang-jax or on our own loop."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from mlra_jax.config import (
 )
 from mlra_jax.distributed import DistributedConfig, take_args
 from mlra_jax.errors import UserError
+from mlra_jax.execution.compilation_cache import keep_compiled
 from mlra_jax.generation.load import ONE_DEVICE, splits_heads
 from mlra_jax.serving.huggingface import check_served, describe, is_exported, open_exported
 from mlra_jax.sharding import check_decode_layout
@@ -45,9 +46,10 @@ SPARE = 6
 class ServeArgs(Validated):
     """Serves a model over HTTP with OpenAI's API: /v1/completions, /v1/chat/completions, /v1/models, /health, /metrics.
 
-    The engine is sglang-jax (docs/serving.md says how to install it). On several hosts, run the same command on each
-    with --distributed.coordinator HOST:PORT, --distributed.processes N and --distributed.process_id I; the first one
-    answers. The engine's own options follow after `--`: mlra-serve runs/tiny -- --schedule-policy lpm
+    The engine is sglang-jax (docs/serving.md says how to install it) or, on GPUs, this package's own. On several hosts,
+    run the same command on each with --distributed.coordinator HOST:PORT, --distributed.processes N and
+    --distributed.process_id I; the first one answers. sglang-jax's own options follow after `--`:
+    mlra-serve runs/tiny --engine sglang -- --schedule-policy lpm
     """
 
     at: ClassVar[str] = OPTION
@@ -55,6 +57,9 @@ class ServeArgs(Validated):
     """A run's folder (or bucket URL), one of its checkpoints, or a folder that mlra-export wrote."""
     step: NotNegative | None = None
     """Step of the checkpoint; None: the latest."""
+    engine: Literal["auto", "loop", "sglang"] = "auto"
+    """What runs the requests. loop: this package's batch, whose rows are refilled, in one process; sglang: sglang-jax;
+    auto: loop on the GPUs of one host, else sglang."""
     mesh: MeshConfig = ONE_DEVICE
     """Device mesh. tensor splits the weights and the cache's latent heads, data the requests."""
     host: str = "127.0.0.1"
@@ -71,17 +76,21 @@ class ServeArgs(Validated):
     """Tokens of a prompt and its completion; 0: the length of the training sequences, or what the folder says."""
     max_requests: NotNegative = 0
     """Requests that run at the same time, others wait; 0: 16 on CPUs, else 128."""
+    max_waiting: NotNegative = 0
+    """loop: completions that may wait, more are refused with 503; 0: 8 for each of max_requests, at least 64."""
     pool_tokens: NotNegative = 0
-    """Tokens that the cache holds, of all requests and of prefixes that may come again; 0: what fits into the memory,
-    but on CPUs no more than max_requests times max_len."""
+    """sglang: tokens that the cache holds, of all requests and of prefixes that may come again; 0: what fits into
+    the memory, but on CPUs no more than max_requests times max_len."""
     memory_fraction: Annotated[float, Range(gt=0, le=0.98)] = 0.85
-    """Fraction of an accelerator's memory for weights and cache; the rest is for a step's temporary arrays."""
+    """sglang: fraction of an accelerator's memory for weights and cache; the rest is for a step's temporary arrays."""
     page_size: NotNegative = 0
-    """Tokens per page, a power of two; 0: 16 on CPUs, 64 on GPUs, 128 on TPUs. Prefixes are shared in whole pages."""
+    """sglang: tokens per page, a power of two; 0: 16 on CPUs, 64 on GPUs, 128 on TPUs. Prefixes are shared in
+    whole pages."""
     prefill_chunk: NotNegative = 0
-    """Tokens of prompts that a step takes; 0: 256 on CPUs, else 2048. Prompts that are longer take several steps."""
+    """sglang: tokens of prompts that a step takes; 0: 256 on CPUs, else 2048. Prompts that are longer take
+    several steps."""
     overlap: Literal["auto", "yes", "no"] = "auto"
-    """Prepare a step on the host while the one before runs; auto: except on CPUs."""
+    """sglang: prepare a step on the host while the one before runs; auto: except on CPUs."""
     precompile: Literal["auto", "yes", "no"] = "auto"
     """Compile all batch sizes before the first request; auto: except on CPUs, where each is compiled when it comes."""
     max_body_mb: PositiveFloat = 4.0
@@ -104,6 +113,19 @@ class ServeArgs(Validated):
                 f"--prefill-chunk {self.prefill_chunk} must be a multiple of --page-size {self.page_size}."
             )
         return faults
+
+    def faults_of(self, engine: str, of_other: Sequence[str]) -> list[str]:
+        """Which options of the other engine are given."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return [
+            f"--{name.replace('_', '-')} is no option of --engine {engine}; leave it out, or choose the other one."
+            for name in of_other
+            if getattr(self, name) != defaults[name]
+        ]
+
+
+OF_SGLANG = ("pool_tokens", "memory_fraction", "page_size", "prefill_chunk", "overlap")
+OF_LOOP = ("max_waiting",)
 
 
 def _devices(several_hosts: bool) -> tuple[str, int]:
@@ -138,6 +160,35 @@ def _mesh(args: ServeArgs, platform: str, count: int) -> MeshConfig:
     return sizes
 
 
+def _engine(args: ServeArgs, platform: str, several_hosts: bool, of_engine: Sequence[str]) -> str:
+    """Which engine runs: that it is installed, and the options that are given are its own, is checked."""
+    gpu = platform in ("gpu", "cuda", "rocm")
+    engine = args.engine
+    if engine == "auto":
+        engine = "loop" if gpu and not several_hosts else "sglang"
+    if faults := args.faults_of(engine, OF_SGLANG if engine == "loop" else OF_LOOP):
+        raise ConfigError(faults)
+    if engine == "loop" and several_hosts:
+        raise ConfigError("The engine loop runs in one process; on several hosts use --engine sglang.")
+    if engine == "loop" and of_engine:
+        raise ConfigError(
+            f"What follows after `--` ({of_engine[0]} ...) is for sglang-jax; leave it out, or use --engine sglang."
+        )
+    if engine == "sglang" and importlib.util.find_spec("sgl_jax") is None:
+        raise UserError(
+            "sglang-jax is not installed (docs/serving.md says how, for Python 3.12 or later); install it, or use "
+            "--engine loop."
+        )
+    if engine == "loop" and any(importlib.util.find_spec(name) is None for name in ("starlette", "uvicorn")):
+        raise UserError("mlra-serve needs Starlette and Uvicorn: pip install 'mlra_jax[serve]'.")
+    return engine
+
+
+def _name(args: ServeArgs) -> str:
+    """What clients call the model."""
+    return args.name or Path(args.model).expanduser().absolute().name
+
+
 def _is_local(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -166,7 +217,7 @@ def engine_options(
     chunk = max(page, chunk // page * page)
     options: dict[str, Any] = {
         "model-path": folder,
-        "served-model-name": args.name or Path(args.model).expanduser().absolute().name,
+        "served-model-name": _name(args),
         "device": platform,
         "tp-size": n,
         "dp-size": mesh.data,
@@ -234,20 +285,17 @@ def main(argv: Sequence[str]) -> int:
     distributed, argv = take_args(argv[:split])
     args = tyro.cli(ServeArgs, args=argv, prog="mlra-serve")
     args.validate()
-    if importlib.util.find_spec("sgl_jax") is None:
-        raise UserError(
-            "mlra-serve needs sglang-jax: pip install 'mlra_jax[serve]', with Python 3.12 or later."
-        )
-
     exported = is_exported(args.model)
     config: TrainConfig = open_exported(args.model).config if exported else load_config(args.model, args.step)
     if exported and (args.step is not None or args.tokenizer):
         raise ConfigError(
             f"--step and --tokenizer are for checkpoints; {args.model} was written by mlra-export."
         )
-    check_served(config.model)
     of_hosts = _of_hosts(distributed)
     platform, count = _devices(bool(of_hosts))
+    engine = _engine(args, platform, bool(of_hosts), of_engine)
+    if engine == "sglang":
+        check_served(config.model)
     mesh = _mesh(args, platform, count)
     check_decode_layout(config.model, mesh, splits_heads("auto", config.model, mesh.tensor, platform))
     if platform in ("gpu", "cuda"):
@@ -260,16 +308,36 @@ def main(argv: Sequence[str]) -> int:
             f"note: anyone who reaches {args.host}:{args.port} can use it; give --api-key.", file=sys.stderr
         )
     cache = config.compilation_cache if args.compilation_cache is None else args.compilation_cache
+    max_len = args.max_len or config.data.seq_len
+    if exported and not args.max_len:
+        described = json.loads(Path(args.model, "config.json").expanduser().read_text(encoding="utf-8"))
+        max_len = described["max_position_embeddings"]
+    max_body = int(args.max_body_mb * 1e6)
+    if engine == "loop":
+        from mlra_jax.serving import loop_server
+
+        keep_compiled(os.environ.get("JAX_COMPILATION_CACHE_DIR") or cache)
+        loop_server.serve(
+            loop_server.load(args.model, mesh, step=args.step, tokenizer=args.tokenizer),
+            name=_name(args),
+            rows=args.max_requests or (16 if platform == "cpu" else 128),
+            max_len=max_len,
+            max_waiting=args.max_waiting,
+            warm=args.precompile == "yes" or (args.precompile == "auto" and platform != "cpu"),
+            host=args.host,
+            port=args.port,
+            api_key=api_key,
+            max_body=max_body,
+            shutdown_seconds=args.shutdown_seconds,
+        )
+        return 0
     if cache:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(cache))
 
     with tempfile.TemporaryDirectory(prefix="mlra-serve-") as folder:
         if exported:
             folder = str(Path(args.model).expanduser().absolute())
-            described = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-            max_len = args.max_len or described["max_position_embeddings"]
         else:
-            max_len = args.max_len or config.data.seq_len
             checkpoint = str(find_step(args.model, args.step))
             files = describe(config, tokenizer=args.tokenizer, max_len=max_len, checkpoint=checkpoint)
             _write_folder(files, folder)
@@ -286,7 +354,7 @@ def main(argv: Sequence[str]) -> int:
         serve(
             server_args,
             max_len=max_len,
-            max_body=int(args.max_body_mb * 1e6),
+            max_body=max_body,
             shutdown_seconds=args.shutdown_seconds,
         )
     return 0

@@ -7,18 +7,17 @@ import copy
 import itertools
 import os
 import secrets
-import signal
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import uvicorn
 from sgl_jax.srt.entrypoints import engine, http_server
 from sgl_jax.srt.managers.tokenizer_manager import TokenizerManager, print_exception_wrapper
 from sgl_jax.srt.server_args import ServerArgs
 from sgl_jax.srt.utils import kill_process_tree
 
 from mlra_jax.serving.gate import Counts, Gate, requests_of_client
+from mlra_jax.serving.http import ignore_repeated_signals, make_server
 from mlra_jax.serving.sglang import NOT_FINITE_MESSAGE, register
 
 SEED_STEP = 0x3C6EF35F
@@ -163,22 +162,7 @@ def serve(server_args: ServerArgs, *, max_len: int, max_body: int, shutdown_seco
             f"{served.capacity:,} in all requests together)",
             flush=True,
         )
-        _run(gate, server_args, shutdown_seconds)
+        ignore_repeated_signals()
+        make_server(gate, server_args.host, server_args.port, shutdown_seconds).run()
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
-
-
-def _run(app: Any, server_args: ServerArgs, shutdown_seconds: float) -> None:
-    config = uvicorn.Config(
-        app,
-        host=server_args.host,
-        port=server_args.port,
-        log_level="warning",
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=max(1, round(shutdown_seconds)),
-        loop="uvloop",
-    )
-    # uvicorn repeats the signal that has stopped it.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run()

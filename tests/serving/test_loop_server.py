@@ -1,0 +1,215 @@
+"""The server on `GenerationLoop`: the tokens of `Generator`, whatever else is asked for, and rows that become free."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mlra_jax.cli import serve
+from mlra_jax.config import MeshConfig
+from mlra_jax.generation.engine import Engine
+from mlra_jax.generation.generator import Generator
+from mlra_jax.generation.load import load_model
+from tests.serving.conftest import LENGTH, Server, free_port, random_params, write_run
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+from mlra_jax.serving.gate import Counts
+from mlra_jax.serving.http import make_server
+from mlra_jax.serving.loop_server import Driver, Served, make_app, make_loop
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
+
+
+class InProcess(Server):
+    """The server in threads of this process, of a model that is loaded already."""
+
+    def __init__(self, generator: Generator, rows: int, max_waiting: int = 0):
+        loop = make_loop(generator.engine, rows, LENGTH, max_waiting)
+        counts, port = Counts(), free_port()
+        self.driver = Driver(loop, generator.tokenizer, counts)
+        self.url = f"http://127.0.0.1:{port}"
+        self.server = make_server(make_app(Served("tiny", self.driver), counts), "127.0.0.1", port, 5)
+        self.driver.start()
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def is_idle(self) -> bool:
+        return self.metric("requests_running") + self.metric("requests_waiting") == 0
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.driver.close()
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    loaded = load_model(run, MeshConfig(data=1))
+    return Generator(Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab), loaded.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def server(generator):
+    served = InProcess(generator, 4)
+    yield served
+    served.stop()
+
+
+def prompts(n):
+    """Token ids of 5 to 60 tokens; most begin with one of two others."""
+    rng = np.random.default_rng(0)
+    letters = lambda k: rng.integers(97, 123, k).tolist()
+    prefixes = [[], letters(20), letters(40)]
+    return [prefixes[i % 3] + letters(5 + i % 16) for i in range(n)]
+
+
+def events(server, path="/v1/completions", **request):
+    """What a streamed answer consists of."""
+    with httpx.stream("POST", server.url + path, json={**request, "stream": True}, timeout=120) as answer:
+        lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_requests_get_the_tokens_of_the_generator(server, generator):
+    asked = prompts(12)
+    ask = lambda prompt: server.post(prompt=prompt, max_tokens=10, logprobs=2, **GREEDY)
+    with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        answers = [answer.json() for answer in pool.map(ask, asked)]
+    expected = generator.complete(asked, max_new_tokens=10, ignore_eos=True, logprobs=2)
+    for answer, completion in zip(answers, expected, strict=True):
+        [choice] = answer["choices"]
+        assert choice["text"] == completion.text
+        assert answer["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"]) == 10
+        np.testing.assert_allclose(choice["logprobs"]["token_logprobs"], completion.logprobs, atol=2e-3)
+        assert all(0 < len(top) <= 2 for top in choice["logprobs"]["top_logprobs"])
+    assert server.metric("cached_tokens_total") >= 100
+    assert server.metric("generated_tokens_total") == 120
+    assert server.is_idle()
+
+
+def test_each_request_is_sampled_in_its_own_way(server, generator):
+    sampled = {"prompt": "once", "max_tokens": 8, "seed": 5, "ignore_eos": True, "min_p": 0.001, "top_k": 50}
+    greedy = {"prompt": ["once", "twice"], "max_tokens": 8, "echo": True, **GREEDY}
+    requests = [sampled, {**sampled, "n": 2}, {**sampled, "seed": 6}, greedy]
+    with concurrent.futures.ThreadPoolExecutor(len(requests)) as pool:
+        answers = list(pool.map(lambda request: server.post(**request).json()["choices"], requests))
+    texts = [[choice["text"] for choice in choices] for choices in answers]
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    several = {"temperature": 1.0, "n": 2, "seed": 5, "min_p": 0.001, "top_k": 50}
+    assert texts[1] == generator.generate(["once"], **options, **several)
+    assert texts[0] == texts[1][:1]
+    assert texts[2] != texts[0]
+    expected = generator.generate(["once", "twice"], **options)
+    assert texts[3] == ["once" + expected[0], "twice" + expected[1]]
+
+
+def test_text_streams_and_ends_where_it_is_told_to(server):
+    request = {"prompt": "abc", "max_tokens": 12, "logprobs": 0, **GREEDY}
+    whole = server.post(**request).json()["choices"][0]
+    *pieces, usage = events(server, **request, stream_options={"include_usage": True})
+    choices = [piece["choices"][0] for piece in pieces]
+    assert len(choices) > 6
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    numbers = [x for choice in choices for x in choice["logprobs"]["token_logprobs"]]
+    assert numbers == whole["logprobs"]["token_logprobs"]
+    assert choices[-1]["finish_reason"] == whole["finish_reason"] == "length"
+    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+
+    stop = next(c for c in whole["text"][2:] if c != "\N{REPLACEMENT CHARACTER}")
+    stopped = server.post(**{**request, "stop": [stop]}).json()["choices"][0]
+    assert stopped["text"] == whole["text"][: whole["text"].index(stop)]
+    assert stopped["finish_reason"] == "stop"
+    assert server.becomes_idle()
+    refused = server.post(prompt="abc", min_tokens=2)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "min_tokens")
+    assert (
+        "no chat template"
+        in server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}]).text
+    )
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_leaves_frees_the_rows(server, stream):
+    before = server.metric("generated_tokens_total")
+    request = {"prompt": "abc", "max_tokens": 250, "n": 8, "ignore_eos": True, "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=request, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=request, timeout=0.1)
+    assert server.becomes_idle()
+    assert server.metric("generated_tokens_total") - before < 1000
+
+
+def test_a_full_queue_and_numbers_that_are_none_are_errors(generator, tmp_path):
+    params = random_params()
+    params["final_norm"]["gain"] = np.full_like(params["final_norm"]["gain"], np.nan)
+    loaded = load_model(write_run(tmp_path / "broken", params), MeshConfig(data=1))
+    broken = Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab)
+    broken.programs = generator.engine.programs
+    server = InProcess(Generator(broken, loaded.tokenizer), 4, max_waiting=2)
+    try:
+        answer = server.post(prompt="abc", max_tokens=1)
+        assert answer.status_code == 500
+        assert "NaN or infinite" in answer.json()["error"]["message"]
+        assert "NaN or infinite" in events(server, prompt="abc", max_tokens=5)[-1]["error"]["message"]
+        full = server.post(prompt="abc", max_tokens=5, n=10)
+        assert full.status_code == 503
+        assert "no more than 2 may" in full.json()["error"]["message"]
+        assert server.becomes_idle()
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        # An error in the thread ends what runs, and says so.
+        server.driver.loop.step = lambda *_: 1 / 0
+        assert server.post(prompt="abc").status_code == 500
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        assert server.post(prompt="abc").status_code == 503
+    finally:
+        server.stop()
+
+
+def test_sigterm_lets_a_request_finish(run, compiled, tmp_path):
+    arguments = [run, "--engine=loop", "--max-requests=4", "--api-key=secret"]
+    server = Server(arguments, compiled, 1, tmp_path / "log", free_port())
+    try:
+        server.ready()
+        request = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        assert httpx.post(f"{server.url}/v1/completions", json=request).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=request, headers=headers, timeout=60
+        ) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert '"finish_reason": "length"' in rest[-2]
+        assert server.process.wait(30) == 0
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--engine=loop", "--page-size=16"], "--page-size is no option of --engine loop"),
+        (["--engine=loop", "--", "--schedule-policy", "lpm"], "is for sglang-jax"),
+        (["--engine=sglang", "--max-waiting=3"], "--max-waiting is no option of --engine sglang"),
+    ],
+)
+def test_options_of_the_other_engine_are_refused(run, given, message, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "_devices", lambda several: ("cpu", 1))
+    assert serve.main([run, *given]) == 1
+    assert message in capsys.readouterr().err
