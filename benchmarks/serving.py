@@ -1,6 +1,7 @@
 """Tokens per second, time to first token and between tokens of `mlra-serve`, against the ideal and `Generator`.
 
     python -m benchmarks.serving                                   # the paper's 2.9 B MLRA-4 on one GPU
+    python -m benchmarks.serving --engine loop                     # the same with the engine loop
     python -m benchmarks.serving --tensor 2 --parts requests       # on two
     python -m benchmarks.serving --config tiny --prompt 64 --new 16 --requests 1 4 --shared 256   # on a CPU
 
@@ -9,7 +10,7 @@ clients that stream, all at once; prompts are random and have nothing in common.
 and the second time counts. *Tokens/s* are those after the first of each request, from the first token of all to the
 last of all. Parts:
 
-    requests    with overlap scheduling and without
+    requests    with overlap scheduling and without (`--engine sglang`), or with the loop (`--engine loop`)
     prefix      a prompt with a long beginning, then another with the same one
     generator   `Generator` with a static batch of as many rows, compiled loops
 
@@ -67,9 +68,14 @@ def run_scheduler(*args: Any) -> None:
 
 def serve(arguments: Sequence[str]) -> int:
     """`mlra-serve` with random weights."""
+    from mlra_jax.cli import serve
+    from mlra_jax.serving import huggingface
+
+    if "--engine=loop" in arguments:
+        huggingface.load = random_load
+        return serve.main(list(arguments)) or 0
     import mlra_jax.serving.server as http
     from benchmarks import serving  # by its name, by which the engine's processes find it
-    from mlra_jax.cli import serve
 
     def register() -> None:
         http_register()
@@ -87,23 +93,25 @@ def server(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    chunk = min(2048, max(256, args.prompt))
     options = {
+        "engine": args.engine,
         "mesh.tensor": args.tensor,
         "port": port,
         "max-len": max_len,
         "max-requests": requests,
-        "prefill-chunk": chunk,
-        "overlap": "yes" if overlap else "no",
         "precompile": "yes",
         "compilation-cache": args.compiled,
     }
-    if args.page:
-        options["page-size"] = args.page
-    buckets = sorted({n for n in args.requests if n < requests} | {requests})
-    line = [folder, *(f"--{name}={value}" for name, value in options.items())]
-    line += ["--", "--precompile-bs-paddings", *map(str, buckets)]
-    line += ["--precompile-token-paddings", str(chunk)]
+    of_engine: list[str] = []
+    if args.engine == "sglang":
+        chunk = min(2048, max(256, args.prompt))
+        options |= {"prefill-chunk": chunk, "overlap": "yes" if overlap else "no"}
+        if args.page:
+            options["page-size"] = args.page
+        buckets = sorted({n for n in args.requests if n < requests} | {requests})
+        of_engine = ["--", "--precompile-bs-paddings", *map(str, buckets)]
+        of_engine += ["--precompile-token-paddings", str(chunk)]
+    line = [folder, *(f"--{name}={value}" for name, value in options.items()), *of_engine]
     environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -192,9 +200,8 @@ def measure_requests(args: argparse.Namespace, folder: str, overlap: bool) -> li
         for n in args.requests:
             for turn in range(2):
                 answers = asyncio.run(ask_all(port, prompts(n, args.prompt, 1000 * n + turn), args.new))
-            rows.append(
-                {"engine": f"overlap {'on' if overlap else 'off'}", "requests": n, **rates(answers, args.new)}
-            )
+            engine = "loop" if args.engine == "loop" else f"overlap {'on' if overlap else 'off'}"
+            rows.append({"engine": engine, "requests": n, **rates(answers, args.new)})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -298,11 +305,14 @@ def main() -> int:
     parser.add_argument("--shared", type=int, default=16384, help="tokens of a beginning that comes again")
     parser.add_argument("--page", type=int, default=0, help="tokens of a page; 0: mlra-serve's choice")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--engine", choices=("loop", "sglang"), default="sglang", help="of mlra-serve")
     parser.add_argument("--overlap", choices=("both", "yes", "no"), default="both", help="overlap scheduling")
     parser.add_argument("--compiled", default="", help="folder of compiled programs, which starts share")
     parser.add_argument("--out", type=pathlib.Path, help="stem of the files of results")
     args = parser.parse_args()
     overlaps = {"both": (True, False), "yes": (True,), "no": (False,)}[args.overlap]
+    if args.engine == "loop":
+        overlaps = (True,)
     args.overlap = overlaps[0]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

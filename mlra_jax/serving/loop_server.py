@@ -39,7 +39,12 @@ STEPS_AT_ONCE = 8
 """Steps between pieces of text while several completions run; a single one gets each token as it comes."""
 WAITING_PER_ROW = 8
 """Completions that may wait for each row of the batch, if not told otherwise."""
-NOT_FINITE = "The logits are NaN or infinite; the weights of this checkpoint are no good."
+ERRORS = {
+    "error": ("The logits are NaN or infinite; the weights of this checkpoint are no good.", 500),
+    "lost": ("The server has failed, and ends.", 500),
+    "left": ("The client has left.", 499),
+}
+"""What a completion that did not end by itself means: a message and a status."""
 FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 """OpenAI's names for why a completion ended."""
 
@@ -56,7 +61,7 @@ class Piece:
     logprobs: Sequence[float]
     top_logprobs: Sequence[Sequence[tuple[int, float]]]
     finish: str | None = None
-    """Why it ended, in OpenAI's words, or `error`; None: it goes on."""
+    """Why it ended, in OpenAI's words or those of `ERRORS`; None: it goes on."""
 
 
 @dataclasses.dataclass
@@ -145,11 +150,13 @@ class Driver:
         return pieces
 
     def abort(self, request_id: str) -> None:
-        """Ends a completion, if it still runs."""
+        """Ends a completion, if it still runs; called where HTTP runs."""
         with self._changed:
-            if self._running.pop(int(request_id), None) is not None:
-                self.loop.cancel(int(request_id))
-                self._changed.notify()
+            if (one := self._running.pop(int(request_id), None)) is None:
+                return
+            self.loop.cancel(int(request_id))
+            self._changed.notify()
+        one.pieces.put_nowait(Piece(one.index, "", [], (), (), "left"))
 
     def _run(self) -> None:
         try:
@@ -164,7 +171,7 @@ class Driver:
             with self._changed:
                 self.error, lost = error, [*self._running.values()]
                 self._running.clear()
-            self._wake([(one, Piece(one.index, "", [], (), (), "error")) for one in lost])
+            self._wake([(one, Piece(one.index, "", [], (), (), "lost")) for one in lost])
             self.on_error()
 
     def _deliver(self, events: Sequence[Event]) -> None:
@@ -235,15 +242,18 @@ class Served:
 
 def sampling_of(body: Mapping[str, Any]) -> Sampling:
     """How a request that the gate has passed is sampled."""
-    penalties = {name: float(body.get(name, 0)) for name in ("presence_penalty", "frequency_penalty")}
-    if body["temperature"] < 1e-6:  # of which the others make no difference
-        return Sampling(**penalties)
-    return Sampling(
-        temperature=float(body["temperature"]),
+    number = lambda name, otherwise: float(body.get(name, otherwise))
+    penalties = Sampling(
+        presence_penalty=number("presence_penalty", 0), frequency_penalty=number("frequency_penalty", 0)
+    )
+    if body["temperature"] < 1e-6:  # greedy, which no filter changes
+        return penalties
+    return dataclasses.replace(
+        penalties,
+        temperature=number("temperature", 1),
         top_k=max(0, body.get("top_k", 0)),
-        top_p=float(body.get("top_p", 1)),
-        min_p=float(body.get("min_p", 0)),
-        **penalties,
+        top_p=number("top_p", 1),
+        min_p=number("min_p", 0),
     )
 
 
@@ -304,8 +314,9 @@ class Answer:
         """The pieces of all completions, until these have ended."""
         while self.left:
             piece = await self.pieces.get()
-            if piece.finish == "error":
-                raise Refused(NOT_FINITE, status=500)
+            if piece.finish in ERRORS:
+                message, status = ERRORS[piece.finish]
+                raise Refused(message, status=status)
             self.left -= piece.finish is not None
             self.made += len(piece.tokens)
             yield piece
@@ -409,7 +420,7 @@ def make_app(served: Served, counts: Counts, **options: Any) -> Gate:
 
     async def health_generate(request: HttpRequest) -> Response:
         pieces = driver.submit([(Request([tokenizer.eot_id], 1), ())])
-        return Response(status_code=500 if (await pieces.get()).finish == "error" else 200)
+        return Response(status_code=500 if (await pieces.get()).finish in ERRORS else 200)
 
     async def refuse(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, Refused)
@@ -424,7 +435,7 @@ def make_app(served: Served, counts: Counts, **options: Any) -> Gate:
         Route("/health_generate", health_generate),
     ]
     app = Starlette(routes=routes, exception_handlers={Refused: refuse})
-    return Gate(app, served, counts, **options)  # type: ignore[arg-type]
+    return Gate(app, served, counts, **options)
 
 
 def load(model: str, mesh: MeshConfig, *, step: int | None = None, tokenizer: str = "") -> Loaded:
