@@ -320,6 +320,7 @@ def main(argv: Sequence[str]) -> int:
         loop_server.serve(
             loop_server.load(args.model, mesh, step=args.step, tokenizer=args.tokenizer),
             name=_name(args),
+            tokenizer=args.tokenizer,
             rows=args.max_requests or (16 if platform == "cpu" else 128),
             max_len=max_len,
             max_waiting=args.max_waiting,

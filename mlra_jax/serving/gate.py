@@ -214,7 +214,8 @@ def translate(path: str, request: Mapping[str, Any], model: Model) -> dict[str, 
 
     asked: int = out.pop("max_completion_tokens", 0) or out.get("max_tokens", 0)
     if path == CHAT:
-        ids = model.encode_chat(_messages(request.get("messages")))
+        out["messages"] = _messages(request.get("messages"))
+        ids = model.encode_chat(out["messages"])
         if ids is None:
             raise Refused(
                 f"The tokenizer of {model.name} has no chat template; use {COMPLETIONS} with a prompt.",
@@ -223,7 +224,6 @@ def translate(path: str, request: Mapping[str, Any], model: Model) -> dict[str, 
         if out.get("top_logprobs") and not out.get("logprobs"):
             raise Refused("top_logprobs goes with logprobs=true.", "top_logprobs")
         prompts, lacking = [ids], model.max_len
-        out["messages"] = request["messages"]
     else:
         prompts, lacking = _prompts(request.get("prompt"), model), DEFAULT_TOKENS
         if out.get("echo") and out.get("logprobs") is not None:

@@ -94,7 +94,7 @@ def describe(
             "tokenizer that the model was trained with."
         )
     end_of_text = next(token for token, i in json_vocabulary(description).items() if i == found.eot_id)
-    template = _chat_template(name)
+    template = chat_template(name)
     max_len = max_len or config.data.seq_len
     own = {
         "model": to_dict(config.model),
@@ -129,7 +129,7 @@ def describe(
     return {name: json.dumps(content, indent=2, ensure_ascii=False) + "\n" for name, content in files.items()}
 
 
-def _chat_template(tokenizer: str) -> Any:
+def chat_template(tokenizer: str) -> Any:
     """The chat template beside a tokenizer's JSON file; None: there is none."""
     path = Path(tokenizer).expanduser()
     if tokenizer in ("byte", "gpt2") or not path.is_file():

@@ -30,6 +30,7 @@ from mlra_jax.generation.loop import Event, GenerationLoop, QueueFullError
 from mlra_jax.generation.sampling import Sampling
 from mlra_jax.generation.text import RowText
 from mlra_jax.serving import huggingface
+from mlra_jax.serving.chat import ChatEncoder, chat_encoder
 from mlra_jax.serving.gate import CHAT, COMPLETIONS, MAX_SAMPLES, MAX_TOP_LOGPROBS, Counts, Gate, Refused
 from mlra_jax.serving.gate import requests_of_client as of_client
 from mlra_jax.serving.http import ignore_repeated_signals, make_server
@@ -217,7 +218,8 @@ class Driver:
 class Served:
     """The model as the gate sees it."""
 
-    def __init__(self, name: str, driver: Driver):
+    def __init__(self, name: str, driver: Driver, chat: ChatEncoder | None = None):
+        self._chat = chat
         self.name, self.driver, tokenizer = name, driver, driver.tokenizer
         self.max_len, self.n_tokens, self.end_of_text = (
             driver.loop.max_len,
@@ -228,7 +230,7 @@ class Served:
 
     def encode_chat(self, messages: list[dict[str, Any]]) -> list[int] | None:
         """See `gate.Model`."""
-        return None
+        return None if self._chat is None else self._chat(messages)
 
     async def state(self) -> Mapping[str, float]:
         """See `gate.Model`."""
@@ -483,6 +485,7 @@ def serve(
     loaded: Loaded,
     *,
     name: str,
+    tokenizer: str,
     rows: int,
     max_len: int,
     max_waiting: int,
@@ -498,6 +501,7 @@ def serve(
     Args:
       loaded: the model.
       name: for clients.
+      tokenizer: beside which a chat template may lie; empty: the run's.
       rows: completions that run at the same time.
       max_len: tokens of a prompt and its completion.
       max_waiting: completions that may wait; 0: the default.
@@ -511,13 +515,14 @@ def serve(
     Raises:
       ConfigError: the devices' memory does not suffice.
     """
+    chat = chat_encoder(tokenizer or loaded.config.data.tokenizer)
     engine = Engine(loaded.model, loaded.mesh, loaded.tokenizer.n_vocab)
     loop = make_loop(engine, rows, max_len, max_waiting)
     if warm:
         precompile(engine, loop)
     counts = Counts()
     driver = Driver(loop, loaded.tokenizer, counts)
-    app = make_app(Served(name, driver), counts, api_key=api_key, max_body=max_body)
+    app = make_app(Served(name, driver, chat), counts, api_key=api_key, max_body=max_body)
     server = make_server(app, host, port, shutdown_seconds)
     driver.on_error = lambda: setattr(server, "should_exit", True)
     print(

@@ -13,6 +13,7 @@ import pytest
 
 from mlra_jax.cli import serve
 from mlra_jax.config import MeshConfig
+from mlra_jax.data.tokenizers import json_description
 from mlra_jax.generation.engine import Engine
 from mlra_jax.generation.generator import GenerationOptions, Generator, changed
 from mlra_jax.generation.load import load_model
@@ -23,7 +24,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 import httpx
 
-from mlra_jax.serving.gate import Counts
+from mlra_jax.serving.chat import chat_encoder
+from mlra_jax.serving.gate import CHAT, Counts
 from mlra_jax.serving.http import make_server
 from mlra_jax.serving.loop_server import Driver, Served, make_app, make_loop
 
@@ -40,7 +42,8 @@ class InProcess(Server):
         counts, port = Counts(), free_port()
         self.driver = Driver(loop, generator.tokenizer, counts)
         self.url = f"http://127.0.0.1:{port}"
-        self.server = make_server(make_app(Served("tiny", self.driver), counts), "127.0.0.1", port, 5)
+        self.served = Served("tiny", self.driver)
+        self.server = make_server(make_app(self.served, counts), "127.0.0.1", port, 5)
         self.driver.start()
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -141,6 +144,34 @@ def test_text_streams_and_ends_where_it_is_told_to(server):
         "no chat template"
         in server.post("/v1/chat/completions", messages=[{"role": "user", "content": "x"}]).text
     )
+
+
+TEMPLATE = """{% for m in messages %}
+{% if m.role == 'system' %}{{ raise_exception('No system here') }}{% endif %}
+{{ m.content }}{{ eos_token }}
+{% endfor %}
+"""
+
+
+def test_conversations_become_tokens_by_the_template(server, generator, tmp_path, monkeypatch):
+    pytest.importorskip("jinja2")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json_description("byte")))
+    assert chat_encoder(str(path)) is None
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    monkeypatch.setattr(server.served, "_chat", encode := chat_encoder(str(path)))
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    prompt = [*b"Hello", 256, *b"\n"]
+    assert encode([{"role": "user", "content": "Hello"}]) == prompt
+    request = {"messages": messages, "max_tokens": 6, "logprobs": True, "top_logprobs": 2, **GREEDY}
+    [choice] = server.post("/v1/chat/completions", **request).json()["choices"]
+    options = {"max_new_tokens": 6, "ignore_eos": True, **SIZES}
+    assert choice["message"] == {"role": "assistant", "content": generator.generate(prompt, **options)}
+    assert [len(token["top_logprobs"]) for token in choice["logprobs"]["content"]] == [2] * 6
+    pieces = [event["choices"][0]["delta"]["content"] for event in events(server, CHAT, **request)]
+    assert "".join(pieces) == choice["message"]["content"]
+    refused = server.post("/v1/chat/completions", messages=[{"role": "system", "content": "x"}])
+    assert (refused.status_code, "No system here" in refused.text) == (400, True)
 
 
 @pytest.mark.parametrize("stream", [True, False])
