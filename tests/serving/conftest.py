@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import json
 import os
 import pathlib
 import signal
@@ -135,6 +137,73 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+
+
+def random_request(rng: Any) -> bytes:
+    """Something like a request; one of ten is legal."""
+    pick = lambda *values: values[rng.integers(len(values))]
+    value = lambda: pick(
+        None,
+        True,
+        -1,
+        0,
+        1,
+        3,
+        1e9,
+        -0.5,
+        0.3,
+        "",
+        "x",
+        "\ud800",
+        [],
+        [1, 2],
+        [[1], [300]],
+        ["a", "b"],
+        {},
+        10**30,
+    )
+    request = {"prompt": pick("abc", [1, 2, 3], ["a", "b"]), "max_tokens": int(rng.integers(1, 5))}
+    names = (
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "n",
+        "seed",
+        "stop",
+        "stream",
+        "logprobs",
+    )
+    for name in rng.choice(
+        [*names, "echo", "min_tokens", "rid", "lora_path", "input_ids"], rng.integers(0, 4)
+    ):
+        request[str(name)] = value()
+    body = json.dumps(request).encode()
+    if rng.random() < 0.1:
+        body = bytes(rng.integers(0, 256, 40).tolist()) if rng.random() < 0.5 else body[: len(body) // 2]
+    return body
+
+
+def check_random_requests(server: Server, n: int) -> None:
+    """Every answer is one or a refusal, and nothing is left of them."""
+    import httpx
+
+    rng = np.random.default_rng(1)
+    bodies = [random_request(rng) for _ in range(n)]
+    headers = {"Content-Type": "application/json"}
+    with (
+        httpx.Client(headers=headers, timeout=120) as client,
+        concurrent.futures.ThreadPoolExecutor(16) as pool,
+    ):
+        ask = lambda body: client.post(f"{server.url}/v1/completions", content=body)
+        answers = list(pool.map(ask, bodies))
+    found = {answer.status_code for answer in answers}
+    assert found == {200, 400}, [a.text for a in answers if a.status_code not in (200, 400)]
+    assert "error" not in "".join(a.text for a in answers if a.status_code == 200)
+    assert server.becomes_idle()
+    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 # One bucket of each kind is compiled; prompts of more than 64 tokens take several steps.

@@ -17,7 +17,7 @@ from mlra_jax.data.tokenizers import json_description
 from mlra_jax.generation.engine import Engine
 from mlra_jax.generation.generator import GenerationOptions, Generator, changed
 from mlra_jax.generation.load import load_model
-from tests.serving.conftest import LENGTH, Server, free_port, random_params, write_run
+from tests.serving.conftest import LENGTH, Server, check_random_requests, free_port, random_params, write_run
 
 pytest.importorskip("httpx")
 pytest.importorskip("starlette")
@@ -190,6 +190,11 @@ def test_who_leaves_frees_the_rows(server, stream):
     while server.server.server_state.tasks:  # those that wait for the rest of an answer
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.slow  # every way of sampling is compiled
+def test_random_requests_leave_nothing_behind(server):
+    check_random_requests(server, 300)
 
 
 def test_a_full_queue_and_numbers_that_are_none_are_errors(generator, tmp_path):

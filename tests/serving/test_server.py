@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 from mlra_jax.generation.generator import Generator
-from tests.serving.conftest import FOUR_DEVICES, LENGTH, SIZES, free_port, random_params, write_run
+from tests.serving.conftest import (
+    FOUR_DEVICES,
+    LENGTH,
+    SIZES,
+    check_random_requests,
+    free_port,
+    random_params,
+    write_run,
+)
 
 pytest.importorskip("sgl_jax")
 import httpx
@@ -136,71 +144,6 @@ def test_who_leaves_frees_the_pages(server, stream):
             httpx.post(f"{server.url}/v1/completions", json=request, timeout=0.3)
     assert server.becomes_idle()
     assert server.metric("generated_tokens_total") - before < 400
-
-
-def random_request(rng):
-    """Something like a request; one of ten is legal."""
-    pick = lambda *values: values[rng.integers(len(values))]
-    value = lambda: pick(
-        None,
-        True,
-        -1,
-        0,
-        1,
-        3,
-        1e9,
-        -0.5,
-        0.3,
-        "",
-        "x",
-        "\ud800",
-        [],
-        [1, 2],
-        [[1], [300]],
-        ["a", "b"],
-        {},
-        10**30,
-    )
-    request = {"prompt": pick("abc", [1, 2, 3], ["a", "b"]), "max_tokens": int(rng.integers(1, 5))}
-    names = (
-        "prompt",
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "n",
-        "seed",
-        "stop",
-        "stream",
-        "logprobs",
-    )
-    for name in rng.choice(
-        [*names, "echo", "min_tokens", "rid", "lora_path", "input_ids"], rng.integers(0, 4)
-    ):
-        request[str(name)] = value()
-    body = json.dumps(request).encode()
-    if rng.random() < 0.1:
-        body = bytes(rng.integers(0, 256, 40).tolist()) if rng.random() < 0.5 else body[: len(body) // 2]
-    return body
-
-
-def check_random_requests(server, n):
-    """Every answer is one or a refusal, and nothing is left of them."""
-    rng = np.random.default_rng(1)
-    bodies = [random_request(rng) for _ in range(n)]
-    headers = {"Content-Type": "application/json"}
-    with (
-        httpx.Client(headers=headers, timeout=120) as client,
-        concurrent.futures.ThreadPoolExecutor(16) as pool,
-    ):
-        ask = lambda body: client.post(f"{server.url}/v1/completions", content=body)
-        answers = list(pool.map(ask, bodies))
-    found = {answer.status_code for answer in answers}
-    assert found == {200, 400}, [a.text for a in answers if a.status_code not in (200, 400)]
-    assert "error" not in "".join(a.text for a in answers if a.status_code == 200)
-    assert server.becomes_idle()
-    assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_random_requests_leave_nothing_behind(server):
