@@ -212,7 +212,7 @@ def translate(path: str, request: Mapping[str, Any], model: Model) -> dict[str, 
     if out.get("logprobs") is not None and out["logprobs"] is not False:
         out[top] = max(1, int(out.get(top, 0)))
 
-    asked = out.pop("max_completion_tokens", None) or out.get("max_tokens")
+    asked: int = out.pop("max_completion_tokens", 0) or out.get("max_tokens", 0)
     if path == CHAT:
         ids = model.encode_chat(_messages(request.get("messages")))
         if ids is None:
@@ -237,7 +237,7 @@ def translate(path: str, request: Mapping[str, Any], model: Model) -> dict[str, 
         )
     longest = max(map(len, prompts))
     room = model.max_len - longest
-    if room < 1 or (asked or 0) > room:
+    if room < 1 or asked > room:
         new = (
             "leave no room for a completion" if room < 1 else f"and max_tokens={asked} are {longest + asked}"
         )
@@ -333,8 +333,8 @@ class Counts:
         """The metrics in Prometheus' text format; `state`: gauges."""
         lines = ["# TYPE mlra_responses_total counter"]
         lines += [f'mlra_responses_total{{status="{k}"}} {v}' for k, v in sorted(self.responses.items())]
-        for name, value in self.totals.items():
-            lines += [f"# TYPE mlra_{name}_total counter", f"mlra_{name}_total {value}"]
+        for name, total in self.totals.items():
+            lines += [f"# TYPE mlra_{name}_total counter", f"mlra_{name}_total {total}"]
         for name, value in state.items():
             lines += [f"# TYPE mlra_{name} gauge", f"mlra_{name} {value}"]
         for name, row in self.seconds.items():

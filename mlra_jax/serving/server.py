@@ -29,6 +29,7 @@ class Requests(TokenizerManager):
     """The engine's door for requests, with seeds, counts, and an end for every one of them."""
 
     counts: Counts
+    no_create_loop: bool
 
     def auto_create_handle_loop(self) -> None:
         """As the engine's, but SIGTERM is uvicorn's, which waits for what runs and for no longer than it is told."""

@@ -30,6 +30,7 @@ from sgl_jax.srt.models.registry import ModelRegistry
 from sgl_jax.srt.sampling.sampling_batch_info import SamplingMetadata
 
 from mlra_jax.attention.head_shards import HeadShards
+from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.generation.load import splits_heads
 from mlra_jax.generation.sampling import Sampling
 from mlra_jax.serving.gate import MAX_TOP_LOGPROBS
@@ -75,6 +76,7 @@ class MLRAForCausalLM(nnx.Module):
         rules = decode_rules(splits_heads("auto", config, tensor, self.mesh.devices.flat[0].platform))
         self.mlra = load(model_config.model_path, rules, self.mesh)
         attention = config.attention
+        assert isinstance(attention, LatentAttentionConfig)
         with jax.set_mesh(self.mesh):
             heads = HeadShards.of(config, rules).count // tensor
         sizes = attention.d_latent, attention.d_rope, heads
@@ -194,7 +196,7 @@ class OurSampler(Sampler):
 
         def one(
             logits_V: jax.Array,
-            temperature: jax.Array,
+            temperature: Any,
             seed: jax.Array,
             position: jax.Array,
             top_k: Any = 0,
@@ -210,7 +212,7 @@ class OurSampler(Sampler):
         def on_each(logits_BV: jax.Array, *rows: jax.Array) -> jax.Array:
             *first, top_k, top_p, min_p = logits_BV, *rows
             filtered = jnp.any(top_k < logits_BV.shape[1]) | jnp.any(top_p < 1) | jnp.any(min_p > 0)
-            sample = jax.vmap(one)
+            sample: Any = jax.vmap(one)
             # Sorting a vocabulary takes longer than all the rest.
             return jax.lax.cond(filtered, lambda: sample(*first, top_k, top_p, min_p), lambda: sample(*first))
 

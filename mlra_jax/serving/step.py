@@ -146,9 +146,13 @@ class TokenLayout:
 
     @classmethod
     def packed(cls, d_latent: int, d_rope: int, heads: int) -> Self:
-        """Latent heads side by side, then one rotary key: U * C + R values."""
+        """Latent heads side by side, then one rotary key: U * C + R values, and what is missing to a multiple of 64.
+
+        A kernel for Hopper GPUs copies columns in tiles of 64, of which a row must have whole ones.
+        """
         end = heads * d_latent
-        return cls(d_latent, d_rope, tuple(range(0, end, d_latent)), end, end + d_rope)
+        width = -(-(end + d_rope) // 64) * 64
+        return cls(d_latent, d_rope, tuple(range(0, end, d_latent)), end, width)
 
     @classmethod
     def of_kv_heads(cls, d_latent: int, d_rope: int, heads: int, head_dim: int) -> Self:
@@ -198,7 +202,7 @@ class PagedCache:
     ) -> tuple[jax.Array, Self]:
         """See `LayerCache.append_latents`; tokens go to their slots."""
         kv_latent, k_rope = self.layout.columns(self.buffer)
-        q_T1A, kv_latent, _ = normalize_and_append(
+        q_T1A, appended, _ = normalize_and_append(
             a_T1E,
             q_gain_A,
             kv_gain_UC,
@@ -211,7 +215,8 @@ class PagedCache:
             kv_scale=kv_scale,
             frequencies=frequencies,
         )
-        return q_T1A, dataclasses.replace(self, buffer=kv_latent.array)
+        assert isinstance(appended, Columns)
+        return q_T1A, dataclasses.replace(self, buffer=appended.array)
 
     def attend_latents(
         self,
@@ -257,8 +262,8 @@ def hidden_states(
     """
     caches = [PagedCache(buffer, batch, model.rules, layout) for buffer in buffers]
     new_T = (batch.slot_T >= 0).astype(jnp.int32)
-    hidden, caches = model.decode_hidden(tokens_T[:, None], caches, batch.position_T, new_T)
-    return hidden[:, 0], [cache.buffer for cache in caches]
+    hidden, appended = model.decode_hidden(tokens_T[:, None], caches, batch.position_T, new_T)
+    return hidden[:, 0], [cache.buffer for cache in appended]
 
 
 def logits(model: Transformer, hidden_TD: jax.Array) -> jax.Array:

@@ -90,7 +90,7 @@ class Server:
         """Waits until it answers."""
         import httpx
 
-        end = time.monotonic() + 180
+        end = time.monotonic() + 400
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(self.url + path, timeout=30).status_code == 200:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -236,3 +239,42 @@ def test_sigterm_lets_a_request_finish_and_leaves_nothing(start_server, run, tmp
     assert rest[-1] == "data: [DONE]"
     assert server.process.wait(30) == 0
     assert not list(tmp_path.glob("mlra-serve-*"))
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_the_server_and_the_generator(compiled, tmp_path, repository):
+    sizes = [
+        "--config",
+        "tiny",
+        "--layers",
+        "1",
+        "--prompt",
+        "16",
+        "--new",
+        "4",
+        "--shared",
+        "32",
+        "--page",
+        "16",
+    ]
+    how = [
+        "--requests",
+        "1",
+        "2",
+        "--tensor",
+        "1",
+        "--overlap",
+        "no",
+        "--parts",
+        "requests",
+        "prefix",
+        "generator",
+    ]
+    where = ["--compiled", str(compiled / "serving"), "--out", str(tmp_path / "rates")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "benchmarks.serving", *sizes, *how, *where]
+    subprocess.run(command, check=True, cwd=repository, env=environment, timeout=500)
+    rows = json.loads((tmp_path / "rates.json").read_text())["rows"]
+    assert [row["requests"] for row in rows if "requests" in row] == [1, 2, 1, 2]
+    assert all(row.get("tokens/s", 1) > 0 for row in rows)
+    assert next(row for row in rows if "shared tokens" in row)["second"] > 0

@@ -15,8 +15,10 @@ from mlra_jax.attention.head_shards import HeadShards
 from mlra_jax.attention.kv_cache import Cache
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.config import MeshConfig
+from mlra_jax.errors import UserError
+from mlra_jax.execution.topologies import topology_mesh
 from mlra_jax.model import Transformer, to_decode
-from mlra_jax.serving.step import RaggedBatch, TokenLayout, hidden_states, logits
+from mlra_jax.serving.step import RaggedBatch, TokenLayout, compile_ahead, hidden_states, logits
 from mlra_jax.sharding import decode_rules, make_mesh
 from tests.definitions import SMALL
 
@@ -46,8 +48,8 @@ def alone(model, config, rules, tokens):
     [
         pytest.param(SMALL, 4, 4, False, marks=pytest.mark.smoke),
         (SMALL, 2, None, True),
-        (SMALL, 1, 2, False),
-        (MLA, 2, 4, False),
+        pytest.param(SMALL, 1, 2, False, marks=pytest.mark.slow),
+        pytest.param(MLA, 2, 4, False, marks=pytest.mark.slow),
     ],
 )
 def test_a_request_in_a_ragged_batch_gets_the_logits_it_gets_alone(config, tensor, block, fused):
@@ -98,3 +100,27 @@ def test_a_request_in_a_ragged_batch_gets_the_logits_it_gets_alone(config, tenso
         for r, tokens in enumerate(prompts()):
             expected = alone(model, config, rules, tokens)
             np.testing.assert_allclose(np.concatenate(found[r]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", [False, True])
+def test_no_layer_copies_the_pool_on_a_gpu(prefill):
+    try:
+        mesh = topology_mesh("h100:4", MeshConfig(1, 1, 4, 1))
+    except UserError as error:
+        pytest.skip(str(error))
+    attention = LatentAttentionConfig(4, 4, q_lora_rank=256, kv_lora_rank=512, d_nope=128, d_rope=64)
+    config = dataclasses.replace(SMALL, d_model=512, n_heads=8, d_ff=512, attention=attention)
+    config = dataclasses.replace(config, compute_dtype="bfloat16", param_dtype="bfloat16")
+    sizes = {
+        "tokens": 512 if prefill else 32,
+        "requests": 32,
+        "pages": 4096,
+        "page_size": 64,
+        "max_len": 1024,
+    }
+    compiled = compile_ahead(config, decode_rules(), mesh, prefill=prefill, **sizes)
+    layer = 4096 * 64 * (128 + 64) * 2
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= config.n_layers * layer
+    assert memory.temp_size_in_bytes < layer / 2
