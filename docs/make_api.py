@@ -95,8 +95,6 @@ OTHER_ATTENTIONS = """
 gqa = dataclasses.replace(model, attention=mlra.GroupedAttentionConfig(n_kv_heads=2, d_head=8))
 gta = dataclasses.replace(model, attention=mlra.TiedAttentionConfig(n_tied_heads=2, d_head=8))
 tpa = dataclasses.replace(model, attention=mlra.TensorProductAttentionConfig(rank=2, q_rank=3, d_head=8))
-# Rotary frequencies for sequences four times as long.
-longer = dataclasses.replace(model, rotary_scaling=mlra.RotaryScalingConfig("yarn", 4.0, original_max_position=64))
 assert all(isinstance(m.attention, mlra.AttentionConfig) for m in (model, gqa, gta, tpa))
 [m.attention.cache_arrays() for m in (model, gqa, gta, tpa)]
 """
@@ -213,10 +211,9 @@ generator.generate(prompts, sampling=[mlra.Sampling(), sampling], max_new_tokens
 SECTIONS: dict[str, dict[str, tuple[tuple[str, ...], str]]] = {
     # Heading: {example: the names that it shows, and that are described before it}.
     "Configurations": {
-        "TrainConfig ModelConfig LatentAttentionConfig ExecutionConfig MeshConfig DataConfig OptimConfig "
-        "CheckpointConfig LogConfig": CONFIGURATIONS,
-        "AttentionConfig GroupedAttentionConfig TiedAttentionConfig TensorProductAttentionConfig "
-        "RotaryScalingConfig": OTHER_ATTENTIONS,
+        "TrainConfig ModelConfig LatentAttentionConfig RotaryScalingConfig ExecutionConfig MeshConfig DataConfig "
+        "OptimConfig CheckpointConfig LogConfig": CONFIGURATIONS,
+        "AttentionConfig GroupedAttentionConfig TiedAttentionConfig TensorProductAttentionConfig": OTHER_ATTENTIONS,
         "ConfigError": CONFIG_ERROR,
         "load_config": LOAD_CONFIG,
     },
