@@ -191,7 +191,11 @@ class OurSampler(Sampler):
         return jnp.where(finite_B, tokens_B, NOT_FINITE), *rest
 
     def _regular_sampling(self, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        logits_BV, metadata, _, _ = operands
+        logits_BV, metadata, rng, _ = operands
+        seed_B = metadata.sampling_seeds
+        if seed_B is None:  # without --enable-deterministic-sampling
+            of_row = NamedSharding(self.mesh, P("data"))
+            seed_B = jax.sharding.reshard(jax.random.randint(rng, logits_BV.shape[:1], 0, 2**31 - 1), of_row)
         keep = (metadata.top_ks, metadata.top_ps, metadata.min_ps)
 
         def one(
@@ -219,7 +223,7 @@ class OurSampler(Sampler):
         args = (
             jax.sharding.reshard(logits_BV, NamedSharding(self.mesh, P("data", None))),
             metadata.temperatures,
-            metadata.sampling_seeds,
+            seed_B,
             metadata.positions,
             *keep,
         )
