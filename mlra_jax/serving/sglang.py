@@ -260,6 +260,32 @@ def _copied(merge_cache_loc: Any) -> Any:
     return merge
 
 
+def _with_own_logprobs(change: Any) -> Any:
+    """`ScheduleBatch.filter_batch` or `merge_batch` with lists of log-probabilities that belong to its requests.
+
+    The engine keeps what is wanted of each in lists beside the requests, forgets to change them where a batch that wants
+    some meets one that wants none, and fails on the lengths later.
+    """
+
+    def renew(batch: Any) -> None:
+        for info in batch.reqs_info:
+            wanted = info.reqs and any(req.return_logprob for req in info.reqs)
+            info.top_logprobs_nums = [req.top_logprobs_num for req in info.reqs] if wanted else None
+            info.token_ids_logprobs = [req.token_ids_logprob for req in info.reqs] if wanted else None
+
+    @functools.wraps(change)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        renew(self)
+        for other in args:
+            if isinstance(other, schedule_batch.ScheduleBatch):
+                renew(other)
+        result = change(self, *args, **kwargs)
+        renew(self)
+        return result
+
+    return changed
+
+
 def _of_few_shapes(metadata: Any) -> Any:
     """`from_model_worker_batch` of the engine's metadata, without what would compile a program for each batch.
 
@@ -292,6 +318,9 @@ def register() -> None:
     model_runner.Sampler = OurSampler
     if not hasattr(schedule_batch.Req.check_finished, "__wrapped__"):
         schedule_batch.Req.check_finished = _end_if_not_finite(schedule_batch.Req.check_finished)
+        for name in ("filter_batch", "merge_batch"):
+            change = getattr(schedule_batch.ScheduleBatch, name)
+            setattr(schedule_batch.ScheduleBatch, name, _with_own_logprobs(change))
         for metadata in (LogitsMetadata, SamplingMetadata):
             metadata.from_model_worker_batch = _of_few_shapes(metadata)
         schedule_batch.ScheduleBatch._merge_cache_loc = _copied(schedule_batch.ScheduleBatch._merge_cache_loc)
