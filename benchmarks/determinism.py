@@ -57,7 +57,8 @@ def measure(name: str, variant: str, steps: int) -> dict[str, Any]:
     gradient, deterministic = VARIANTS[variant]
     if gradient == "scatter":
         layers.take_rows = operator.getitem
-    options = {"layers": None, "remat": None, "gather": None, "fsdp": 1, "tensor": 1, "profile": False}
+    options = {"layers": None, "remat": None, "gather": None, "fsdp": 1, "tensor": 1}
+    options |= {"context": 1, "seq_len": 0, "profile": False}
     sizes = {"micro_batch": MICRO_BATCHES.get(name, 0), "accumulation": 4, "steps": steps}
     args = argparse.Namespace(**options, **sizes, deterministic=deterministic)
     return train.measure(name, args, Setting.here("benchmarks.determinism", []))

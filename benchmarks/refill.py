@@ -50,19 +50,21 @@ def static_occupancy(asked: Sequence[Request], rows: int) -> float:
     return sum(later) / sum(rows * max(batch) for batch in batches)
 
 
-def generate(loop: GenerationLoop, asked: Sequence[Request]) -> float:
+def generate(engine: Engine, loop: GenerationLoop, asked: Sequence[Request]) -> float:
     """Seconds for all requests, without what is compiled."""
-    start = loop.rows._engine.clock()
+    start = engine.clock()
     for request in sorted(asked, key=lambda request: -request.max_new_tokens):  # as `Generator` does
         loop.submit(request)
     made = 0
     while loop.busy:
         made += sum(len(event.tokens) for event in loop.step())
     assert made == sum(request.max_new_tokens for request in asked)
-    return loop.rows._engine.clock() - start
+    return engine.clock() - start
 
 
-def best_times(rows: Rows, context: int, shapes: Sequence[tuple[int, int]]) -> tuple[float, float]:
+def best_times(
+    engine: Engine, rows: Rows, context: int, shapes: Sequence[tuple[int, int]]
+) -> tuple[float, float]:
     """Seconds of a token of a prompt in the best of the shapes, and of a step with every row busy."""
     per_token = []
     for n, size in shapes:
@@ -78,7 +80,6 @@ def best_times(rows: Rows, context: int, shapes: Sequence[tuple[int, int]]) -> t
 
         once()
         per_token.append(statistics.median(once() for _ in range(5)) / (len(chunk) * size))
-    engine = rows._engine
 
     def steps() -> float:
         with jax.set_mesh(engine.mesh):
@@ -121,14 +122,14 @@ def main() -> int:
     max_len = round_up(args.shared + args.prompt[1] + args.new[1], LENGTH_UNIT)
     setting = Setting.here("benchmarks.refill", sys.argv[1:])
     print(f"{setting.device}, {setting.date}, {records.versions(vars(setting))}\n`{setting.command}`")
-    generate(GenerationLoop(engine, args.rows, max_len), asked)  # compiles
+    generate(engine, GenerationLoop(engine, args.rows, max_len), asked)  # compiles
     loop = GenerationLoop(engine, args.rows, max_len)
-    seconds, stats = generate(loop, asked), loop.stats
+    seconds, stats = generate(engine, loop, asked), loop.stats
     tokens = sum(len(request.prompt) for request in asked)
     new = sum(request.max_new_tokens for request in asked)
     context = (tokens + new // 2) // len(asked)
     used = {key[3:] for key in engine.programs if key[0] == "prefill"}
-    per_token, step = best_times(loop.rows, context, sorted(used))
+    per_token, step = best_times(engine, loop.rows, context, sorted(used))
     ideal = stats.chunk_tokens * per_token + (new - len(asked)) / stats.rows * step
     print(
         f"{len(asked)} prompts, {tokens} tokens in, {new} tokens out, {stats.rows} rows of {max_len}",

@@ -3,6 +3,7 @@
     python -m benchmarks.train                                # mlra_4, mla and gqa
     python -m benchmarks.train --configs mlra_4 --micro-batch 2 --remat mlp
     python -m benchmarks.train --configs mlra_4 --fsdp 2      # or --tensor 2: on two GPUs
+    python -m benchmarks.train --configs long --seq-len 131072 --context 2 --accumulation 1
 
 The model is the configuration's, in full, with random weights and random tokens; micro-batch and rematerialisation are
 what training would choose, if they are not given. A step has `--accumulation` micro-batches, fewer than the paper's:
@@ -113,10 +114,11 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
         model = dataclasses.replace(model, n_layers=args.layers)
     asked = {"remat": args.remat, "gather": args.gather, "deterministic": args.deterministic}
     execution = dataclasses.replace(config.execution, **{k: v for k, v in asked.items() if v})
-    mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor))
-    n_data = mesh.size // args.tensor
+    mesh = make_mesh(MeshConfig(fsdp=args.fsdp, tensor=args.tensor, context=args.context))
+    n_data = mesh.size // (args.tensor * args.context)
     # The global batch follows from the micro-batch; to choose one, the planner needs a batch that all sizes divide.
-    data = dataclasses.replace(config.data, micro_batch=args.micro_batch)
+    length = args.seq_len or config.data.seq_len
+    data = dataclasses.replace(config.data, micro_batch=args.micro_batch, seq_len=length)
     config = dataclasses.replace(config, model=model, execution=execution, data=data)
     with jax.set_mesh(mesh):
         capacity = device_memory(jax.devices()[0])
@@ -162,6 +164,7 @@ def measure(name: str, args: argparse.Namespace, setting: Setting) -> dict[str, 
         "setting": dataclasses.asdict(setting),
         "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
         "layers": config.model.n_layers,
+        "seq_len": config.data.seq_len,
         "parameters": n_params,
         "micro_batch": plan.micro_batch,
         "accumulation": args.accumulation,
@@ -189,6 +192,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
         (
             r["config"],
             on_mesh(r),
+            f"{length_of(r):,}",
             f"{r['micro_batch']} x {r['accumulation']}",
             r["remat"],
             r["gather"] if "fsdp" in r["mesh"] else "",
@@ -203,6 +207,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     names = (
         "configuration",
         "mesh",
+        "sequences",
         "micro-batch",
         "remat",
         "gather",
@@ -211,7 +216,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
         "step, s",
         "spread",
     )
-    return table((*names, "memory: planned, compiled, GiB"), rows, "llrllr")
+    return table((*names, "memory: planned, compiled, GiB"), rows, "llrrllr")
 
 
 def on_mesh(r: Mapping[str, Any]) -> str:
@@ -219,11 +224,16 @@ def on_mesh(r: Mapping[str, Any]) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items())
 
 
+def length_of(r: Mapping[str, Any]) -> int:
+    """The length of a result's sequences, which earlier versions left out."""
+    return r.get("seq_len", 2048)
+
+
 def title(r: Mapping[str, Any]) -> str:
     """Describes what was measured."""
     on = f" on {on_mesh(r)}" if r["mesh"] else ""
     gather = f", gathered each {r['gather']}" if "fsdp" in r["mesh"] else ""
-    return f"{r['config']}{on}, {r['micro_batch']} x {r['accumulation']} {r['remat']}{gather}"
+    return f"{r['config']}{on}, {length_of(r):,} tokens, {r['micro_batch']} x {r['accumulation']} {r['remat']}{gather}"
 
 
 def budget(r: Mapping[str, Any]) -> list[str]:
@@ -264,12 +274,12 @@ def budget(r: Mapping[str, Any]) -> list[str]:
 
 
 KEY = "config", "layers", "mesh", "micro_batch", "accumulation", "remat", "gather"
-"""The fields that identify a result."""
+"""The fields that, with the length of its sequences, identify a result."""
 
 
 def merged(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """All results; a repeated measurement replaces the old one in place."""
-    key = lambda r: json.dumps([r.get(name) for name in KEY])
+    key = lambda r: json.dumps([length_of(r), *(r.get(name) for name in KEY)])
     return list({key(r): r for r in (*old, *new)}.values())
 
 
@@ -321,6 +331,8 @@ def main() -> int:
         "--fsdp", type=int, default=1, help="size of this mesh axis; further devices are data"
     )
     parser.add_argument("--tensor", type=int, default=1, help="size of this mesh axis")
+    parser.add_argument("--context", type=int, default=1, help="size of this mesh axis")
+    parser.add_argument("--seq-len", type=int, default=0, help="tokens of a sequence; 0: the configuration's")
     parser.add_argument("--gather", help="see ExecutionConfig.gather; default: the planner's choice")
     parser.add_argument("--deterministic", choices=("yes", "no"), help="see ExecutionConfig.deterministic")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the configuration's")

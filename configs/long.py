@@ -7,7 +7,7 @@
 128K. Devices that are left after fsdp split the tokens of a sequence (`context`), which every device has as much work
 with; a single GPU needs --mesh.fsdp 1.
 
-Hardware    v5e:16x16, v6e:16x16 or v5p:4x4x4 (compiled for, docs/scaling.md)
+Hardware    v5e:16x16, v6e:16x16 or v5p:4x4x4 (docs/scaling.md)
 Wall time   not run
 Result      not run
 """

@@ -115,8 +115,9 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._limit = math.inf
-        if kind is None and not self.alone:
+        if kind is None or self.alone:
             self._leaving.set()
+        if kind is None and not self.alone:
             self._client.key_value_set(f"{_FOLDER}/alive/{self._id}", "done", allow_overwrite=True)
         self._last_words.dismiss()
         if kind is not None:

@@ -58,6 +58,19 @@ def test_train_step_compiles_and_fits(name, topology):
         assert 0.99 * state < memory.arguments < 1.1 * state
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("seq_len", "sequences"), [(32_768, 32), (131_072, 8)])
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x4"])
+def test_the_recipe_for_long_sequences_compiles_and_fits(topology, seq_len, sequences):
+    config = load_config("long")
+    data = dataclasses.replace(config.data, seq_len=seq_len, global_batch=sequences)
+    mesh = topology_mesh(topology, config.mesh)
+    config, plan = resolve(dataclasses.replace(config, data=data), mesh)
+    memory = Memory.of(compile_train_step(config, mesh))
+    assert memory.total < device_memory(mesh.devices.flat[0])
+    assert plan.total == pytest.approx(memory.total, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("name", "n_layers", "topology"),
     [

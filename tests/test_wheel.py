@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("convert", "decode", "describe", "evaluate", "export", "plan", "plot", "prepare", "train")
+COMMANDS = (
+    "convert",
+    "decode",
+    "describe",
+    "evaluate",
+    "export",
+    "plan",
+    "plot",
+    "prepare",
+    "serve",
+    "train",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,11 @@ def test_every_console_command_of_the_wheel_prints_its_help(site):
     entries.read(metadata / "entry_points.txt")
     scripts = dict(entries["console_scripts"])
     assert sorted(scripts) == [f"mlra-{command}" for command in COMMANDS]
+    plugin = entries["vllm.general_plugins"]["mlra_jax"]  # without vLLM it does nothing
     code = f"""
 import importlib, sys
+module, function = {plugin.split(":")}
+getattr(importlib.import_module(module), function)()
 for name, target in {scripts}.items():
     module, function = target.split(":")
     sys.argv = [name, "--help"]

@@ -13,7 +13,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from mlra_jax.attention.kv_cache import Cache, put_rows, take_rows
-from mlra_jax.config import ConfigError, ModelConfig
+from mlra_jax.config import ConfigError, ModelConfig, Range
 from mlra_jax.generation.sampling import (
     GREEDY,
     NO_NUMBER,
@@ -53,6 +53,10 @@ LENGTH_UNIT = 256
 """Default cache lengths are multiples of this, so that a slightly longer prompt does not recompile."""
 
 
+Logprobs = Annotated[int, Range(ge=0, le=20)]
+"""How many of the most probable tokens may be listed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One text to generate."""
@@ -69,7 +73,7 @@ class Request:
     """Its number among the samples of the prompt, which all draw other tokens."""
     eos_id: int | None = None
     """The token that ends it; None: none does."""
-    logprobs: int | None = None
+    logprobs: Logprobs | None = None
     """Also give the log-probability of each token, and of this many most probable ones; None: neither."""
     may_stop: bool = False
     """Whether the caller may cancel it for what it reads (a stop string): tokens come in short runs then."""

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, overload
 
 import tyro
 
-from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Range, Seed, Validated
+from mlra_jax.config import ConfigError, MeshConfig, NotNegative, Positive, Seed, Validated
 from mlra_jax.data.tokenizers import Tokenizer
-from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Request, round_up
+from mlra_jax.generation.engine import LENGTH_UNIT, STEPS_PER_RUN, Engine, Logprobs, Request, round_up
 from mlra_jax.generation.load import ONE_DEVICE, load_model
 from mlra_jax.generation.loop import Event, GenerationLoop
 from mlra_jax.generation.sampling import GREEDY, NotFiniteError, Sampling
@@ -45,7 +45,7 @@ class GenerationOptions(Validated):
     shorten ends the completion early."""
     batch_size: Positive = 64
     """Most completions that are generated at a time; the next one begins when one has ended."""
-    logprobs: Annotated[int, Range(ge=0, le=20)] | None = None
+    logprobs: Logprobs | None = None
     """Also give the log-probability of each token, and of this many most probable ones. Not in the printed text: see
     --json."""
 

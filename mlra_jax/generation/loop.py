@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import threading
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
-import jax
 import numpy as np
 
 from mlra_jax.config import ConfigError, Positive, require
@@ -35,11 +35,12 @@ from mlra_jax.generation.engine import (
     STEPS_PER_RUN,
     Chosen,
     Engine,
+    Logprobs,
     Request,
     Rows,
     next_chunk,
 )
-from mlra_jax.generation.sampling import NO_NUMBER, Sampling
+from mlra_jax.generation.sampling import NO_NUMBER, RowSampling, Sampling
 
 REFILL_SHARE = 1 / 10
 """Share of the rows that must have ended for a run of steps to end before its time, if prompts wait.
@@ -120,6 +121,8 @@ class _Row:
     """The one that it has, or had."""
     content: Any = ()
     """Tokens that its cache begins with, or will once its prompt has been run."""
+    beginning: bytes = b""
+    """The first `SHORTEST_SHARED` of them."""
     filled: int = 0
     """How many of them the cache holds, at least."""
     prompt_len: int = 0
@@ -158,6 +161,13 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     n = min(len(a), len(b))
     differs = a[:n] != b[:n]
     return int(differs.argmax()) if differs.any() else n
+
+
+@functools.lru_cache
+def _check_sampling(sampling: Sampling) -> None:
+    """Raises ConfigError if it is not legal, or cannot be compiled."""
+    sampling.validate()
+    RowSampling.of([sampling], [0], [0])
 
 
 class GenerationLoop:
@@ -279,7 +289,8 @@ class GenerationLoop:
             )
         if wrong := [token for token in tokens if not 0 <= token < n_vocab]:
             raise ConfigError(f"The prompt has the token id {wrong[0]}; ids are 0 to {n_vocab - 1}.")
-        request.sampling.validate()
+        require(Logprobs | None, logprobs=request.logprobs)
+        _check_sampling(request.sampling)
 
     # Freeing and filling rows
 
@@ -301,6 +312,7 @@ class GenerationLoop:
                 other.source = None
         row.number = row.source = None
         row.begun, row.tokens, row.flying, row.ended = False, [], 0, self._launches
+        row.beginning = row.content[:SHORTEST_SHARED].tobytes()
 
     def _drop_cancelled(self) -> list[Event]:
         with self._lock:
@@ -349,12 +361,17 @@ class GenerationLoop:
         n, _, source = best[part_of(chosen)]
         row = self._rows[chosen]
         in_place = n == shared[chosen]
+        if in_place:  # running the last token sets the row's length
+            n = min(n, len(prompt) - 1)
         row.number, row.request, row.content, row.prompt_len = number, request, prompt, len(prompt)
+        row.beginning = prompt[:SHORTEST_SHARED].tobytes()
         row.filled, row.source = (n, None) if in_place else (0, (-source, n))
         self.stats.shared_tokens += n * in_place
 
     def _shared(self, prompt: np.ndarray, row: _Row) -> int:
         """With how many tokens of the prompt the row's cache begins, or will; 0 if too few."""
+        if row.beginning != prompt[:SHORTEST_SHARED].tobytes():  # as most are
+            return 0
         n = common_prefix(prompt, row.content)
         if not n == len(prompt) == row.prompt_len:  # the logits are those after another prompt
             n = min(n, len(prompt) - 1)
@@ -442,11 +459,11 @@ class GenerationLoop:
         for chosen in (flight.first, flight.later):
             if chosen is None:
                 continue
-            made = jax.tree.map(np.asarray, chosen)
+            made: list[Any] = [None if x is None else np.asarray(x) for x in chosen]
             now = self._engine.clock()
-            if made.id_B.ndim == 1:
-                made = jax.tree.map(lambda x: x[None], made)
-            is_token = made.id_B != NO_TOKEN
+            if chosen.id_B.ndim == 1:
+                made = [None if x is None else x[None] for x in made]
+            is_token = made[0] != NO_TOKEN
             if chosen is flight.later:
                 self.stats.steps += int(is_token.any(axis=1).sum())
             for i, number in enumerate(flight.numbers):
@@ -455,7 +472,8 @@ class GenerationLoop:
                     continue
                 if chosen is flight.later:
                     self.stats.step_tokens += int(of_row.sum())
-                events.append(self._event(row, jax.tree.map(lambda x, i=i, at=of_row: x[at, i], made), now))
+                of_row = Chosen(*(None if x is None else x[of_row, i] for x in made))
+                events.append(self._event(row, of_row, now))
         for i, n in enumerate(flight.flying):
             if self._rows[i].number == flight.numbers[i]:
                 self._rows[i].flying -= n

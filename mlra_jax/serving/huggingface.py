@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -284,8 +283,9 @@ def load(folder: str | os.PathLike[str], rules: AxisRules, mesh: Mesh) -> Transf
     exported = open_exported(folder)
     config = exported.config.model
     check_served(config)
-    size = lambda name: int(np.prod([mesh.shape[axis] for axis in dict(rules.table).get(name, ())]))
-    check_decode_layout(config, MeshConfig(size("batch"), 1, size("kv_head_shards"), 1), size("heads") > 1)
+    with jax.set_mesh(mesh):
+        size = {name: rules.size(name) for name in ("batch", "kv_head_shards", "heads")}
+    check_decode_layout(config, MeshConfig(size["batch"], 1, size["kv_head_shards"], 1), size["heads"] > 1)
     config = dataclasses.replace(config, param_dtype=config.compute_dtype)
     return decoding_model(config, rules, mesh, exported.read)
 

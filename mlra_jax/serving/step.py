@@ -146,9 +146,13 @@ class TokenLayout:
 
     @classmethod
     def packed(cls, d_latent: int, d_rope: int, heads: int) -> Self:
-        """Latent heads side by side, then one rotary key: U * C + R values."""
+        """Latent heads side by side, then one rotary key: U * C + R values, and what is missing to a multiple of 64.
+
+        A kernel for Hopper GPUs copies columns in tiles of 64, of which a row must have whole ones.
+        """
         end = heads * d_latent
-        return cls(d_latent, d_rope, tuple(range(0, end, d_latent)), end, end + d_rope)
+        width = -(-(end + d_rope) // 64) * 64
+        return cls(d_latent, d_rope, tuple(range(0, end, d_latent)), end, width)
 
     @classmethod
     def of_kv_heads(cls, d_latent: int, d_rope: int, heads: int, head_dim: int) -> Self:

@@ -11,7 +11,16 @@ import types
 import jax
 import pytest
 
-from benchmarks import determinism, input_pipeline, split_latents, tpu_static, train, train_attention
+from benchmarks import (
+    determinism,
+    input_pipeline,
+    prepare,
+    refill,
+    split_latents,
+    tpu_static,
+    train,
+    train_attention,
+)
 from mlra_jax.attention.latent import LatentAttentionConfig
 from mlra_jax.cli.configs import load_config
 from mlra_jax.cli.convert import main as convert
@@ -92,10 +101,21 @@ def test_a_train_step_is_measured_on_a_mesh_and_kept_beside_others(call, tmp_pat
     profiled = []
     again = lambda name, args, _: profiled.append(args.profile) or result | {"remat": "none"}
     monkeypatch.setattr(train, "measure", again)
-    assert call(train, "--configs", "tiny", *sizes, "--no-profile", "--deterministic", "no") == 0
+    assert (
+        call(train, "--configs", "tiny", *sizes, "--no-profile", "--deterministic", "no", "--context", "1")
+        == 0
+    )
     assert profiled == [False]
     assert len(json.loads((tmp_path / "train_cpu.json").read_text())["results"]) == 2
     assert f"Written to {tmp_path / 'train_cpu'}.md and .json" in capsys.readouterr().out
+
+
+def test_refilled_rows_are_compared_with_static_batches_and_the_ideal(call, capsys):
+    sizes = ["--config", "tiny", "--layers", "1", "--prompts", "5", "--rows", "2", "--shared", "16"]
+    call(refill, *sizes, "--prompt", "2", "6", "--new", "2", "4")
+    said = capsys.readouterr().out
+    assert re.search(r"occupancy", said, re.IGNORECASE)
+    assert re.search(r"ideal", said, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("repeats", [True, False])
@@ -108,14 +128,21 @@ for i in range(40):
     open(f"{out}/metrics.jsonl", "a").write(json.dumps({"step": i}) + "\\n")
     time.sleep(0.03)
 """
-    start = lambda name, out, cache, steps: subprocess.Popen([sys.executable, "-S", "-c", step, out])
+    told = []
+
+    def start(name, out, cache, steps, more):
+        told.append(more)
+        return subprocess.Popen([sys.executable, "-S", "-c", step, out])
+
     monkeypatch.setattr(determinism, "start", start)
     monkeypatch.setattr(determinism, "digest", lambda out, step: "a" if repeats else out.name)
-    status = call(determinism, "--parts", "runs", "--configs", "tiny", "--steps", "9", "--kills", "2")
+    argv = ["--parts", "runs", "--configs", "tiny", "--steps", "9", "--kills", "2"]
+    status = call(determinism, *argv, "--train", "--mesh.fsdp", "2")
     said = capsys.readouterr().out
     assert status == (0 if repeats else 1)
     assert re.search(r"\| killed after steps \d, \d \| \w+ \| (yes|NO) \|", said)
     assert ("NO" in said) != repeats
+    assert told == [["--mesh.fsdp", "2"]] * 6
 
 
 @pytest.mark.parametrize("variant", determinism.VARIANTS)
@@ -131,6 +158,13 @@ def test_a_variant_of_the_gradient_is_measured_with_its_flags(variant, call, mon
     assert call(determinism, "--configs", "tiny", "--variant", variant, "--steps", "1") == 0
     assert json.loads(capsys.readouterr().out) == {"step_s": 1.0}
     assert measured == [("sums" in variant, "yes" if "deterministic" in variant else "no")]
+
+
+def test_preparing_is_timed_and_the_shards_of_all_numbers_of_processes_compared(call, capsys):
+    call(prepare, "--workers", 1, "--megabytes", 0.1, "--tokenizer", "byte")
+    assert re.search(
+        r"tokenizer byte\n\n.*\n.*\n\| 1 \| [\d,]+ \| [\d,]+ \| [\d,]+ \|", capsys.readouterr().out
+    )
 
 
 def test_the_input_pipeline_is_timed_over_shards_of_its_own(call, tmp_path):

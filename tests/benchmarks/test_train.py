@@ -50,12 +50,15 @@ def test_kernels_are_told_apart_by_what_they_do():
 def test_a_file_keeps_what_other_commands_measured_and_the_newest_of_the_same(tmp_path):
     out = tmp_path / "results" / "train_h100"
     train.write(out, [result(), result(20_000.0, mesh={"tensor": 2})])
-    train.write(out, [result(23_000.0), result(24_000.0, mesh={"fsdp": 2}, gather="step")])
+    train.write(out, [result(23_000.0, seq_len=2048), result(24_000.0, mesh={"fsdp": 2}, gather="step")])
     kept = json.loads(out.with_suffix(".json").read_text())["results"]
     assert [r["tokens_per_second"] for r in kept] == [23_000, 20_000, 24_000]
     text = out.with_suffix(".md").read_text()
-    assert "| mlra_4 | fsdp 2 | 3 x 2 | products | step | 24,000 | 48.4% |" in text
-    assert "mlra_4 on fsdp 2, 3 x 2 products, gathered each step: `python -m benchmarks.train`" in text
+    assert "| mlra_4 | fsdp 2 | 2,048 | 3 x 2 | products | step | 24,000 | 48.4% |" in text
+    assert (
+        "mlra_4 on fsdp 2, 2,048 tokens, 3 x 2 products, gathered each step: `python -m benchmarks.train`"
+        in text
+    )
 
 
 def test_a_devices_part_of_the_state_is_what_its_optimizer_moves():

@@ -11,7 +11,7 @@ from mlra_jax.attention.grouped import GroupedAttentionConfig
 from mlra_jax.cli.configs import config_folders, config_names, load_config, parse_train_args
 from mlra_jax.config import ConfigError, TrainConfig, from_dict, to_dict
 
-PAPER = [name for name in config_names() if name not in ("small", "tiny")]
+PAPER = [name for name in config_names() if name not in ("small", "long", "tiny")]
 MINIMAL = "from mlra_jax.config import *\ndef get_config(): return TrainConfig(name='mine')\n"
 
 
@@ -30,12 +30,12 @@ def failing(call, *args) -> str:
 @pytest.mark.smoke
 def test_the_shipped_configurations_are_the_promised_ones():
     runs = Path(__file__).parent.parent / "parity" / "official_configs.json"
-    assert set(config_names()) >= {*json.loads(runs.read_text())["runs"], "tiny", "small"}
+    assert set(config_names()) >= {*json.loads(runs.read_text())["runs"], "tiny", "small", "long"}
     assert not any(name.startswith("_") for name in config_names())
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name", [*PAPER, "tiny", "small"])
+@pytest.mark.parametrize("name", [*PAPER, "tiny", "small", "long"])
 def test_every_shipped_configuration_is_legal_named_after_its_file_and_survives_json(name):
     config = load_config(name)
     config.validate()

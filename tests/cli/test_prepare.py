@@ -188,6 +188,21 @@ def many(tmp_path, monkeypatch):
 MANY = ("--shard-tokens", 1000)
 
 
+def test_wherever_a_file_is_cut_each_of_its_lines_is_read_once_and_named_by_its_number(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {i}"}) for i in range(8)) + "\n\n[]\n")
+    for size in range(1, path.stat().st_size + 2):
+        read, faults = [], []
+        for chunk in documents.chunks_of([path], size):
+            try:
+                for text, _ in chunk.documents("text"):
+                    read.append(text)
+            except DataError as error:
+                faults.append(str(error).split(": no text")[0])
+        assert read == [f"line {i}" for i in range(8)]
+        assert faults == [f"{path}, line 10"]
+
+
 @pytest.mark.parametrize("workers", [2, 3])
 def test_shards_do_not_depend_on_the_number_of_processes(many, tmp_path, workers, capsys):
     folder, shards = many

@@ -79,6 +79,11 @@ def test_a_shared_prefix_is_run_once_on_each_device_along_data(loop, requests, e
     together, _ = finish(this, [*map(this.submit, samples)])
     assert (this.stats.chunk_tokens, this.stats.shared_tokens) == (2 * len(prompt), 2 * len(prompt))
     assert len({tuple(row) for row in together}) == 4
+    again, _ = finish(
+        this, [*map(this.submit, samples)]
+    )  # in rows that hold the prompt, and what came after it
+    assert again == together
+    assert this.stats.chunk_tokens == 2 * len(prompt) + 4
     other = loop()
     others = [Request(prompt[:i], 1) for i in (3, 5, 7)]  # nothing to share, and other rows
     alone, _ = finish(other, [other.submit(request) for request in [*others, samples[2]]])
@@ -130,6 +135,7 @@ def test_requests_come_and_go_at_any_time(loop, requests, expected):
         ),
         (Request([1, 257], 5), "token id 257; ids are 0 to 256"),
         (Request([1], 5, Sampling(-1.0)), "temperature=-1"),
+        (Request([1], 5, logprobs=-1), "logprobs=-1"),
     ],
 )
 def test_what_can_never_run_is_refused_with_the_numbers(request_, words, loop):

@@ -161,8 +161,9 @@ def test_the_hopper_kernel_takes_what_fits_its_pages_memory_and_batch(table):
     assert take() == take(batch=15) == mosaic_gpu.Config(**SPLIT)
     assert take(heads_per_kv=32) is None
     table(entry(SPLIT | {"block": 128}))
-    assert take(page_size=128, row_pages=32) == mosaic_gpu.Config(**SPLIT | {"block": 128})
-    assert take(page_size=64, row_pages=64) is None
+    for pages in ({"page_size": 128, "row_pages": 32}, {"page_size": 32, "row_pages": 128}):
+        assert take(**pages) == mosaic_gpu.Config(**SPLIT | {"block": 128})
+    assert take(page_size=16, row_pages=256) is None  # no block is gathered from eight
     table(entry(SPLIT | {"stages": 20}))
     assert take() is None
     table(entry(SPLIT | {"n_splits": 1}))  # a program for each sequence: right for as many as were measured

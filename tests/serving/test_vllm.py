@@ -150,7 +150,7 @@ needs_vllm = pytest.mark.skipif(
 
 @needs_vllm
 @pytest.mark.parametrize("devices", ["--tensor 1", "--tensor 4", "--tensor 4 --http", "--tensor 2 --data 2"])
-def test_greedy_tokens_are_those_of_the_generator(devices, repository, environment):
+def test_greedy_tokens_are_those_of_the_generator(devices, repository):
     """40 prompts that share prefixes, in chunks, batched, twice."""
     script = repository / "tests" / "serving" / "vllm_on_cpu.py"
     run = [sys.executable, str(script), *devices.split()]

@@ -77,7 +77,7 @@ class ArgSpec:
 
     @property
     def _pool_token(self) -> tuple[int, ...]:
-        packed = (self.heads * self.width + self.rope,)
+        packed = (-(-(self.heads * self.width + self.rope) // 64) * 64,)  # as Hopper's copies want them
         return packed if self.pool == "packed" else (self.heads, 2, self._slot)
 
     @property

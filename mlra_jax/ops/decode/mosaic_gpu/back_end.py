@@ -53,9 +53,9 @@ class MosaicGPU(HopperKernel[Shape, Config], DecodeKernel[Config]):
                         "the Mosaic GPU kernel takes columns that start at equal distances and multiples of "
                         f"{tile}; got {list(x.starts)}."
                     )
-                if x.token_width % 8:
+                if x.token_width % tile:  # copies of tiles want whole ones
                     raise NotImplementedError(
-                        f"the Mosaic GPU kernel takes pools of a multiple of 8 columns; got {x.token_width}."
+                        f"the Mosaic GPU kernel takes pools of a multiple of {tile} columns; got {x.token_width}."
                     )
         return shape
 
