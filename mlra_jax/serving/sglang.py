@@ -263,8 +263,8 @@ def _copied(merge_cache_loc: Any) -> Any:
 def _with_own_logprobs(change: Any) -> Any:
     """`ScheduleBatch.filter_batch` or `merge_batch` with lists of log-probabilities that belong to its requests.
 
-    The engine keeps what is wanted of each in lists beside the requests, forgets to change them where a batch that wants
-    some meets one that wants none, and fails on the lengths later.
+    The engine keeps what each wants in lists beside the requests, forgets to change them where a batch that wants some
+    meets one that wants none, and fails on the lengths later.
     """
 
     def renew(batch: Any) -> None:
