@@ -87,6 +87,8 @@ config = mlra.TrainConfig(
     compilation_cache="",
 )
 config.validate()
+yarn = mlra.RotaryScalingConfig("yarn", factor=4.0, original_max_position=32)
+longer = dataclasses.replace(model, rotary_scaling=yarn)  # for sequences of 128 tokens
 """
 
 OTHER_ATTENTIONS = """

@@ -231,7 +231,7 @@ def engine_options(
         "max-running-requests": max(requests // mesh.data, 1) * mesh.data,
         "attention-backend": "native",  # the others prepare arrays for kernels that are not called
         "grammar-backend": "none",
-        "log-level": "warning",
+        "log-level": "error",
     }
     # A page for each request's last tokens; the engine's own limit is below the pool by as much as SPARE.
     of_requests = requests * -(-(max_len + SPARE + 1) // page) * page
@@ -297,6 +297,9 @@ def main(argv: Sequence[str]) -> int:
     if engine == "sglang":
         check_served(config.model)
     mesh = _mesh(args, platform, count)
+    if os.environ.get("JAX_PLATFORMS"):  # which the engine wants to be the device's name, and no list
+        platform = "cuda" if platform == "gpu" else platform
+        os.environ["JAX_PLATFORMS"] = platform
     check_decode_layout(config.model, mesh, splits_heads("auto", config.model, mesh.tensor, platform))
     if platform in ("gpu", "cuda"):
         # As for our own steps (`mlra_jax.generation.engine.compiler_options`); the engine passes no options on.

@@ -191,7 +191,11 @@ class OurSampler(Sampler):
         return jnp.where(finite_B, tokens_B, NOT_FINITE), *rest
 
     def _regular_sampling(self, operands: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        logits_BV, metadata, _, _ = operands
+        logits_BV, metadata, rng, _ = operands
+        seed_B = metadata.sampling_seeds
+        if seed_B is None:  # without --enable-deterministic-sampling
+            of_row = NamedSharding(self.mesh, P("data"))
+            seed_B = jax.sharding.reshard(jax.random.randint(rng, logits_BV.shape[:1], 0, 2**31 - 1), of_row)
         keep = (metadata.top_ks, metadata.top_ps, metadata.min_ps)
 
         def one(
@@ -219,7 +223,7 @@ class OurSampler(Sampler):
         args = (
             jax.sharding.reshard(logits_BV, NamedSharding(self.mesh, P("data", None))),
             metadata.temperatures,
-            metadata.sampling_seeds,
+            seed_B,
             metadata.positions,
             *keep,
         )
@@ -256,6 +260,32 @@ def _copied(merge_cache_loc: Any) -> Any:
     return merge
 
 
+def _with_own_logprobs(change: Any) -> Any:
+    """`ScheduleBatch.filter_batch` or `merge_batch` with lists of log-probabilities that belong to its requests.
+
+    The engine keeps what each wants in lists beside the requests, forgets to change them where a batch that wants some
+    meets one that wants none, and fails on the lengths later.
+    """
+
+    def renew(batch: Any) -> None:
+        for info in batch.reqs_info:
+            wanted = info.reqs and any(req.return_logprob for req in info.reqs)
+            info.top_logprobs_nums = [req.top_logprobs_num for req in info.reqs] if wanted else None
+            info.token_ids_logprobs = [req.token_ids_logprob for req in info.reqs] if wanted else None
+
+    @functools.wraps(change)
+    def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        renew(self)
+        for other in args:
+            if isinstance(other, schedule_batch.ScheduleBatch):
+                renew(other)
+        result = change(self, *args, **kwargs)
+        renew(self)
+        return result
+
+    return changed
+
+
 def _of_few_shapes(metadata: Any) -> Any:
     """`from_model_worker_batch` of the engine's metadata, without what would compile a program for each batch.
 
@@ -288,6 +318,9 @@ def register() -> None:
     model_runner.Sampler = OurSampler
     if not hasattr(schedule_batch.Req.check_finished, "__wrapped__"):
         schedule_batch.Req.check_finished = _end_if_not_finite(schedule_batch.Req.check_finished)
+        for name in ("filter_batch", "merge_batch"):
+            change = getattr(schedule_batch.ScheduleBatch, name)
+            setattr(schedule_batch.ScheduleBatch, name, _with_own_logprobs(change))
         for metadata in (LogitsMetadata, SamplingMetadata):
             metadata.from_model_worker_batch = _of_few_shapes(metadata)
         schedule_batch.ScheduleBatch._merge_cache_loc = _copied(schedule_batch.ScheduleBatch._merge_cache_loc)

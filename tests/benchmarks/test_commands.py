@@ -15,6 +15,7 @@ from benchmarks import (
     determinism,
     input_pipeline,
     prepare,
+    refill,
     split_latents,
     tpu_static,
     train,
@@ -100,10 +101,21 @@ def test_a_train_step_is_measured_on_a_mesh_and_kept_beside_others(call, tmp_pat
     profiled = []
     again = lambda name, args, _: profiled.append(args.profile) or result | {"remat": "none"}
     monkeypatch.setattr(train, "measure", again)
-    assert call(train, "--configs", "tiny", *sizes, "--no-profile", "--deterministic", "no") == 0
+    assert (
+        call(train, "--configs", "tiny", *sizes, "--no-profile", "--deterministic", "no", "--context", "1")
+        == 0
+    )
     assert profiled == [False]
     assert len(json.loads((tmp_path / "train_cpu.json").read_text())["results"]) == 2
     assert f"Written to {tmp_path / 'train_cpu'}.md and .json" in capsys.readouterr().out
+
+
+def test_refilled_rows_are_compared_with_static_batches_and_the_ideal(call, capsys):
+    sizes = ["--config", "tiny", "--layers", "1", "--prompts", "5", "--rows", "2", "--shared", "16"]
+    call(refill, *sizes, "--prompt", "2", "6", "--new", "2", "4")
+    said = capsys.readouterr().out
+    assert re.search(r"occupancy", said, re.IGNORECASE)
+    assert re.search(r"ideal", said, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("repeats", [True, False])
@@ -116,14 +128,21 @@ for i in range(40):
     open(f"{out}/metrics.jsonl", "a").write(json.dumps({"step": i}) + "\\n")
     time.sleep(0.03)
 """
-    start = lambda name, out, cache, steps: subprocess.Popen([sys.executable, "-S", "-c", step, out])
+    told = []
+
+    def start(name, out, cache, steps, more):
+        told.append(more)
+        return subprocess.Popen([sys.executable, "-S", "-c", step, out])
+
     monkeypatch.setattr(determinism, "start", start)
     monkeypatch.setattr(determinism, "digest", lambda out, step: "a" if repeats else out.name)
-    status = call(determinism, "--parts", "runs", "--configs", "tiny", "--steps", "9", "--kills", "2")
+    argv = ["--parts", "runs", "--configs", "tiny", "--steps", "9", "--kills", "2"]
+    status = call(determinism, *argv, "--train", "--mesh.fsdp", "2")
     said = capsys.readouterr().out
     assert status == (0 if repeats else 1)
     assert re.search(r"\| killed after steps \d, \d \| \w+ \| (yes|NO) \|", said)
     assert ("NO" in said) != repeats
+    assert told == [["--mesh.fsdp", "2"]] * 6
 
 
 @pytest.mark.parametrize("variant", determinism.VARIANTS)
