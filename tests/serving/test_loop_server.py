@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -259,3 +262,16 @@ def test_options_of_the_other_engine_are_refused(run, given, message, capsys, mo
     with pytest.raises(SystemExit):
         serve.main([run, *given])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_this_engine(compiled, tmp_path, repository):
+    sizes = ["--config", "tiny", "--layers", "1", "--prompt", "16", "--new", "12", "--requests", "1", "2"]
+    where = ["--compiled", str(compiled / "serving"), "--out", str(tmp_path / "rates")]
+    how = ["--engine", "loop", "--parts", "requests"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "benchmarks.serving", *sizes, *how, *where]
+    subprocess.run(command, check=True, cwd=repository, env=environment, timeout=300)
+    rows = json.loads((tmp_path / "rates.json").read_text())["rows"]
+    assert [(row["engine"], row["requests"]) for row in rows] == [("loop", 1), ("loop", 2)]
+    assert all(row["tokens/s"] > 0 for row in rows)
